@@ -1,0 +1,85 @@
+"""dataset.json: what a folder of encoded images holds. Light to import: a login node reads it too."""
+
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gowide_dist.errors import DataError
+
+FILE_NAME = "dataset.json"
+
+Channels: TypeAlias = tuple[float, float, float]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Split(_Model):
+    """One FFCV file of a dataset.
+
+    checksum: SHA-256 of the whole file. index_checksum: SHA-256 of all but the images, that is the labels and where
+    each image lies: quick to check whenever the file is opened.
+    """
+
+    file: str
+    samples: int
+    bytes: int
+    checksum: str
+    index_checksum: str
+
+
+class DatasetInfo(_Model):
+    """The content of dataset.json.
+
+    classes: names in the order of the labels. Sides in pixels, over all splits; fixed_side_px where every image is a
+    square of the same side. mean and std: of the training images' channels (R, G, B), on a scale of 0 to 1.
+    encoding: what was asked of `gowide encode`; the same again finds its work done.
+    """
+
+    format: Literal[1] = 1
+    source: str
+    encoding: dict[str, str | int | float | bool | None]
+    classes: tuple[str, ...]
+    min_side_px: int
+    max_side_px: int
+    fixed_side_px: int | None
+    mean: Channels
+    std: Channels
+    splits: dict[Literal["train", "val", "test"], Split]
+
+
+def read_dataset_info(beton_path: Path) -> DatasetInfo:
+    """Read the dataset.json beside an FFCV file. Raises DataError if it is absent or damaged."""
+    path = beton_path.parent / FILE_NAME
+    try:
+        return DatasetInfo.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; make the dataset with `gowide encode`") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
+        raise DataError(f"{path}: {place}: {error.errors()[0]['msg']}; make it again with `gowide encode`") from None
+
+
+def check_split(beton_path: Path) -> Split:
+    """What dataset.json says of an FFCV file, whose size is compared. Raises DataError if the file is not whole."""
+    info = read_dataset_info(beton_path)
+    split = next((split for split in info.splits.values() if split.file == beton_path.name), None)
+    if split is None:
+        raise DataError(f"{beton_path}: not one of the files in {FILE_NAME} ({', '.join(_files(info))})")
+    try:
+        size = beton_path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{beton_path}: cannot be read ({error.strerror}); `gowide encode` makes it") from None
+    if size != split.bytes:
+        raise DataError(
+            f"{beton_path}: {size:,} bytes instead of {split.bytes:,}: truncated or changed; delete it and encode again"
+        )
+    return split
+
+
+def _files(info: DatasetInfo) -> list[str]:
+    return [split.file for split in info.splits.values()]

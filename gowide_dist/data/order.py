@@ -1,0 +1,53 @@
+"""The order of samples, and every random number of the data stream: pure functions of the seed and the position.
+
+The generator is SplitMix64 (Steele, Lea and Flood 2014) read by position: draw k of key s is mix(s + k * GAMMA). It has
+no state, so any process or thread can compute any draw, and it never changes with a library's version.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+
+ORDER_STREAM, AUGMENT_STREAM = range(2)
+
+
+def draw(key: Any, position: Any) -> Any:
+    """Draw number `position` of `key`: uniform 64-bit integers. Both uint64: arrays, or scalars once compiled."""
+    x = key + position * GAMMA
+    x = (x ^ (x >> _SHIFTS[0])) * _MULTIPLIER_1
+    x = (x ^ (x >> _SHIFTS[1])) * _MULTIPLIER_2
+    return x ^ (x >> _SHIFTS[2])
+
+
+def epoch_key(seed: int, epoch: int, stream: int) -> np.uint64:
+    """The key of one random stream (ORDER_STREAM, AUGMENT_STREAM) of an epoch."""
+    key = np.zeros(1, np.uint64)
+    for part in (seed, epoch, stream):
+        key = draw(key, np.array([part + 1], np.uint64))
+    return np.uint64(key[0])
+
+
+def random_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of the samples, the same for every process: [num_samples], sorted by their draws."""
+    draws: NDArray[np.uint64] = draw(epoch_key(seed, epoch, ORDER_STREAM), np.arange(num_samples, dtype=np.uint64))
+    return np.argsort(draws, kind="stable")
+
+
+def training_batch(
+    order: NDArray[np.int64], step: int, batch_size: int, rank: int, world_size: int
+) -> NDArray[np.int64]:
+    """The samples of process `rank` in global batch `step`: [batch_size // world_size]."""
+    share = batch_size // world_size
+    start = step * batch_size + rank * share
+    return order[start : start + share]
+
+
+def validation_share(num_samples: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """The samples that process `rank` evaluates: a contiguous part, every sample in exactly one process's."""
+    return np.arange(num_samples * rank // world_size, num_samples * (rank + 1) // world_size)

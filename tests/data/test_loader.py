@@ -1,0 +1,153 @@
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gowide_dist.data import loader as loader_module
+from gowide_dist.data.beton import Beton
+from gowide_dist.data.loader import Batch, Loader
+from gowide_dist.errors import DataError
+
+AUGMENT = {"flip": True, "translate": 3}
+
+
+def stream(folder: Path, epoch: int = 0, start: int = 0, *, train: bool = True, **options) -> list[Batch]:
+    """The batches of an iteration, copied out of the buffers."""
+    options = {"batch_size": 48, "resolution": 28, **(AUGMENT if train else {}), **options}
+    loader = Loader(folder / ("train.beton" if train else "val.beton"), train=train, **options)
+    batches = [Batch(*(tensor.clone() for tensor in batch)) for batch in loader.batches(epoch, start)]
+    assert len(batches) == loader.steps_per_epoch - start
+    loader.close()
+    return batches
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def originals(folder: Path, split: str = "train") -> np.ndarray:
+    beton = Beton(folder / f"{split}.beton")
+    return np.stack([beton.bytes[o : o + 28 * 28 * 3].reshape(28, 28, 3) for o in beton.offsets])
+
+
+def variants(image: np.ndarray) -> np.ndarray:
+    """Flip, pad with black, cut out: every outcome, the plain way. [2 * 7 * 7, 28, 28, 3]."""
+    padded = [np.pad(flipped, ((3, 3), (3, 3), (0, 0))) for flipped in (image, image[:, ::-1])]
+    return np.stack([p[y : y + 28, x : x + 28] for p in padded for y in range(7) for x in range(7)])
+
+
+def test_same_epoch_twice(small_set: Path):
+    assert same(stream(small_set), stream(small_set))
+
+
+def test_epochs_and_seeds_differ(small_set: Path):
+    assert not same(stream(small_set), stream(small_set, epoch=1))
+    assert not same(stream(small_set), stream(small_set, seed=1))
+
+
+def test_a_sample_is_augmented_anew_in_every_epoch(small_set: Path):
+    def by_sample(epoch: int) -> dict[int, torch.Tensor]:
+        batches = stream(small_set, epoch)
+        return {int(i): x for b in batches for i, x in zip(b.indices, b.images, strict=True)}
+
+    first, second = by_sample(0), by_sample(1)
+    shared = first.keys() & second.keys()
+    assert np.mean([torch.equal(first[i], second[i]) for i in shared]) < 0.1
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 11, 12])
+def test_resume_is_the_tail(small_set: Path, start: int):
+    assert same(stream(small_set, start=start), stream(small_set)[start:])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_processes_join_to_one(small_set: Path, world_size: int):
+    shares = [stream(small_set, rank=rank, world_size=world_size) for rank in range(world_size)]
+    joined = [Batch(*(torch.cat(parts) for parts in zip(*step, strict=True))) for step in zip(*shares, strict=True)]
+    assert same(joined, stream(small_set))
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_threads_change_nothing(small_set: Path, num_threads: int):
+    assert same(stream(small_set, num_threads=num_threads), stream(small_set))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_validation_is_every_image_once_as_it_is(small_set: Path, world_size: int):
+    batches = [
+        b for rank in range(world_size) for b in stream(small_set, train=False, rank=rank, world_size=world_size)
+    ]
+    indices = torch.cat([batch.indices for batch in batches])
+    assert indices.tolist() == list(range(203))
+    assert (torch.cat([batch.images for batch in batches]).numpy() == originals(small_set, "val")).all()
+    assert (torch.cat([batch.labels for batch in batches]).numpy() == Beton(small_set / "val.beton").labels).all()
+
+
+def test_pixels_are_a_flip_and_a_shift_evenly_distributed(small_set: Path):
+    images, labels = originals(small_set), Beton(small_set / "train.beton").labels
+    counts = np.zeros(2 * 7 * 7)
+    for epoch in range(6):
+        for batch in stream(small_set, epoch):
+            assert batch.labels.tolist() == labels[batch.indices].tolist()
+            for image, index in zip(batch.images.numpy(), batch.indices, strict=True):
+                matches = (variants(images[index]) == image).all(axis=(1, 2, 3))
+                assert matches.sum() == 1
+                counts += matches
+    chi_squared = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    assert chi_squared < 160  # 97 degrees of freedom: mean 97, standard deviation 14
+
+
+def test_without_augmentation_the_pixels_are_the_originals(small_set: Path):
+    images = originals(small_set)
+    for batch in stream(small_set, flip=False, translate=0):
+        assert (batch.images.numpy() == images[batch.indices]).all()
+
+
+def test_buffers_are_not_overwritten_while_in_use(small_set: Path):
+    loader = Loader(small_set / "train.beton", batch_size=16, train=True, resolution=28, num_threads=3, **AUGMENT)
+    for batch in loader.batches():
+        before = batch.images.clone()
+        time.sleep(0.005)  # time enough for the threads to run ahead
+        assert torch.equal(batch.images, before)
+    loader.close()
+
+
+def test_leaving_early_and_closing_end_the_threads(small_set: Path):
+    threads, torch_threads = threading.active_count(), torch.get_num_threads()
+    loader = Loader(small_set / "train.beton", batch_size=16, train=True, resolution=28, num_threads=2)
+    for epoch in range(20):
+        batches = loader.batches(epoch)
+        next(batches)
+        batches.close()
+    first = next(loader.batches(3))
+    assert torch.equal(first.images, stream(small_set, 3, batch_size=16, flip=False, translate=0)[0].images)
+    assert threading.active_count() == threads + 2
+    loader.close()
+    assert threading.active_count() == threads
+    assert torch.get_num_threads() == torch_threads
+
+
+def test_an_error_in_a_thread_reaches_the_consumer(small_set: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(loader_module, "decode_translated", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        stream(small_set)
+
+
+def test_a_stall_is_an_error_that_names_the_file(small_set: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loader_module, "decode_translated", lambda *_: time.sleep(0.5))
+    with pytest.raises(DataError, match=r"train\.beton: no batch within 0\.1 s"):
+        stream(small_set, timeout_s=0.1)
+
+
+def test_what_does_not_fit_is_refused(small_set: Path):
+    with pytest.raises(DataError, match="images of 28 to 28 px, but the resolution is 32"):
+        stream(small_set, resolution=32)
+    with pytest.raises(DataError, match="601 images, fewer than one batch of 1,024"):
+        stream(small_set, batch_size=1024)
