@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all their set-up themselves; it is quick when nothing has changed.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+APT_PACKAGES := g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev dataset-fashion-mnist
+SETUP := .venv/.setup-done
+
+help:
+	@echo "make demo    the whole chain on Fashion-MNIST, ending in a table of results"
+	@echo "make test    lint, types and all tests"
+	@echo "make bench   speed of the demo's parts on this machine, as ratios"
+	@echo "make setup   system packages, .venv and pinned Python packages; the others call it"
+
+setup: $(SETUP)
+
+$(SETUP): constraints.txt pyproject.toml Makefile
+	@missing=$$(for package in $(APT_PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || echo $$package; done); \
+	if [ -n "$$missing" ]; then \
+	  echo "installing system packages:" $$missing; \
+	  sudo=$$([ $$(id -u) = 0 ] || echo sudo); \
+	  $$sudo apt-get update -q && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$missing; \
+	fi
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/gowide encode fashion-mnist --out data/fashion-mnist
+	$(BIN)/gowide run jobs/demo.yaml --nproc 2
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs data .mypy_cache .pytest_cache .ruff_cache .hypothesis

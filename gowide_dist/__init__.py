@@ -1,0 +1,25 @@
+"""Deep thin image classifiers, trained by going wide, then narrow (Zhou et al., ICML 2020, arXiv 2007.00811)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gowide_dist.networks import ResNet, build_network
+    from gowide_dist.pipeline import load_model
+    from gowide_dist.recipe import Recipe, load_recipe
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "ResNet", "build_network", "load_model", "load_recipe"]
+
+_HOMES = {"Recipe": "recipe", "load_recipe": "recipe", "ResNet": "networks", "build_network": "networks",
+          "load_model": "pipeline"}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a login node reads recipes without paying for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"gowide_dist.{_HOMES[name]}"), name)

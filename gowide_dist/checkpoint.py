@@ -1,0 +1,68 @@
+"""The whole training state on disk: written atomically, verified when read, the newest few kept.
+
+`step-000000123.pt` holds the state. `step-000000123.json` beside it, written last, says what it is; a state without
+one, or with another checksum than it says, was cut off while it was written and is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from gowide_dist.errors import RunError
+from gowide_dist.run import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, about: dict[str, Any], keep: int) -> None:
+    """Write the state after `step` steps, then delete all but the `keep` newest. `about` is for readers."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    path = folder / f"step-{step:09d}.pt"
+    write_atomically(path, bytes(content))
+    about = {"step": step, **about, "sha256": hashlib.sha256(content).hexdigest()}
+    write_atomically(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+        old.with_suffix(".json").unlink(missing_ok=True)
+        old.unlink()
+
+
+def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The newest whole state, on the CPU, if there is any."""
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        try:
+            about = json.loads(path.with_suffix(".json").read_text())
+            content = path.read_bytes()
+        except (OSError, ValueError):
+            log.warning("%s: incomplete, passed over", path)
+            continue
+        if hashlib.sha256(content).hexdigest() != about.get("sha256"):
+            log.warning("%s: damaged, passed over", path)
+            continue
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return state
+    return None
+
+
+def save_weights(path: Path, network: nn.Module) -> None:
+    """Write a network's parameters and statistics as safetensors, atomically. The same weights give the same bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_atomically(path, save(tensors))
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Read weights that `save_weights` wrote. Raises RunError if the file is damaged or of another network."""
+    try:
+        network.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors and torch raise several types
+        raise RunError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error

@@ -1,0 +1,17 @@
+"""Errors that the user can mend: shown as one plain line, exit status 2."""
+
+
+class UserError(Exception):
+    """What is wrong, where, and what to do about it, in one line."""
+
+
+class RecipeError(UserError):
+    """The recipe, or an override of it, says something that cannot be done."""
+
+
+class DataError(UserError):
+    """A dataset on disk is missing, damaged or not what the recipe expects."""
+
+
+class RunError(UserError):
+    """A run directory holds something else than this recipe would write."""

@@ -1,0 +1,84 @@
+"""torchrun on this machine: one process group for all stages, so that start-up is paid once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from gowide_dist.errors import UserError
+
+ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker leaves the error that the launcher shows
+
+
+class WorkerError(Exception):
+    """A worker process ended in a way that the user cannot mend; it has said why."""
+
+
+def default_num_processes() -> int:
+    """One process per GPU; without GPUs one per two cores, each with two threads."""
+    if gpus := _num_gpus():
+        return gpus
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def _num_gpus() -> int:
+    """GPUs of this machine, without importing torch."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len(
+            [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device.strip() not in ("", "-1")]
+        )
+    if not shutil.which("nvidia-smi"):
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
+    """Run `python -m module arguments` in `num_processes` processes that torchrun's agent starts and watches.
+
+    Raises UserError with the line of a worker that raised one, WorkerError if a worker failed otherwise.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory(prefix="gowide-") as scratch:
+        error_file = Path(scratch) / "error.json"
+        os.environ[ERROR_FILE_VARIABLE] = str(error_file)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id="gowide",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
+        except ChildFailedError as error:
+            if error_file.exists():
+                raise UserError(json.loads(error_file.read_text())["message"]) from error
+            rank, failure = error.get_first_failure()
+            raise WorkerError(f"process {rank} ended with exit code {failure.exitcode}; see its error above") from error
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+
+
+def leave_error(message: str) -> None:
+    """In a worker: say what went wrong, to the launcher if there is one, else to the user."""
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if path is None:
+        sys.stderr.write(f"{message}\n")
+    elif not Path(path).exists():
+        Path(path).write_text(json.dumps({"message": message}))

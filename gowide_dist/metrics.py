@@ -1,0 +1,105 @@
+"""What is measured while training: averages over steps, accuracies over a dataset, and where they are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from gowide_dist.run import read_metrics, write_atomically
+from gowide_dist.world import World
+
+
+class NonFiniteLossError(Exception):
+    """The loss is no number any more."""
+
+
+class StepMeter:
+    """Losses and times of the steps since the last flush. Losses stay on the device: no step waits for them."""
+
+    def __init__(self, step: int) -> None:
+        self._reset(step)
+
+    def _reset(self, step: int) -> None:
+        self._first_step = step
+        self._rows: list[Tensor] = []
+        self._names: list[str] = []
+        self._waited = 0.0
+        self._started: float | None = None  # with the first step, so that evaluations in between don't count
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Count one step's losses, scalars by name."""
+        self._names = list(losses)
+        self._rows.append(torch.stack(list(losses.values())).detach())
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as time spent waiting for data."""
+        start = time.perf_counter()
+        self._started = self._started or start
+        yield
+        self._waited += time.perf_counter() - start
+
+    def flush(self, world: World) -> dict[str, float]:
+        """Averages over the steps and processes since the last flush; a collective.
+
+        Beside the losses: `steps_per_s` and `data_wait`, this process's share of time spent waiting for data.
+        Raises NonFiniteLossError with the first step whose loss is not finite, on every process.
+        """
+        losses = (world.sum(torch.stack(self._rows)) / world.size).cpu()
+        bad = (~losses.isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            raise NonFiniteLossError(self._first_step + int(bad[0]) + 1)
+        means = dict(zip(self._names, losses.double().mean(dim=0).tolist(), strict=True))
+        assert self._started is not None
+        seconds = time.perf_counter() - self._started
+        means |= {"steps_per_s": len(losses) / seconds, "data_wait": self._waited / seconds}
+        self._reset(self._first_step + len(losses))
+        return means
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard's event files. Lines after `step` are of a lost continuation and are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
+        self._file = path.open("a")
+        self._board = SummaryWriter(path.with_name("tensorboard"), purge_step=step + 1)
+
+    def append(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Write one line of `kind` train or val."""
+        rounded = {name: _significant(value) for name, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **rounded}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{name}/{kind}", value, step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._file.close()
+        self._board.close()
+
+
+def mean_over_samples(batches: Iterable[dict[str, Tensor]], world: World) -> dict[str, float]:
+    """Means over all samples of all processes of per-sample values by name, [B] each; a collective."""
+    names: list[str] = []
+    sums: Tensor | None = None
+    for values in batches:
+        names = list(values)
+        stacked = torch.stack(list(values.values())).double()  # names, B
+        batch = torch.cat([stacked.sum(dim=1), stacked.new_tensor([stacked.shape[1]])])
+        sums = batch if sums is None else sums + batch
+    assert sums is not None, "every process evaluates at least one batch"
+    *totals, count = world.sum(sums).tolist()
+    return {name: total / count for name, total in zip(names, totals, strict=True)}
+
+
+def _significant(value: float) -> float:
+    return value if value == 0 or not math.isfinite(value) else float(f"{value:.6g}")

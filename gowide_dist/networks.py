@@ -1,0 +1,186 @@
+"""Residual networks with torchvision's parameter names, which return their block outputs beside the logits.
+
+He et al. 2016 (arXiv 1512.03385), with the stride of a bottleneck on its 3x3 convolution as torchvision has it.
+Shapes: B images, C channels, H = W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gowide_dist.architecture import STEMS, Architecture
+from gowide_dist.schema import validate
+
+
+class BasicUnit(nn.Module):
+    """Two 3x3 convolutions and a shortcut: [B, C_in, H, H] -> [B, C_out, H / stride, H / stride]."""
+
+    def __init__(self, in_channels: int, inner: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_channels, inner, 3, stride)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = _conv(inner, out_channels, 3)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, out_channels, stride)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The norm before the addition."""
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return cast(Tensor, self.relu(x + shortcut))
+
+
+class BottleneckUnit(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut: [B, C_in, H, H] -> [B, C_out, H / stride, H / stride]."""
+
+    def __init__(self, in_channels: int, inner: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_channels, inner, 1)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = _conv(inner, inner, 3, stride)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = _conv(inner, out_channels, 1)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, out_channels, stride)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The norm before the addition."""
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return cast(Tensor, self.relu(x + shortcut))
+
+
+class ResNet(nn.Module):
+    """A residual network: images [B, 3, H, H] -> logits [B, K] and the output of every block [B, C_i, H_i, H_i].
+
+    It can also be walked block by block: `block(0)`, which begins with the stem, to `block(num_blocks - 1)`, `head`.
+    """
+
+    def __init__(self, architecture: Architecture, num_classes: int) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.num_classes = num_classes
+        kernel, stride, pool = STEMS[architecture.stem]
+        self.conv1 = _conv(3, architecture.stem_channels, kernel, stride)
+        self.bn1 = nn.BatchNorm2d(architecture.stem_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1) if pool else nn.Identity()
+        unit = BottleneckUnit if architecture.block == "bottleneck" else BasicUnit
+        in_channels = architecture.stem_channels
+        for index, depth in enumerate(architecture.depths):
+            inner, out_channels = architecture.inner_channels[index], architecture.block_channels[index]
+            units: list[nn.Module] = []
+            for position in range(depth):
+                stride = 2 if index > 0 and position == 0 else 1
+                units.append(unit(in_channels, inner, out_channels, stride))
+                in_channels = out_channels
+            self.add_module(f"layer{index + 1}", nn.Sequential(*units))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(in_channels, num_classes)
+        self._initialise(architecture.zero_init_residual)
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks (ResNet stages) there are."""
+        return self.architecture.num_blocks
+
+    def layer(self, index: int) -> nn.Sequential:
+        """The residual units of block `index`, counted from 0."""
+        return cast(nn.Sequential, self.get_submodule(f"layer{index + 1}"))
+
+    def block_modules(self, index: int) -> list[nn.Module]:
+        """The modules of block `index` that have parameters or statistics; the first block begins with the stem."""
+        return [self.conv1, self.bn1, self.layer(0)] if index == 0 else [self.layer(index)]
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        """Output of block `index` for the output of the block below it, or for images [B, 3, H, H]."""
+        if index == 0:
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return cast(Tensor, self.layer(index)(x))
+
+    def blocks(self, images: Tensor, num_blocks: int | None = None) -> tuple[Tensor, ...]:
+        """Outputs of all blocks, or of the first `num_blocks` without running the others."""
+        outputs = []
+        x = images
+        for index in range(self.num_blocks if num_blocks is None else num_blocks):
+            x = self.block(index, x)
+            outputs.append(x)
+        return tuple(outputs)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [B, K] of the last block's output."""
+        return cast(Tensor, self.fc(self.avgpool(x).flatten(1)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See the class."""
+        blocks = self.blocks(images)
+        return self.head(blocks[-1]), blocks
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, BasicUnit | BottleneckUnit):
+                nn.init.zeros_(module.last_norm.weight)
+
+
+def build_network(architecture: Architecture | Mapping[str, Any], num_classes: int) -> ResNet:
+    """A freshly initialised network, from an architecture or the mapping that a recipe would hold for one.
+
+    Raises RecipeError if the mapping is not a valid architecture.
+    """
+    if not isinstance(architecture, Architecture):
+        architecture = validate(Architecture, architecture, "network", lambda place: ".".join(map(str, place)))
+    return ResNet(architecture, num_classes)
+
+
+class Teacher:
+    """A trained network that only answers: in eval mode, without gradient, part of no module and of no checkpoint."""
+
+    def __init__(self, network: ResNet) -> None:
+        self._network = network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [B, K] for images [B, 3, H, H]."""
+        logits, _ = self._network(images)
+        return cast(Tensor, logits)
+
+    @torch.no_grad()
+    def blocks(self, images: Tensor, num_blocks: int) -> tuple[Tensor, ...]:
+        """Outputs of the first `num_blocks` blocks; those above are not run."""
+        return self._network.blocks(images, num_blocks)
+
+    @property
+    def classifier(self) -> Mapping[str, Tensor]:
+        """Parameters of the teacher's classifier."""
+        return self._network.fc.state_dict()
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))

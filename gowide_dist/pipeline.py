@@ -1,0 +1,208 @@
+"""A recipe on this machine's disk: what is done, what is left, and walking it.
+
+`prepare` checks everything that can be checked before anything is spent. `python -m gowide_dist.pipeline RUN` is what
+every process of a launched run executes. Nothing here imports torch before training starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
+from gowide_dist.errors import DataError, RunError, UserError
+from gowide_dist.launch.local import leave_error, torchrun
+from gowide_dist.recipe import Instance, Recipe, load_recipe
+from gowide_dist.run import Done, Run, fingerprint, identities, write_atomically
+
+if TYPE_CHECKING:
+    from gowide_dist.networks import ResNet
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked recipe and its run directory."""
+
+    recipe: Recipe
+    run: Run
+    selected: Mapping[str, Instance]
+    identities: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def unfinished(self) -> list[Instance]:
+        """The selected instances that are not done, parents first."""
+        return [
+            instance
+            for key, instance in self.selected.items()
+            if not self.run.stage(key).is_done(fingerprint(self.identities[key]))
+        ]
+
+
+def prepare(
+    recipe: Recipe, runs: Path, *, num_processes: int = 1, only: Sequence[str] = (), fresh: bool = False
+) -> Prepared:
+    """Check the recipe against the data, the processes and the run directory, then write the directory.
+
+    `fresh` forgets what another recipe left in the places of the selected stages. Raises UserError, with nothing
+    changed, if anything does not fit.
+    """
+    recipe.check_processes(num_processes)
+    selected = recipe.select(only) if only else recipe.instances
+    recipe, checksums = _check_data(recipe)
+    run = Run(runs / recipe.name)
+    prepared = Prepared(recipe, run, selected, identities(recipe, checksums))
+    for instance in prepared.unfinished:
+        place = run.stage(instance.key)
+        place.check_unlocked()
+        if not fresh:
+            place.check_identity(prepared.identities[instance.key])
+    for instance in prepared.unfinished if fresh else ():
+        if run.stage(instance.key).path.exists():
+            shutil.rmtree(run.stage(instance.key).path)
+    run.write_recipe(recipe)
+    return prepared
+
+
+def run_here(prepared: Prepared, num_processes: int) -> None:
+    """Train all unfinished stages under torchrun, those that a sibling run has finished taken from there."""
+    for instance in prepared.unfinished:
+        _adopt(instance, prepared)
+    if left := prepared.unfinished:
+        torchrun("gowide_dist.pipeline", [str(prepared.run.path), *(instance.key for instance in left)], num_processes)
+
+
+def walk(run: Run, keys: Sequence[str]) -> None:
+    """Train the named instances of a run one after the other; every process of the group calls this."""
+    from gowide_dist import world as worlds
+    from gowide_dist.data.loader import Loader
+    from gowide_dist.stage import Images, Workshop, train_stage
+
+    recipe = load_recipe(run.recipe_path)
+    recipe, checksums = _check_data(recipe)
+    info = read_dataset_info(recipe.data.train)
+    with worlds.join() as world:
+        recipe.check_processes(world.size)
+        if world.is_main:
+            run.write_environment(_devices(world.device), world.size)
+        data = recipe.data
+        common: dict[str, Any] = {
+            "batch_size": recipe.batch_size,
+            "rank": world.rank,
+            "world_size": world.size,
+            "resolution": data.resolution,
+            "num_threads": world.num_threads,
+        }
+        train = Loader(
+            data.train, train=True, seed=recipe.seed, flip=data.augment.flip, translate=data.augment.translate, **common
+        )
+        val = Loader(data.val, train=False, **common)
+        try:
+            mean, std = (_channels(values, world.device) for values in (info.mean, info.std))
+            images = Images(train, val, len(info.classes), mean, std)
+            shop = Workshop(recipe, run, world, images, identities(recipe, checksums))
+            for key in keys:
+                train_stage(recipe.instances[key], shop)
+        finally:
+            train.close()
+            val.close()
+
+
+def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNet:
+    """The finished network of a stage, on the CPU, in eval mode. `network` may be left out if the stage has one.
+
+    Raises UserError if the run has no such stage or it is not finished.
+    """
+    from gowide_dist.stage import load_trained
+
+    place = Run(Path(run))
+    recipe = load_recipe(place.recipe_path)
+    found = [
+        instance
+        for instance in recipe.instances.values()
+        if instance.stage_name == stage and network in (None, instance.network_name)
+    ]
+    if len(found) != 1:
+        raise RunError(f"{run}: name one of its stages and networks: {', '.join(recipe.instances)}")
+    if place.stage(found[0].key).done is None:
+        raise RunError(f"{run}: {found[0].key} is not finished; run the recipe again to continue it")
+    assert recipe.data.classes is not None, "a run's recipe is resolved"
+    return load_trained(found[0], place, recipe.data.classes).eval()
+
+
+def _check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
+    """The recipe with its class count filled in, and the checksums of its files. Raises DataError if they don't fit."""
+    data = recipe.data
+    infos: dict[str, DatasetInfo] = {}
+    checksums: dict[str, str] = {}
+    for name, path in (("train", data.train), ("val", data.val)):
+        infos[name] = info = read_dataset_info(path)
+        split = check_split(path)
+        checksums[name] = split.checksum
+        if data.classes not in (None, len(info.classes)):
+            raise DataError(f"data.classes: {path} has {len(info.classes)} classes, the recipe says {data.classes}")
+        if name == "train" and split.samples < recipe.batch_size:
+            raise DataError(
+                f"batch_size: {recipe.batch_size} is more than the {split.samples} images of {path}; take a smaller one"
+            )
+    if infos["train"].classes != infos["val"].classes:
+        raise DataError(f"data: {data.train} and {data.val} have different classes; encode both parts together")
+    classes = len(infos["train"].classes)
+    return recipe.model_copy(update={"data": data.model_copy(update={"classes": classes})}), checksums
+
+
+def _adopt(instance: Instance, prepared: Prepared) -> None:
+    """Take over the weights of an instance that another run beside this one has finished with the same fingerprint."""
+    mine = fingerprint(prepared.identities[instance.key])
+    here = prepared.run.stage(instance.key)
+    for path in sorted(prepared.run.path.parent.glob("*/stages/*/*/done.json")):
+        try:
+            done = Done.model_validate_json(path.read_bytes())
+        except ValueError:
+            continue
+        weights = path.with_name("model.safetensors")
+        if done.fingerprint != mine or not weights.is_file():
+            continue
+        here.claim(prepared.identities[instance.key])
+        write_atomically(here.model, weights.read_bytes())
+        shutil.copyfile(path.with_name("metrics.jsonl"), here.metrics)
+        here.finish(done.model_copy(update={"stage": instance.stage_name, "network": instance.network_name}))
+        sys.stdout.write(f"{instance.key}  is {path.parent} already: taken from there\n")
+        return
+
+
+def _devices(device: Any) -> list[str]:
+    import torch
+
+    if device.type == "cuda":
+        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [str(device)]
+
+
+def _channels(values: Sequence[float], device: Any) -> Any:
+    """Channel values from 0 to 1 as a tensor for pixels from 0 to 255."""
+    import torch
+
+    return torch.tensor(values, device=device)[:, None, None] * 255
+
+
+def main() -> int:
+    """Entry of every training process. Exit status 2 for a UserError, which is left for the launcher to show."""
+    parser = argparse.ArgumentParser(prog="python -m gowide_dist.pipeline")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("keys", nargs="+", metavar="STAGE/NETWORK")
+    arguments = parser.parse_args()
+    try:
+        walk(Run(arguments.run), arguments.keys)
+    except UserError as error:
+        leave_error(str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""Recipes: what to train, as data. Networks by name, stages by name, a graph by reference.
+
+A recipe is checked as a whole before anything is spent; what depends on files (class counts, a teacher in a file)
+is checked by `pipeline`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from gowide_dist.architecture import Architecture
+from gowide_dist.errors import RecipeError
+from gowide_dist.schema import (
+    Count,
+    Fraction,
+    Frozen,
+    Name,
+    Natural,
+    NonNegative,
+    Positive,
+    apply_override,
+    nearest,
+    read_yaml,
+    validate,
+)
+
+
+class Augment(Frozen):
+    """Random changes to training images, each a function of (seed, epoch, sample index)."""
+
+    flip: bool = False
+    translate: Natural = 0  # px, in each direction
+
+
+class Data(Frozen):
+    """The FFCV files; `dataset.json` lies beside them."""
+
+    train: Path
+    val: Path
+    resolution: Count  # px
+    classes: Count | None = None  # checked against dataset.json, which says it otherwise
+    augment: Augment = Augment()
+
+
+class Widened(Frozen):
+    """Another network of the recipe with `by` times as wide 3x3 filters."""
+
+    widen: Name
+    by: Positive
+
+
+def _kind_of_network(value: Any) -> str:
+    is_widened = isinstance(value, Widened) or (isinstance(value, Mapping) and "widen" in value)
+    return "widened" if is_widened else "architecture"
+
+
+Network = Annotated[
+    Annotated[Architecture, Tag("architecture")] | Annotated[Widened, Tag("widened")],
+    Discriminator(_kind_of_network),
+]
+
+
+class Optim(Frozen):
+    """Stochastic gradient descent. `lr` is the peak of the schedule."""
+
+    lr: Positive
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 0.0
+
+
+class Schedule(Frozen):
+    """The learning rate over a stage: a linear warm-up, then a decay. `cosine` stands for `{decay: cosine}`.
+
+    Under bottom-up imitation every block has a schedule of its own.
+    """
+
+    decay: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: NonNegative = 0.0
+    milestones: tuple[Positive, ...] = ()  # epochs; with decay: step, the rate is multiplied by `factor` at each
+    factor: Fraction = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            return {"decay": values}
+        if isinstance(values, Mapping) and "milestones" in values and "decay" not in values:
+            return {"decay": "step", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        if bool(self.milestones) != (self.decay == "step"):
+            raise ValueError("decay: step and milestones need each other")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("milestones should increase")
+        return self
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class StageBase(Frozen):
+    """What all stages have in common. One instance runs for each network in `train`."""
+
+    train: Annotated[tuple[Name, ...], BeforeValidator(_listed), Field(min_length=1)]
+    init: Annotated[str, Field(strict=True)] | None = None  # a stage: starts from its weights of the same network
+    epochs: Count
+    optim: Optim
+    schedule: Schedule = Schedule()
+
+
+class LabelsStage(StageBase):
+    """Cross-entropy on the labels."""
+
+    objective: Literal["labels"]
+
+
+class BlocksStage(StageBase):
+    """Imitation of the teacher's block outputs, bottom to top: `epochs` are shared equally among the blocks."""
+
+    objective: Literal["blocks"]
+    teacher: Annotated[str, Field(strict=True)]
+
+
+class KlStage(StageBase):
+    """Distillation of the teacher's output: KL divergence at a temperature."""
+
+    objective: Literal["kl"]
+    teacher: Annotated[str, Field(strict=True)]
+    temperature: Positive = 1.0
+
+
+Stage = Annotated[LabelsStage | BlocksStage | KlStage, Field(discriminator="objective")]
+
+
+class Checkpoints(Frozen):
+    """When the training state is saved, and how many of the newest are kept."""
+
+    every_minutes: Positive | None = 10.0
+    every_steps: Count | None = None
+    keep: Count = 2
+
+
+class Instance(NamedTuple):
+    """One stage for one network: what runs, is stored and is fingerprinted. `key` is `stage/network`."""
+
+    stage_name: str
+    network_name: str
+    stage: LabelsStage | BlocksStage | KlStage
+    architecture: Architecture
+    init: str | None
+    teacher: str | None
+
+    @property
+    def key(self) -> str:
+        """`stage/network`, its name on the command line and its folder under `stages/`."""
+        return f"{self.stage_name}/{self.network_name}"
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The instances whose weights this one needs."""
+        return tuple(dict.fromkeys(key for key in (self.init, self.teacher) if key))
+
+
+class Recipe(Frozen):
+    """An experiment. Its result depends on all but `name`, `log_every_steps`, `eval_every_epochs`, `checkpoints`."""
+
+    name: Name
+    seed: Natural = 0
+    data: Data
+    batch_size: Count  # global, whatever the number of processes
+    networks: dict[Name, Network] = Field(min_length=1)
+    stages: dict[Name, Stage] = Field(min_length=1)
+    log_every_steps: Count = 50
+    eval_every_epochs: Count = 1
+    checkpoints: Checkpoints = Checkpoints()
+
+    @cached_property
+    def architectures(self) -> dict[str, Architecture]:
+        """Every network, derived ones resolved. Raises RecipeError on a bad reference."""
+        return {name: self._resolve(name, ()) for name in self.networks}
+
+    @cached_property
+    def instances(self) -> dict[str, Instance]:
+        """The graph of stage instances, parents before children. Raises RecipeError if it is none."""
+        found = {
+            instance.key: instance
+            for name, stage in self.stages.items()
+            for instance in self._instances_of(name, stage)
+        }
+        for instance in found.values():
+            _check_parents(instance, found)
+        return {key: found[key] for key in _in_order({key: found[key].parents for key in found})}
+
+    def select(self, stages: Iterable[str]) -> dict[str, Instance]:
+        """The named instances (`stage` or `stage/network`) and all that they need, in order."""
+        wanted: set[str] = set()
+        for name in stages:
+            keys = [key for key in self.instances if name in (key, key.partition("/")[0])]
+            if not keys:
+                raise RecipeError(f"no stage '{name}' in recipe {self.name}, {nearest(name, list(self.stages))}")
+            wanted.update(keys)
+        for key in reversed(self.instances):
+            if key in wanted:
+                wanted.update(self.instances[key].parents)
+        return {key: instance for key, instance in self.instances.items() if key in wanted}
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    def check_processes(self, num_processes: int) -> None:
+        """Raises RecipeError if the global batch cannot be shared equally."""
+        if self.batch_size % num_processes:
+            raise RecipeError(
+                f"batch_size: {self.batch_size} cannot be shared equally by {num_processes} processes; "
+                f"take a multiple of {num_processes}"
+            )
+
+    def _resolve(self, name: str, seen: tuple[str, ...]) -> Architecture:
+        network = self.networks[name]
+        if isinstance(network, Architecture):
+            return network
+        if network.widen in (*seen, name):
+            raise RecipeError(
+                f"networks.{name}.widen: goes round in a circle: {' -> '.join((*seen, name, network.widen))}"
+            )
+        if network.widen not in self.networks:
+            raise RecipeError(
+                f"networks.{name}.widen: no network '{network.widen}', {nearest(network.widen, list(self.networks))}"
+            )
+        return self._resolve(network.widen, (*seen, name)).widened(network.by)
+
+    def _instances_of(self, name: str, stage: LabelsStage | BlocksStage | KlStage) -> Iterator[Instance]:
+        if len(set(stage.train)) < len(stage.train):
+            raise RecipeError(f"stages.{name}.train: names a network twice")
+        for network in stage.train:
+            if network not in self.networks:
+                raise RecipeError(
+                    f"stages.{name}.train: no network '{network}', {nearest(network, list(self.networks))}"
+                )
+            init = stage.init and self._parent(f"stages.{name}.init", stage.init, prefer=network)
+            teacher = None
+            if isinstance(stage, BlocksStage | KlStage):
+                teacher = self._parent(f"stages.{name}.teacher", stage.teacher, prefer=None)
+            yield Instance(name, network, stage, self.architectures[network], init, teacher)
+
+    def _parent(self, place: str, reference: str, prefer: str | None) -> str:
+        """The key of the instance that `reference` (`stage` or `stage/network`) names."""
+        stage_name, _, network = reference.partition("/")
+        if stage_name not in self.stages:
+            raise RecipeError(f"{place}: no stage '{stage_name}', {nearest(stage_name, list(self.stages))}")
+        trained = self.stages[stage_name].train
+        network = network or prefer or (trained[0] if len(trained) == 1 else "")
+        if not network:
+            choices = ", ".join(f"{stage_name}/{name}" for name in trained)
+            raise RecipeError(f"{place}: stage '{stage_name}' trains several networks, name one: {choices}")
+        if network not in trained:
+            raise RecipeError(
+                f"{place}: stage '{stage_name}' does not train network '{network}' but {', '.join(trained)}"
+            )
+        return f"{stage_name}/{network}"
+
+
+def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> None:
+    """Raises RecipeError unless the weights of the parents fit."""
+    mine = instance.architecture
+    place = f"stages.{instance.stage_name}"
+    if instance.init and instances[instance.init].architecture != mine:
+        raise RecipeError(
+            f"{place}.init: {instance.init} has another architecture than network '{instance.network_name}'"
+        )
+    if instance.teacher and instance.stage.objective == "blocks":
+        theirs = instances[instance.teacher].architecture
+        if mine.num_blocks != theirs.num_blocks or mine.stem != theirs.stem:
+            raise RecipeError(
+                f"{place}.teacher: {instance.teacher} ({theirs.num_blocks} blocks, {theirs.stem} stem) and network "
+                f"'{instance.network_name}' ({mine.num_blocks} blocks, {mine.stem} stem) have no blocks in common"
+            )
+        if mine.block_channels != theirs.block_channels:
+            raise RecipeError(
+                f"{place}.teacher: the blocks of {instance.teacher} write {list(theirs.block_channels)} channels, of "
+                f"network '{instance.network_name}' {list(mine.block_channels)}; thin by `width` to keep them equal"
+            )
+
+
+def _in_order(parents: Mapping[str, Sequence[str]]) -> list[str]:
+    """Keys with parents before children, otherwise as written. Raises RecipeError on a cycle."""
+    ordered: list[str] = []
+    waiting = list(parents)
+    while waiting:
+        ready = [key for key in waiting if all(parent in ordered for parent in parents[key])]
+        if not ready:
+            raise RecipeError(f"stages: {', '.join(waiting)} wait for each other in a circle")
+        ordered += ready[:1]
+        waiting.remove(ready[0])
+    return ordered
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """pydantic's location without the tags of unions that it inserts."""
+    parts = [str(part) for part in location]
+    if parts[:1] in (["networks"], ["stages"]) and len(parts) > 2 and parts[2] != "[key]":
+        del parts[2]
+    return ".".join(part for part in parts if part != "[key]")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe in a YAML file, with `dotted.path=value` overrides applied.
+
+    Raises RecipeError: one line with the file, the dotted place and what to write instead.
+    """
+    values = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(values, override)
+    recipe = validate(Recipe, values, str(path), _dotted)
+    try:
+        _ = recipe.instances
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return recipe

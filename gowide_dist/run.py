@@ -1,0 +1,272 @@
+"""The run directory: what is there, whose it is, who writes it. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from gowide_dist.errors import RunError
+from gowide_dist.recipe import Instance, Recipe
+
+IDENTITY_FORMAT = 1  # raised when the code changes so that the same recipe gives other weights
+_PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Done(BaseModel):
+    """What `done.json` says of a finished stage instance."""
+
+    stage: str
+    network: str
+    fingerprint: str
+    parents: dict[str, str]  # key -> fingerprint
+    model_sha256: str
+    top1: float  # %, of all validation images
+    top5: float
+    epochs: int
+    steps: int
+    images: int  # trained on
+    seconds: float  # over all restarts
+    world_size: int
+
+
+def identity(
+    instance: Instance, recipe: Recipe, data_checksums: Mapping[str, str], fingerprints: Mapping[str, str]
+) -> dict[str, Any]:
+    """All that determines the result of a stage instance, and nothing of where or under which name it runs."""
+    stage = instance.stage.model_dump(mode="json", exclude={"train", "init", "teacher"})
+    return {
+        "format": IDENTITY_FORMAT,
+        "seed": recipe.seed,
+        "batch_size": recipe.batch_size,
+        "data": {
+            **data_checksums,
+            **recipe.data.model_dump(mode="json", exclude={"train", "val", "classes"}),
+        },
+        "network": instance.architecture.model_dump(mode="json"),
+        "stage": stage,
+        "init": instance.init and fingerprints[instance.init],
+        "teacher": instance.teacher and fingerprints[instance.teacher],
+    }
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Hash of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def identities(recipe: Recipe, data_checksums: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The identity of every instance of a recipe."""
+    found: dict[str, dict[str, Any]] = {}
+    fingerprints: dict[str, str] = {}
+    for key, instance in recipe.instances.items():
+        found[key] = identity(instance, recipe, data_checksums, fingerprints)
+        fingerprints[key] = fingerprint(found[key])
+    return found
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """The folder of one stage instance."""
+
+    path: Path
+    key: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the training states."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """A JSON line per log interval and per evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The finished weights."""
+        return self.path / "model.safetensors"
+
+    @cached_property
+    def done(self) -> Done | None:
+        """What the finished stage says of itself, if it is finished. Raises RunError if that is damaged."""
+        path = self.path / "done.json"
+        try:
+            return Done.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            raise RunError(f"{path}: damaged; delete {self.path} to train the stage again") from error
+
+    def is_done(self, fingerprint: str) -> bool:
+        """Whether the stage with this fingerprint is finished here."""
+        return self.done is not None and self.done.fingerprint == fingerprint and self.model.is_file()
+
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
+        """Raises RunError, naming what differs, if the folder holds another training than this."""
+        path = self.path / "identity.json"
+        try:
+            there = _flat(json.loads(path.read_text()))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: damaged; --fresh trains {self.key} again") from error
+        here = _flat(identity)
+        differs = [
+            f"{key} is {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
+            for key in {**there, **here}
+            if there.get(key) != here.get(key)
+        ]
+        if differs:
+            raise RunError(
+                f"{self.path}: holds {self.key} of another recipe ({'; '.join(differs[:4])}); "
+                "take another name, or --fresh to train it again"
+            )
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder this training's own."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.check_identity(identity)
+        write_atomically(self.path / "identity.json", json.dumps(identity, indent=2) + "\n")
+
+    def finish(self, done: Done) -> None:
+        """Mark the stage as finished: the last thing that is written."""
+        write_atomically(self.path / "done.json", done.model_dump_json(indent=2) + "\n")
+
+    def check_unlocked(self) -> None:
+        """Raises RunError, naming the writer, if there is one now."""
+        if self.path.exists():
+            with self.lock():
+                pass
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only writer. Raises RunError, naming the other, if there is one."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise RunError(
+                    f"{self.path}: {file.read().strip() or 'another process'} is training {self.key} there; "
+                    "wait for it or end it"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, `runs/<name>`."""
+
+    path: Path
+
+    def stage(self, key: str) -> StageDir:
+        """The folder of instance `key` (`stage/network`)."""
+        return StageDir(self.path / "stages" / key, key)
+
+    @property
+    def recipe_path(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.path / "report"
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Create the folder, with the recipe resolved. Raises RunError if it cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.recipe_path, recipe.to_yaml())
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another place with --runs"
+            ) from error
+
+    def write_environment(self, devices: list[str], world_size: int) -> None:
+        """Record what runs where, for whoever must explain the numbers later."""
+        environment = {
+            **code_version(),
+            "python": platform.python_version(),
+            "packages": {name: metadata.version(name) for name in _PACKAGES},
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "devices": devices,
+            "world_size": world_size,
+            "command": sys.argv,
+        }
+        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def code_version() -> dict[str, Any]:
+    """The version of this package, its git commit and whether the files differ from it."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        result = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--", ".")
+    return {
+        "gowide_dist": metadata.version("gowide_dist"),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; none if it is not there. A last line cut off by a kill is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted paths to values, as text."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value)
+    return flat

@@ -1,0 +1,164 @@
+"""The strict base of everything that users write in YAML, and its errors in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ErrorType
+
+from gowide_dist.errors import RecipeError
+
+
+def nearest(key: object, valid: list[str]) -> str:
+    """A hint that names the valid key nearest to a misspelt one, or all of them when none is near."""
+    close = get_close_matches(str(key), valid, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(valid)}"
+
+
+class Frozen(BaseModel):
+    """Immutable settings. An unknown key is an error that names the nearest valid one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key in values:
+                if key not in cls.model_fields:
+                    hint = nearest(key, list(cls.model_fields))
+                    raise PydanticCustomError("unknown_key", "unknown key '{key}', {hint}", {"key": key, "hint": hint})
+        return values
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("bool_as_number", "should be a number, not {value}", {"value": str(value).lower()})
+    return value
+
+
+# YAML 1.1 reads 1e-4 as text, so real numbers are also accepted as text.
+Real = Annotated[float, BeforeValidator(_refuse_bool)]
+Positive = Annotated[Real, Field(gt=0)]
+NonNegative = Annotated[Real, Field(ge=0)]
+Fraction = Annotated[Real, Field(ge=0, le=1)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
+Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A SafeLoader to which a key written twice is an error, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key '{key_node.value}' is written twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises RecipeError with the line of the fault."""
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{where}{line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise RecipeError(f"{where}: not valid YAML: {reason}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises RecipeError if it cannot be read or is no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text: {error}") from error
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: should hold a mapping of keys to values, not {_kind(values)}")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `dotted.path=value` in place; the value is read as YAML. Raises RecipeError on a malformed one."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override '{override}': should look like stages.distill.epochs=5")
+    target = values
+    named = values.get(keys[0]) if len(keys) > 2 and keys[0] in ("networks", "stages") else None
+    if isinstance(named, dict) and keys[1] not in named:
+        raise RecipeError(f"override '{override}': no '{keys[1]}' in {keys[0]}, {nearest(keys[1], list(named))}")
+    for depth, key in enumerate(keys[:-1]):
+        child = target.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override '{override}': {'.'.join(keys[: depth + 1])} is a value, not a mapping of keys")
+        target = child
+    target[keys[-1]] = parse_yaml(text, f"override '{override}'")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], values: object, where: str, place: Callable[[tuple[int | str, ...]], str]) -> Model:
+    """A checked model. Raises RecipeError `where: place: what is wrong` for the first fault found.
+
+    `place` turns pydantic's location of a fault into the dotted path that the user wrote.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        path = place(faults[0]["loc"])
+        raise RecipeError(f"{where}: {path + ': ' if path else ''}{_plain(faults[0])}{more}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where}: nested too deeply") from error
+
+
+def _plain(fault: ErrorDetails) -> str:
+    context = fault.get("ctx", {})
+    match fault["type"]:
+        case "missing":
+            return "is required"
+        case "union_tag_not_found":
+            return f"{context['discriminator']} is required"
+        case "union_tag_invalid":
+            return f"{context['discriminator']} should be one of {context['expected_tags']}, not '{context['tag']}'"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return f"should be a mapping of keys to values, not {_kind(fault['input'])}"
+        case "string_pattern_mismatch":
+            return "should be a name of letters, digits, '-' and '_'"
+        case "literal_error":
+            return f"should be {context['expected']}, not {_kind(fault['input'])}"
+        case "path_type":
+            return f"should be a path, not {_kind(fault['input'])}"
+    message = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    says_what_was_given = fault["type"] == "value_error" or fault["type"] not in get_args(ErrorType)
+    return message if says_what_was_given else f"{message}, not {_kind(fault['input'])}"
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    text = " ".join(str(value).split())
+    return f"'{text[:60]}{'…' if len(text) > 60 else ''}'"

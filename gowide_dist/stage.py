@@ -1,0 +1,282 @@
+"""The training loop: the one for every objective, device and number of processes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from gowide_dist.checkpoint import load_weights, newest_checkpoint, save_checkpoint, save_weights
+from gowide_dist.data.loader import Batch, Loader
+from gowide_dist.errors import UserError
+from gowide_dist.metrics import MetricsLog, NonFiniteLossError, StepMeter, mean_over_samples
+from gowide_dist.networks import ResNet, Teacher, build_network
+from gowide_dist.objectives import build_objective
+from gowide_dist.optim import Timeline, build_optimizer, learning_rate
+from gowide_dist.progress import Track, clock
+from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.run import Done, Run, StageDir, fingerprint, sha256
+from gowide_dist.world import World
+
+
+class TrainingError(UserError):
+    """Training went wrong in a way that a change of the recipe can mend."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The data of a run, shared by its stages: two loaders, and how their pixels become network input."""
+
+    train: Loader
+    val: Loader
+    num_classes: int
+    mean: Tensor  # [3, 1, 1] on the device, of pixels 0 to 255
+    std: Tensor
+
+    def to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Normalised images [B, 3, H, H] float32 in channels_last, and labels [B], on the device."""
+        device = self.mean.device
+        pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # NHWC in memory: channels_last
+        return pixels.float().sub_(self.mean).div_(self.std), batch.labels.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all stages of a run train with."""
+
+    recipe: Recipe
+    run: Run
+    world: World
+    images: Images
+    identities: Mapping[str, Mapping[str, Any]]
+
+
+def train_stage(instance: Instance, shop: Workshop) -> Done:
+    """Train one stage instance to its end, from wherever it stands; a collective of all processes.
+
+    Raises RunError if the folder is another training's or another process is writing it, TrainingError on a loss that
+    is no number.
+    """
+    place = shop.run.stage(instance.key)
+    if not shop.world.is_main:
+        return _Training(instance, shop, place).run()
+    with place.lock():
+        place.claim(shop.identities[instance.key])
+        return _Training(instance, shop, place).run()
+
+
+def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
+    """The finished network of a stage instance, on the CPU."""
+    network = build_network(instance.architecture, num_classes)
+    load_weights(run.stage(instance.key).model, network)
+    return network
+
+
+class _Training:
+    """One stage instance while it trains."""
+
+    def __init__(self, instance: Instance, shop: Workshop, place: StageDir) -> None:
+        self.instance, self.place = instance, place
+        self.recipe, self.world, self.images = shop.recipe, shop.world, shop.images
+        self.fingerprint = fingerprint(shop.identities[instance.key])
+        self.parents = {key: fingerprint(shop.identities[key]) for key in instance.parents}
+        self.step = 0
+        self.seconds_before = 0.0
+        self.started = self.saved = time.monotonic()
+
+        # Where a stage starts: its own newest checkpoint, else the finished weights of `init`, else scratch.
+        torch.manual_seed(self.recipe.seed)
+        student = build_network(instance.architecture, shop.images.num_classes)
+        if instance.init:
+            load_weights(shop.run.stage(instance.init).model, student)
+        teacher = None
+        if instance.teacher:
+            wide = load_trained(shop.recipe.instances[instance.teacher], shop.run, shop.images.num_classes)
+            teacher = Teacher(self._placed(wide))
+        self.objective = build_objective(instance.stage, self._placed(student), teacher)
+        self.timeline = Timeline(shop.images.train.steps_per_epoch, instance.stage.epochs, self.objective.num_phases)
+        self.checkpoint = newest_checkpoint(place.checkpoints)
+        if self.checkpoint:
+            self.objective.load_state_dict(self.checkpoint["objective"])
+            self.step = self.checkpoint["step"]
+            self.seconds_before = self.checkpoint["seconds"]
+
+    def run(self) -> Done:
+        """Train the steps that are left, evaluate, write the weights."""
+        total = self.timeline.total_steps
+        self.track = Track(
+            self.instance.key, total, "steps", start=self.step,
+            rate_unit="images", per_thing=self.recipe.batch_size, quiet=not self.world.is_main,
+        )  # fmt: skip
+        self.metrics = MetricsLog(self.place.metrics, self.step) if self.world.is_main else None
+        self.meter = StepMeter(self.step)
+        with self.track:
+            if self.step:
+                self.track.line(f"{self.instance.key}  continues at step {self.step:,} of {total:,}")
+            for phase in range(self.timeline.num_phases):
+                if self.step < self.timeline.phase(phase).stop:
+                    self._train_phase(phase)
+            results = self._evaluate()
+        done = self.world.share(self._finish(results) if self.world.is_main else None)
+        assert done is not None
+        self.track.line(
+            f"{self.instance.key}  done: top-1 {done.top1:.2f} %, top-5 {done.top5:.2f} %, "
+            f"{done.epochs} epochs in {clock(done.seconds)}"
+        )
+        return done
+
+    def _train_phase(self, phase: int) -> None:
+        """Train from the current step to the end of `phase`."""
+        steps = self.timeline.phase(phase)
+        stage, steps_per_epoch = self.instance.stage, self.timeline.steps_per_epoch
+        self.world.share_buffers(self.objective)  # blocks frozen from now on must answer alike on every process
+        self.objective.begin_phase(phase)
+        optimizer = build_optimizer(self.objective, stage.optim)
+        if self.checkpoint and self.checkpoint["phase"] == phase:
+            optimizer.load_state_dict(self.checkpoint["optimizer"])
+        self.checkpoint = None
+        trained = self.world.wrap(self.objective)
+        self._settle_gradient_buckets(trained)
+        self.objective.train()
+        for images, labels in self._batches(steps.stop):
+            rate = learning_rate(self.step, steps, steps_per_epoch, stage.optim, stage.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses = trained(images, labels)
+            losses["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            self.meter.add(losses)
+            self.step += 1
+            self._after_step(phase, rate, optimizer)
+
+    def _batches(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The data stream from the current step to step `stop`, on the device."""
+        steps_per_epoch = self.timeline.steps_per_epoch
+        while self.step < stop:
+            epoch, start = divmod(self.step, steps_per_epoch)
+            batches = self.images.train.batches(epoch, start)
+            try:
+                while self.step < min(stop, (epoch + 1) * steps_per_epoch):
+                    with self.meter.waiting():
+                        batch = next(batches)
+                    yield self.images.to_device(batch)
+            finally:
+                batches.close()
+
+    def _after_step(self, phase: int, rate: float, optimizer: SGD) -> None:
+        """Record, evaluate and save where they are due. All processes come to the same decisions."""
+        recipe, step, total = self.recipe, self.step, self.timeline.total_steps
+        epoch, rest = divmod(step, self.timeline.steps_per_epoch)
+        every_steps = recipe.checkpoints.every_steps
+        save_due = every_steps is not None and step % every_steps == 0
+        if not (save_due or rest == 0 or step % recipe.log_every_steps == 0 or step == self.timeline.phase(phase).stop):
+            return
+        self._record(rate)
+        if rest == 0 and epoch % recipe.eval_every_epochs == 0 and step < total:
+            self._evaluate()
+        if self.world.is_main and step < total:
+            every_minutes = recipe.checkpoints.every_minutes
+            if save_due or (every_minutes and time.monotonic() - self.saved > 60 * every_minutes):
+                self._save(phase, optimizer)
+
+    def _record(self, rate: float) -> None:
+        """Write the averages since the last record; a collective. Raises TrainingError on a loss that is no number."""
+        try:
+            values = self.meter.flush(self.world)
+        except NonFiniteLossError as error:
+            raise self._diverged(int(error.args[0])) from error
+        values["images_per_s"] = values.pop("steps_per_s") * self.recipe.batch_size
+        self.track.update(self.step, f"loss {values['loss']:.4f}")
+        if self.metrics:
+            epoch = self.step / self.timeline.steps_per_epoch
+            self.metrics.append("train", self.step, {"epoch": epoch, "lr": rate, **values})
+
+    def _evaluate(self) -> dict[str, float]:
+        """Means over the validation set of the objective's losses and of the accuracies (in %); a collective."""
+        self.world.share_buffers(self.objective)
+        self.objective.eval()
+        with torch.inference_mode():
+            results = mean_over_samples(
+                (self.objective.evaluate(*self.images.to_device(batch)) for batch in self.images.val.batches()),
+                self.world,
+            )
+        self.objective.train()
+        results = {name: 100 * value if name in ("top1", "top5") else value for name, value in results.items()}
+        if self.metrics:
+            self.metrics.append("val", self.step, {"epoch": self.step / self.timeline.steps_per_epoch, **results})
+        return results
+
+    def _save(self, phase: int, optimizer: SGD) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
+            raise self._diverged(self.step)
+        state = {
+            "objective": self.objective.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "phase": phase,
+            "step": self.step,
+            "seconds": self._seconds(),
+        }
+        about = {"stage": self.instance.key, "fingerprint": self.fingerprint, "world_size": self.world.size}
+        save_checkpoint(self.place.checkpoints, state, step=self.step, about=about, keep=self.recipe.checkpoints.keep)
+        self.saved = time.monotonic()
+
+    def _finish(self, results: Mapping[str, float]) -> Done:
+        assert self.metrics is not None
+        self.metrics.close()
+        save_weights(self.place.model, self.objective.student)
+        done = Done(
+            stage=self.instance.stage_name,
+            network=self.instance.network_name,
+            fingerprint=self.fingerprint,
+            parents=self.parents,
+            model_sha256=sha256(self.place.model),
+            top1=results["top1"],
+            top5=results["top5"],
+            epochs=self.instance.stage.epochs,
+            steps=self.step,
+            images=self.step * self.recipe.batch_size,
+            seconds=self._seconds(),
+            world_size=self.world.size,
+        )
+        self.place.finish(done)
+        shutil.rmtree(self.place.checkpoints)  # a finished stage is never continued
+        return done
+
+    def _settle_gradient_buckets(self, trained: nn.Module) -> None:
+        """Let DDP see one backward pass before the first step, without learning from it.
+
+        After its first backward DDP reorders its buckets, and with them the order in which three or more processes add
+        up a gradient: a continued stage would differ in the last bit from one that was never stopped.
+        """
+        if trained is self.objective:
+            return
+        self.objective.eval()
+        size, side = self.recipe.batch_size // self.world.size, self.recipe.data.resolution
+        images = torch.zeros(size, 3, side, side, device=self.world.device).to(memory_format=torch.channels_last)
+        trained(images, torch.zeros(size, dtype=torch.long, device=self.world.device))["loss"].backward()
+        self.objective.zero_grad()
+
+    def _placed(self, network: ResNet) -> ResNet:
+        return network.to(self.world.device).to(memory_format=torch.channels_last)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _diverged(self, step: int) -> TrainingError:
+        stage = self.instance.stage
+        phases = (self.timeline.phase(phase) for phase in range(self.timeline.num_phases))
+        steps = next(steps for steps in phases if step - 1 in steps)
+        rate = learning_rate(step - 1, steps, self.timeline.steps_per_epoch, stage.optim, stage.schedule)
+        saved = sorted(self.place.checkpoints.glob("step-*.pt"))
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was due before"
+        return TrainingError(
+            f"{self.instance.key}: the loss is not finite at step {step:,} (learning rate {rate:g}); "
+            f"lower stages.{self.instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
+        )
