@@ -4,6 +4,9 @@
 class UserError(Exception):
     """What is wrong, where, and what to do about it, in one line."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
 
 class RecipeError(UserError):
     """The recipe, or an override of it, says something that cannot be done."""

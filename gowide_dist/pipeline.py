@@ -145,6 +145,10 @@ def _check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
         checksums[name] = split.checksum
         if data.classes not in (None, len(info.classes)):
             raise DataError(f"data.classes: {path} has {len(info.classes)} classes, the recipe says {data.classes}")
+        if info.fixed_side_px not in (None, data.resolution):
+            raise DataError(
+                f"data.resolution: the images of {path} have {info.fixed_side_px} px, the recipe says {data.resolution}"
+            )
         if name == "train" and split.samples < recipe.batch_size:
             raise DataError(
                 f"batch_size: {recipe.batch_size} is more than the {split.samples} images of {path}; take a smaller one"

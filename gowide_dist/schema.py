@@ -73,11 +73,10 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _UniqueKeyLoader)
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{where}{line}: not valid YAML: {error.problem}") from error
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{where}: not valid YAML{line}: {error.problem}") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise RecipeError(f"{where}: not valid YAML: {reason}") from error
+        raise RecipeError(f"{where}: not valid YAML: {error}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

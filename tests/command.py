@@ -1,0 +1,51 @@
+"""Running the `gowide` command as a user does."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+GOWIDE = str(Path(sys.executable).with_name("gowide"))
+LIMIT_S = 300
+
+
+def gowide(
+    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The finished command."""
+    return subprocess.run(
+        [GOWIDE, *map(str, arguments)],
+        capture_output=True, text=True, timeout=LIMIT_S, cwd=cwd, env={**os.environ, **(env or {})}, check=False,
+    )  # fmt: skip
+
+
+def refused(*arguments: object, cwd: Path | None = None) -> str:
+    """The one line with which the command refuses."""
+    result = gowide(*arguments, cwd=cwd)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("gowide: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr.removeprefix("gowide: ").strip()
+
+
+def killed_when(moment: Callable[[], bool], *arguments: object) -> None:
+    """Start the command and end all its processes with SIGKILL as soon as `moment` is there."""
+    process = subprocess.Popen(
+        [GOWIDE, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not moment():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "the moment to kill it never came"
+            time.sleep(0.002)
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+        process.stderr.close()

@@ -1,0 +1,61 @@
+"""Small parts of the real Fashion-MNIST, and recipes that train on them in seconds."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from tests.idx import write_idx
+
+SOURCE = Path("/usr/share/datasets/fashion-mnist")
+
+
+def write_part(root: Path, num_train: int, num_val: int) -> None:
+    """The first images of each part, in the files of Fashion-MNIST."""
+    root.mkdir(parents=True, exist_ok=True)
+    for prefix, count in (("train", num_train), ("t10k", num_val)):
+        for kind, head in (("images-idx3", 16), ("labels-idx1", 8)):
+            name = f"{prefix}-{kind}-ubyte.gz"
+            values = np.frombuffer(gzip.decompress((SOURCE / name).read_bytes()), np.uint8, offset=head)
+            shape = (-1, 28, 28) if "images" in kind else (-1,)
+            write_idx(root / name, values.reshape(shape)[:count])
+
+
+def chain(data: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe of the whole chain with tiny networks on the files in `data`."""
+    optim = {"lr": 0.05}
+    return {
+        "name": "chain",
+        "data": {
+            "train": str(data / "train.beton"),
+            "val": str(data / "val.beton"),
+            "resolution": 28,
+            "augment": {"flip": True, "translate": 2},
+        },
+        "batch_size": 60,
+        "networks": {
+            "thin": {"block": "bottleneck", "depths": [1, 1], "base": 4, "width": 0.5, "stem": "strided"},
+            "wide": {"widen": "thin", "by": 4},
+        },
+        "stages": {
+            "teacher": {"train": "wide", "objective": "labels", "epochs": 2, "optim": optim},
+            "imitate": {"train": "thin", "objective": "blocks", "teacher": "teacher", "epochs": 2, "optim": optim},
+            "distill": {
+                "train": "thin", "init": "imitate", "objective": "kl", "teacher": "teacher", "temperature": 4.0,
+                "epochs": 2, "optim": optim,
+            },
+            "finetune": {"train": "thin", "init": "distill", "objective": "labels", "epochs": 1, "optim": optim},
+        },
+        "log_every_steps": 4,
+        "checkpoints": {"every_steps": 3},
+        **changes,
+    }  # fmt: skip
+
+
+def write_job(folder: Path, recipe: dict[str, Any]) -> Path:
+    """The recipe as a YAML file."""
+    path = folder / f"{recipe['name']}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path

@@ -1,0 +1,212 @@
+"""The whole chain on real images in real processes: exact, resumable, and careful with what is there."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gowide_dist import load_model
+from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.run import Run, read_metrics
+from tests.command import gowide, killed_when, refused
+from tests.fashion import chain, write_job, write_part
+
+STAGES = ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """600 training and 200 validation images: 10 steps an epoch."""
+    root = tmp_path_factory.mktemp("fashion")
+    write_part(root / "idx", 600, 200)
+    encode_fashion_mnist(root / "data", root / "idx")
+    return root / "data"
+
+
+@pytest.fixture(scope="session")
+def job(data, tmp_path_factory):
+    return write_job(tmp_path_factory.mktemp("jobs"), chain(data))
+
+
+@pytest.fixture(scope="session")
+def finished(job, tmp_path_factory):
+    """The chain trained without a disturbance by two processes."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    result = gowide("run", job, "--nproc", 2, "--runs", runs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return Run(runs / "chain"), result.stdout
+
+
+def weights(run):
+    return {key: run.stage(key).done.model_sha256 for key in STAGES}
+
+
+def what_was_measured(run, key):
+    lines = read_metrics(run.stage(key).metrics)
+    return [
+        {name: value for name, value in line.items() if name not in ("images_per_s", "data_wait")} for line in lines
+    ]
+
+
+def test_the_run_directory(finished, data):
+    run, printed = finished
+    assert all(f"{key}  done: top-1" in printed for key in STAGES)
+    assert (run.report / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = (run.report / "results.csv").read_text().splitlines()
+    assert rows[0] == "stage,network,parameters,mflops,epochs,top1,top5,seconds"
+    assert [row.split(",")[0] for row in rows[1:]] == ["teacher", "imitate", "distill", "finetune"]
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    done = run.stage("distill/thin").done
+    assert done.parents.keys() == {"imitate/thin", "teacher/wide"}
+    assert (done.steps, done.images, done.epochs, done.world_size) == (20, 1200, 2, 2)
+    assert 10 < run.stage("teacher/wide").done.top1 <= run.stage("teacher/wide").done.top5 <= 100
+    lines = read_metrics(run.stage("imitate/thin").metrics)
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == [3, 4, 6, 8, 9, 10, 12, 15, 16, 18, 20]  # logged, saved, ends of phases and epochs
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [10, 20]
+    assert [sorted(name for name in line if "mse" in name) for line in lines if line["kind"] == "train"] == [
+        *[["mse_block1"]] * 6, *[["mse_block2"]] * 5]  # fmt: skip
+    assert list((run.stage("teacher/wide").path / "tensorboard").iterdir())
+
+
+def test_the_finished_network(finished):
+    run, _ = finished
+    network = load_model(run.path, "finetune")
+    assert not network.training
+    stored = load_file(run.stage("finetune/thin").model)
+    assert all(torch.equal(value, stored[name]) for name, value in network.state_dict().items())
+
+
+def test_the_same_again_finds_all_done(finished, job):
+    run, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run.path.glob("stages/**/*") if path.name != "lock"}
+    result = gowide("run", job, "--nproc", 2, "--runs", run.path.parent)
+    assert result.returncode == 0
+    assert "all 4 stages are done, nothing to train" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_kills_change_nothing(finished, job, tmp_path):
+    """SIGKILL in the middle of epochs and of both phases of the imitation: the same bits in the end."""
+    undisturbed, _ = finished
+    run = Run(tmp_path / "chain")
+    command = ("run", job, "--nproc", 2, "--runs", tmp_path)
+    for key, step in (("teacher/wide", 3), ("imitate/thin", 6), ("imitate/thin", 15), ("distill/thin", 12)):
+        saved = run.stage(key).checkpoints / f"step-{step:09d}.json"
+        killed_when(saved.exists, *command)
+        assert run.stage(key).done is None
+    result = gowide(*command)
+    assert result.returncode == 0, result.stderr
+    assert "distill/thin  continues at step 1" in result.stdout
+    assert weights(run) == weights(undisturbed)
+    for key in STAGES:
+        assert what_was_measured(run, key) == what_was_measured(undisturbed, key)
+
+
+def test_three_processes_continue_exactly_too(job, tmp_path):
+    """With three, the order in which gradients are added up could change at a restart."""
+    command = ("run", job, "--nproc", 3, "--only", "teacher")
+    assert gowide(*command, "--runs", tmp_path / "a").returncode == 0
+    run = Run(tmp_path / "b" / "chain")
+    saved = run.stage("teacher/wide").checkpoints / "step-000000009.json"
+    killed_when(saved.exists, *command, "--runs", tmp_path / "b")
+    assert gowide(*command, "--runs", tmp_path / "b").returncode == 0
+    undisturbed = Run(tmp_path / "a" / "chain").stage("teacher/wide").done
+    assert run.stage("teacher/wide").done.model_sha256 == undisturbed.model_sha256
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, job, tmp_path):
+    run = Run(tmp_path / "chain")
+    command = ("run", job, "--nproc", 2, "--runs", tmp_path, "--only", "teacher")
+    folder = run.stage("teacher/wide").checkpoints
+    killed_when((folder / "step-000000006.json").exists, *command)
+    newest = sorted(folder.glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    result = gowide(*command)
+    assert result.returncode == 0
+    assert "damaged, passed over" in result.stderr
+    assert run.stage("teacher/wide").done.model_sha256 == weights(finished[0])["teacher/wide"]
+
+
+def test_a_teacher_that_is_trained_is_shared(finished, data, tmp_path):
+    run, _ = finished
+    shutil.copytree(run.path, tmp_path / "chain")
+    recipe = chain(data, name="second")
+    recipe["stages"] = {"wide-one": recipe["stages"]["teacher"]}
+    result = gowide("run", write_job(tmp_path, recipe), "--nproc", 2, "--runs", tmp_path)
+    assert result.returncode == 0
+    assert "wide-one/wide  is" in result.stdout
+    mine, theirs = (
+        Run(tmp_path / name).stage(key).done for name, key in (("second", "wide-one/wide"), ("chain", "teacher/wide"))
+    )
+    assert mine.model_copy(update={"stage": "teacher"}) == theirs
+
+
+def test_another_recipe_in_the_same_place(finished, job):
+    run, _ = finished
+    line = refused("run", job, "--runs", run.path.parent, "stages.distill.epochs=5", "--nproc", 2)
+    assert "holds distill/thin of another recipe (stage.epochs is 2 there, 5 here)" in line
+    assert "--fresh" in line
+    assert run.stage("distill/thin").done.epochs == 2
+
+
+def test_fresh_forgets_what_differs_alone(finished, job, tmp_path):
+    run, _ = finished
+    shutil.copytree(run.path, tmp_path / "chain")
+    result = gowide("run", job, "--nproc", 2, "--runs", tmp_path, "--fresh", "stages.finetune.epochs=2")
+    assert result.returncode == 0, result.stderr
+    again = Run(tmp_path / "chain")
+    assert again.stage("finetune/thin").done.epochs == 2
+    assert again.stage("distill/thin").done == run.stage("distill/thin").done
+
+
+def test_a_second_writer_is_refused(job, tmp_path):
+    with Run(tmp_path / "chain").stage("teacher/wide").lock():
+        line = refused("run", job, "--runs", tmp_path, "--nproc", 2)
+    assert "is training teacher/wide there; wait for it or end it" in line
+    assert "process" in line
+
+
+def test_a_loss_that_is_no_number_stops_the_stage(job, tmp_path):
+    line = refused(
+        "run", job, "--runs", tmp_path, "--nproc", 2, "--only", "teacher", "stages.teacher.optim.lr=1e30",
+        "stages.teacher.schedule.warmup_epochs=1", "checkpoints.every_steps=1",
+    )  # fmt: skip
+    place = Run(tmp_path / "chain").stage("teacher/wide")
+    saved = sorted(place.checkpoints.glob("*.pt"))[-1]
+    assert f"the last good checkpoint is {saved}" in line
+    step = int(line.split("not finite at step ")[1].split(" ")[0])
+    assert f"(learning rate {1e30 * (step - 1) / 10:g})" in line
+    state = torch.load(saved, weights_only=True)
+    assert state["step"] == step - 1
+    assert all(value.isfinite().all() for value in state["objective"].values())
+    assert place.done is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=nowhere/train.beton"], "nowhere/dataset.json: not found"),
+        (["data.classes=100"], "has 10 classes, the recipe says 100"),
+        (["batch_size=1000"], "batch_size: 1000 is more than the 600 images"),
+        (["batch_size=61"], "batch_size: 61 cannot be shared equally by 2 processes"),
+        (["data.resolution=32"], "resolution"),
+        (["stages.distill.epoch=1"], "unknown key 'epoch', did you mean 'epochs'?"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(job, tmp_path, overrides, message):
+    assert message in refused("run", job, "--runs", tmp_path / "runs", "--nproc", 2, *overrides)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_truncated_file_is_refused(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    file = tmp_path / "data" / "train.beton"
+    file.write_bytes(file.read_bytes()[:-1000])
+    job = write_job(tmp_path, chain(tmp_path / "data"))
+    assert "truncated" in refused("run", job, "--runs", tmp_path / "runs", "--nproc", 2)
+    assert not (tmp_path / "runs").exists()

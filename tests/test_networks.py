@@ -1,0 +1,79 @@
+import pytest
+import torch
+import torchvision
+
+from gowide_dist import build_network
+from gowide_dist.architecture import Architecture
+from gowide_dist.errors import RecipeError
+from gowide_dist.networks import Teacher
+
+
+@pytest.mark.parametrize(
+    ("architecture", "theirs"),
+    [
+        ({"arch": "resnet18"}, torchvision.models.resnet18),
+        ({"arch": "resnet50"}, torchvision.models.resnet50),
+        ({"arch": "resnet50", "width": 2}, torchvision.models.wide_resnet50_2),
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_equals_torchvision(architecture, theirs, mode):
+    torch.manual_seed(0)
+    reference = theirs(num_classes=10)
+    network = build_network(architecture, num_classes=10)
+    network.load_state_dict(reference.state_dict())
+    getattr(reference, mode)()
+    getattr(network, mode)()
+    images = torch.randn(2, 3, 64, 64)
+    logits, blocks = network(images)
+    assert torch.equal(logits, reference(images))
+    assert len(blocks) == 4
+    assert torch.equal(network.head(blocks[-1]), logits)
+
+
+def test_initialised_as_torchvision_does():
+    torch.manual_seed(0)
+    network = build_network({"arch": "resnet50", "zero_init_residual": True}, 1000)
+    reference = torchvision.models.resnet50(zero_init_residual=True)
+    theirs = reference.state_dict()
+    assert list(network.state_dict()) == list(theirs)
+    for name, weight in network.named_parameters():
+        if weight.ndim == 4:  # drawn at random: equal in distribution
+            spread = weight.std().item()
+            assert spread == pytest.approx(theirs[name].std().item(), rel=0.05), name
+            assert abs(weight.mean().item()) < 5 * spread / weight.numel() ** 0.5, name
+        elif weight.ndim == 1 and not name.startswith("fc"):
+            assert torch.equal(weight, theirs[name]), name
+    assert not network.layer1[0].bn3.weight.any()
+
+
+def test_walking_the_blocks_is_the_forward_pass():
+    network = build_network({"block": "basic", "depths": [1, 2, 1], "base": 8, "stem": "strided"}, 5).eval()
+    images = torch.randn(2, 3, 20, 20)
+    logits, blocks = network(images)
+    x = images
+    for index, block in enumerate(blocks):
+        x = network.block(index, x)
+        assert torch.equal(x, block)
+    assert torch.equal(network.head(x), logits)
+    owned = {id(p) for i in range(3) for module in network.block_modules(i) for p in module.parameters()}
+    assert owned == {id(p) for name, p in network.named_parameters() if not name.startswith("fc")}
+
+
+def test_a_teacher_answers_and_never_changes():
+    network = build_network({"block": "bottleneck", "depths": [1, 1], "base": 8}, 5)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    teacher = Teacher(network)
+    calls = []
+    network.layer2.register_forward_hook(lambda *_: calls.append("layer2"))
+    assert len(teacher.blocks(torch.randn(4, 3, 32, 32), 1)) == 1
+    assert calls == []  # nothing above the block that is asked for runs
+    logits = teacher.logits(torch.randn(4, 3, 32, 32))
+    assert not logits.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_bad_architecture_is_one_line():
+    with pytest.raises(RecipeError, match=r"network: unknown key 'widht', did you mean 'width'\?$"):
+        build_network({"arch": "resnet50", "widht": 2}, 10)
+    assert build_network(Architecture(block="basic", depths=(1,), base=4), 3).num_classes == 3

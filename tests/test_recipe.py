@@ -1,0 +1,237 @@
+import copy
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gowide_dist import load_recipe
+from gowide_dist.errors import RecipeError
+from gowide_dist.recipe import Recipe
+
+RECIPE = {
+    "name": "small",
+    "data": {"train": "train.beton", "val": "val.beton", "resolution": 28},
+    "batch_size": 8,
+    "networks": {
+        "half": {"arch": "resnet50", "stem": "small", "width": 0.5},
+        "quarter": {"arch": "resnet50", "stem": "small", "width": 0.25},
+        "shallow": {"arch": "resnet18", "stem": "small"},
+        "wide": {"widen": "half", "by": 8},
+    },
+    "stages": {
+        "finetune": {"train": ["half", "quarter"], "init": "distill", "objective": "labels", "epochs": 2, "optim": {"lr": 0.1}},
+        "teacher": {"train": "wide", "objective": "labels", "epochs": 2, "optim": {"lr": 0.1}},
+        "imitate": {"train": ["half", "quarter"], "objective": "blocks", "teacher": "teacher", "epochs": 2, "optim": {"lr": 0.1}},
+        "distill": {
+            "train": ["half", "quarter"],
+            "init": "imitate",
+            "objective": "kl",
+            "teacher": "teacher/wide",
+            "epochs": 2,
+            "optim": {"lr": "1e-1"},
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def job(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return path
+
+
+def test_expands_into_the_graph_of_instances(job):
+    recipe = load_recipe(job)
+    assert {key: instance.parents for key, instance in recipe.instances.items()} == {
+        "teacher/wide": (),
+        "imitate/half": ("teacher/wide",),
+        "imitate/quarter": ("teacher/wide",),
+        "distill/half": ("imitate/half", "teacher/wide"),
+        "distill/quarter": ("imitate/quarter", "teacher/wide"),
+        "finetune/half": ("distill/half",),
+        "finetune/quarter": ("distill/quarter",),
+    }
+    seen = set()
+    for key, instance in recipe.instances.items():  # parents come first
+        assert seen.issuperset(instance.parents)
+        seen.add(key)
+    assert recipe.architectures["wide"].width == 4.0
+    assert recipe.stages["distill"].optim.lr == 0.1  # YAML reads 1e-1 as text
+
+
+def test_select_takes_what_is_needed(job):
+    recipe = load_recipe(job)
+    assert list(recipe.select(["distill/half"])) == ["teacher/wide", "imitate/half", "distill/half"]
+    assert list(recipe.select(["imitate"])) == ["teacher/wide", "imitate/half", "imitate/quarter"]
+    with pytest.raises(RecipeError, match=r"no stage 'distil' in recipe small, did you mean 'distill'\?"):
+        recipe.select(["distil"])
+
+
+def test_resolved_yaml_says_the_same(job, tmp_path):
+    recipe = load_recipe(job)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.to_yaml())
+    assert load_recipe(resolved) == recipe
+    assert load_recipe(resolved).to_yaml() == recipe.to_yaml()
+    assert yaml.safe_load(recipe.to_yaml())["stages"]["teacher"]["optim"]["momentum"] == 0.9
+
+
+def test_overrides_by_dotted_path(job):
+    recipe = load_recipe(
+        job,
+        ["stages.teacher.epochs=7", "seed=3", "data.augment.flip=true", "stages.teacher.schedule={milestones: [1, 2]}",
+         "networks.quarter.width=0.125", "name=other"],
+    )  # fmt: skip
+    assert (recipe.stages["teacher"].epochs, recipe.seed, recipe.data.augment.flip) == (7, 3, True)
+    assert recipe.stages["teacher"].schedule.decay == "step"
+    assert recipe.architectures["quarter"].width == 0.125
+    assert recipe.name == "other"
+
+
+BAD = {
+    "stages.distill.epoch=3": "stages.distill: unknown key 'epoch', did you mean 'epochs'?",
+    "stages.distil.epochs=3": "override 'stages.distil.epochs=3': no 'distil' in stages, did you mean 'distill'?",
+    "stages.distill.temprature=3": "stages.distill: unknown key 'temprature', did you mean 'temperature'?",
+    "stages.teacher.temperature=3": "stages.teacher: unknown key 'temperature', valid: train, init, epochs",
+    "networks.half.widht=3": "networks.half: unknown key 'widht', did you mean 'width'?",
+    "networks.half.arch=resnt50": "networks.half: no arch 'resnt50', did you mean 'resnet50'?",
+    "networks.half.depths=[1]": "networks.half: arch already says depths",
+    "networks.wide.widen=hlf": "networks.wide.widen: no network 'hlf', did you mean 'half'?",
+    "networks.wide.widen=wide": "networks.wide.widen: goes round in a circle: wide -> wide",
+    "networks.wide.by=-1": "networks.wide.by: should be greater than 0, not '-1'",
+    "networks.a b={arch: resnet18}": "networks.a b: should be a name of letters, digits, '-' and '_'",
+    "stages.distill.epochs=abc": "stages.distill.epochs: should be a valid integer, not 'abc'",
+    "stages.distill.epochs=true": "stages.distill.epochs: should be a valid integer, not 'True'",
+    "stages.distill.epochs=0": "stages.distill.epochs: should be greater than or equal to 1, not '0'",
+    "stages.distill.optim.lr=true": "stages.distill.optim.lr: should be a number, not true",
+    "stages.distill.optim.lr=.nan": "stages.distill.optim.lr: should be a finite number, not 'nan'",
+    "stages.distill.optim=": "stages.distill.optim: should be a mapping of keys to values, not nothing",
+    "stages.distill.objective=k": "stages.distill: 'objective' should be one of 'labels', 'blocks', 'kl', not 'k'",
+    "stages.distill.schedule=cosin": "stages.distill.schedule.decay: should be 'cosine', 'step' or 'constant', not 'cosin'",
+    "stages.distill.schedule.milestones=[3, 2]": "stages.distill.schedule: milestones should increase",
+    "stages.distill.schedule.decay=step": "stages.distill.schedule: decay: step and milestones need each other",
+    "stages.distill.teacher=nobody": "stages.distill.teacher: no stage 'nobody', valid: finetune, teacher, imitate, distill",
+    "stages.distill.teacher=imitate": "stages.distill.teacher: stage 'imitate' trains several networks, name one: imitate/half",
+    "stages.distill.teacher=teacher/half": "stages.distill.teacher: stage 'teacher' does not train network 'half' but wide",
+    "stages.teacher.init=finetune": "stages.teacher.init: stage 'finetune' does not train network 'wide' but half, quarter",
+    "stages.teacher.init=finetune/half": "stages.teacher.init: finetune/half has another architecture than network 'wide'",
+    "stages.imitate.init=finetune": "stages: finetune/half, finetune/quarter, imitate/half",
+    "stages.imitate.train=[half, half]": "stages.imitate.train: names a network twice",
+    "stages.imitate.train=[hal]": "stages.imitate.train: no network 'hal', did you mean 'half'?",
+    "stages.imitate.train=[half, quarter, shallow]": "stages.imitate.teacher: the blocks of teacher/wide write [256, 512, 1024, 2048] channels",
+    "networks.half.stem=imagenet": "stages.imitate.teacher: teacher/wide (4 blocks, imagenet stem) and network 'quarter'",
+    "batch_size=1.5": "batch_size: should be a valid integer, not '1.5'",
+    "seed=-1": "seed: should be greater than or equal to 0, not '-1'",
+    "data=5": "data: should be a mapping of keys to values, not '5'",
+    "data.train=5": "data.train: should be a path, not '5'",
+    "data.train.x=5": "override 'data.train.x=5': data.train is a value, not a mapping of keys",
+    "seed=[": "override 'seed=[': not valid YAML in line 1",
+    "seed": "override 'seed': should look like stages.distill.epochs=5",
+    "..=1": "override '..=1': should look like stages.distill.epochs=5",
+    "name=../up": "name: should be a name of letters",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_values_name_the_place_and_the_mend(job, override):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(job, [override])
+    message = str(caught.value)
+    assert BAD[override] in message
+    assert "\n" not in message
+    assert override in message or message.startswith(f"{job}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "should hold a mapping of keys to values, not nothing"),
+        ("- a", "should hold a mapping of keys to values, not a list"),
+        ("a: [", "not valid YAML in line 1"),
+        ("name: a\nseed: 1\nseed: 2", "not valid YAML in line 3: key 'seed' is written twice"),
+        ("name: a", "data: is required (and 3 more)"),
+        ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("x: 2024-99-99", "not valid YAML"),
+        ("&a [*a]", "should hold a mapping"),
+    ],
+)
+def test_bad_files_name_the_line(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
+    with pytest.raises(RecipeError, match="cannot be read as text"):
+        load_recipe(tmp_path / "binary.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+def test_batches_are_shared_equally(job):
+    recipe = load_recipe(job)
+    recipe.check_processes(4)
+    with pytest.raises(RecipeError, match="batch_size: 8 cannot be shared equally by 3 processes"):
+        recipe.check_processes(3)
+
+
+garbage = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=6,
+)
+places = [
+        ("name",), ("seed",), ("data",), ("data", "train"), ("data", "augment"), ("batch_size",), ("networks",),
+        ("networks", "half"), ("networks", "half", "arch"), ("networks", "half", "depths"), ("networks", "wide", "by"),
+        ("networks", "wide", "widen"), ("stages",), ("stages", "distill"), ("stages", "distill", "objective"),
+        ("stages", "distill", "train"), ("stages", "distill", "schedule"), ("stages", "distill", "optim"),
+        ("stages", "distill", "teacher"), ("stages", "distill", "init"), ("checkpoints",), ("unheard",),
+]  # fmt: skip
+
+
+@garbage
+@given(st.sampled_from(places), values)
+def test_garbage_is_a_recipe_or_an_error_of_one_line(tmp_path, place, value):
+    recipe = copy.deepcopy(RECIPE)
+    target = recipe
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False))
+    _load_or_one_line(path)
+
+
+@garbage
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_garbage_files(tmp_path, content):
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    _load_or_one_line(path)
+
+
+@garbage
+@given(
+    st.text(max_size=40) | st.builds("{}={}".format, st.sampled_from(["seed", "stages.x", "name", "a.b.c"]), st.text())
+)
+def test_garbage_overrides(tmp_path, override):
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    _load_or_one_line(path, [override])
+
+
+def _load_or_one_line(path, overrides=()):
+    try:
+        assert isinstance(load_recipe(path, overrides), Recipe)
+    except RecipeError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 2000
