@@ -5,6 +5,7 @@ A file is a header, a description of the fields (`image`, `label`), a table with
 """
 
 import hashlib
+import mmap
 import os
 from pathlib import Path
 from types import TracebackType
@@ -121,20 +122,23 @@ class Beton:
     """A file that `gowide encode` wrote, mapped into memory.
 
     bytes: uint8 [file size]. Per sample [N]: labels int64, modes uint8 (JPEG or RAW), heights and widths (pixels),
-    offsets and sizes of the image's bytes. Raises DataError if the file is not what dataset.json says.
+    offsets and sizes of the image's bytes, pages (which one the image lies in). Raises DataError if the file is not
+    what dataset.json says.
     """
 
     def __init__(self, path: Path):
         split = check_split(path)
         try:
             index = read_index(path, split.samples)
-            self.bytes: NDArray[np.uint8] = np.memmap(path, np.uint8, "r").view(np.ndarray)
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         if index_checksum(index) != split.index_checksum:
             raise DataError(f"{path}: damaged: its index is not the one that was written; delete it and encode again")
         head, tail = index
         self.path = path
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         self.page_bytes = int(np.frombuffer(head, _HEADER, 1)["page_size"][0])
         samples = np.frombuffer(head, _SAMPLE, offset=_TABLE_OFFSET)
         images = samples["image"]
@@ -144,6 +148,12 @@ class Beton:
         self.widths = images["width"].astype(np.int64)
         self.offsets = images["offset"].astype(np.int64)
         self.sizes = np.frombuffer(tail, _ALLOCATION)["size"].astype(np.int64)
+        self.pages = self.offsets // self.page_bytes
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def read_ahead(self, page: int) -> None:
+        """Ask the system to read a page of the file into its cache. Returns at once."""
+        start = page * self.page_bytes
+        self._map.madvise(mmap.MADV_WILLNEED, start, min(self.page_bytes, len(self._map) - start))

@@ -1,47 +1,317 @@
-"""Images out of an FFCV file into a batch, in one compiled pass.
+"""Images out of an FFCV file into a batch, in one compiled pass: decoding, geometry and flip.
 
-Every random choice is a draw keyed by (epoch key, sample index): the same whatever the batch, process or thread.
+Every random choice is a draw keyed by (epoch key, sample): the same whatever the batch, process or thread. Pixels are
+computed without re-ordered floating point, so they are the same on every processor too. numba keeps the compiled code
+on disk: 5 s of compiling on the first run, well under one later.
 """
 
+import ctypes
+import importlib.util
+import math
+from pathlib import Path
+from typing import NamedTuple
+
 import numba
+import numba.experimental.function_type  # lets compiled code take `imdecode` as an argument, which keeps it cacheable
 import numpy as np
+from numba import types
 
 from gowide_dist.data import order
+from gowide_dist.data.beton import JPEG
+
+_MCU_PX = 16  # the largest block that JPEG codes together, and more than chroma upsampling looks ahead
+
+
+class Source(NamedTuple):
+    """An open FFCV file. bytes: uint8, all of it. Per sample [N]: see Beton."""
+
+    bytes: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    modes: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+
+
+class Shift(NamedTuple):
+    """Square images as large as the batch's: flip half of them left to right, shift by up to `translate` pixels."""
+
+    flip: bool
+    translate: int
+
+
+class RandomCrop(NamedTuple):
+    """torchvision's RandomResizedCrop and flip. Area of the crop relative to the image's, and width over height."""
+
+    flip: bool
+    min_scale: float
+    max_scale: float
+    min_ratio: float
+    max_ratio: float
+
+
+class CenterCrop(NamedTuple):
+    """torchvision's Resize(round(resolution / ratio)) and CenterCrop(resolution)."""
+
+    ratio: float
+
+
+class Scratch(NamedTuple):
+    """What one thread needs to decode JPEGs: room for the largest stream and the largest image."""
+
+    jpeg: np.ndarray
+    pixels: np.ndarray
+    decoded: np.ndarray  # `pixels`, read-only as the file is: to the compiler one type
+
+    @classmethod
+    def of(cls, source: Source) -> "Scratch":
+        """Scratch for any image of `source`. Untouched memory takes no room."""
+        jpegs = source.modes == JPEG
+        pixels = np.empty((source.heights * source.widths)[jpegs].max(initial=0) * 3, np.uint8)
+        decoded = pixels.view()
+        decoded.setflags(write=False)
+        return cls(np.empty(source.sizes[jpegs].max(initial=0), np.uint8), pixels, decoded)
+
+
+class _Imdecode(types.WrapperAddressProtocol):
+    """`imdecode` of FFCV's C library (libffcv.cpp), its 13 arguments widened to 64 bits."""
+
+    def __init__(self) -> None:
+        package = importlib.util.find_spec("ffcv")
+        assert package is not None and package.origin is not None, "ffcv is a dependency"
+        library = next(Path(package.origin).parent.glob("_libffcv*.so"))
+        self._address = ctypes.cast(ctypes.CDLL(str(library)).imdecode, ctypes.c_void_p).value
+
+    def __wrapper_address__(self):
+        return self._address
+
+    def signature(self):
+        return types.int32(*[types.int64] * 13)
+
+
+imdecode = _Imdecode()
 
 _draw = numba.njit(order.draw)
 
 
 @numba.njit
+def _uniform(key, position, low, high):
+    return low + (high - low) * (np.float64(_draw(key, np.uint64(position)) >> np.uint64(11)) * 2.0**-53)
+
+
+@numba.njit
 def _uniform_int(key, position, low, high):
-    """A whole number from low to high, both included. The bias of the modulo is below (high - low) / 2**64."""
+    """A whole number from low to high, both included."""
     return low + np.int64(_draw(key, np.uint64(position)) % np.uint64(high - low + 1))
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
-def decode_translated(file, offsets, indices, key, flip, translate, images):
-    """Copy raw square images, flipped left to right half of the time and shifted by up to `translate` pixels each way.
+@numba.njit
+def _decode_jpeg(source, index, num_rows, scratch, imdecode):
+    """Decode the top num_rows rows, at least, of a JPEG into scratch.pixels.
 
-    What the shift uncovers is black, as with torchvision's RandomCrop(padding=translate). file: uint8 bytes; offsets:
-    int64 [N]; indices: int64 [B]; key: uint64, of the epoch; images: uint8 [B, H, W, 3], filled.
+    A copy of the stream claims to be that high, so that the decoder stops there. Its status is not looked at: it warns
+    of the rest. Every image was decoded when it was encoded.
+    """
+    offset, size = source.offsets[index], source.sizes[index]
+    height, width = source.heights[index], source.widths[index]
+    stream = scratch.jpeg[:size]
+    stream[:] = source.bytes[offset : offset + size]
+    height = min(height, (num_rows + _MCU_PX) // _MCU_PX * _MCU_PX + _MCU_PX)
+    marker = 2
+    while marker + 9 < size:
+        if 0xC0 <= stream[marker + 1] <= 0xC2:  # the frame header
+            stream[marker + 5], stream[marker + 6] = height >> 8, height & 0xFF
+            break
+        marker += 2 + (np.int64(stream[marker + 2]) << 8) + stream[marker + 3]
+    destination = np.int64(scratch.pixels.ctypes.data)
+    imdecode(np.int64(stream.ctypes.data), size, height, width, destination, height, width, 0, 0, 1, 1, 0, 0)
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def decode_shifted(source, indices, key, shift, images, scratch, imdecode):
+    """Fill images (uint8 [B, H, W, 3]) with samples `indices` (int64 [B]), flipped and shifted as `shift` says.
+
+    What a shift uncovers is black, as with torchvision's RandomCrop(padding=translate). key: uint64, of the epoch.
     """
     height, width = images.shape[1], images.shape[2]
     for b in range(len(indices)):
-        source = offsets[indices[b]]
+        if source.modes[indices[b]] == JPEG:
+            _decode_jpeg(source, indices[b], height, scratch, imdecode)
+            pixels, start = scratch.decoded, 0
+        else:
+            pixels, start = source.bytes, source.offsets[indices[b]]
         sample_key = _draw(key, np.uint64(indices[b]))
-        flipped = flip and _uniform_int(sample_key, 0, 0, 1) == 1
-        down = _uniform_int(sample_key, 1, -translate, translate)
-        right = _uniform_int(sample_key, 2, -translate, translate)
+        flipped = shift.flip and _uniform_int(sample_key, 0, 0, 1) == 1
+        down = _uniform_int(sample_key, 1, -shift.translate, shift.translate)
+        right = _uniform_int(sample_key, 2, -shift.translate, shift.translate)
         first = width - 1 + right if flipped else -right  # column of the source that lands at x = 0
         step = -1 if flipped else 1
         left_px, right_px = max(right, 0), width + min(right, 0)
         for y in range(height):
-            row = source + (y - down) * width * 3
-            filled = 0 <= y - down < height
+            row = start + (y - down) * width * 3
+            covered = 0 <= y - down < height
             for x in range(width):
-                if filled and left_px <= x < right_px:
+                if covered and left_px <= x < right_px:
                     pixel = row + (first + step * x) * 3
                     for channel in range(3):
-                        images[b, y, x, channel] = file[pixel + channel]
+                        images[b, y, x, channel] = pixels[pixel + channel]
                 else:
                     for channel in range(3):
                         images[b, y, x, channel] = 0
+
+
+@numba.njit
+def _random_box(key, height, width, crop):
+    """Top, left, height and width of a crop, drawn as torchvision's RandomResizedCrop.get_params does."""
+    for attempt in range(10):
+        area = height * width * _uniform(key, 4 * attempt + 1, crop.min_scale, crop.max_scale)
+        ratio = math.exp(_uniform(key, 4 * attempt + 2, math.log(crop.min_ratio), math.log(crop.max_ratio)))
+        w, h = np.int64(np.rint(math.sqrt(area * ratio))), np.int64(np.rint(math.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            top = _uniform_int(key, 4 * attempt + 3, 0, height - h)
+            return top, _uniform_int(key, 4 * attempt + 4, 0, width - w), h, w
+    w, h = width, height
+    if width / height < crop.min_ratio:
+        h = np.int64(np.rint(w / crop.min_ratio))
+    elif width / height > crop.max_ratio:
+        w = np.int64(np.rint(h * crop.max_ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@numba.njit
+def _center_span(side, short_side, resolution, ratio):
+    """Start and length, in source pixels, of what Resize and CenterCrop show along one side."""
+    resized_short = np.rint(resolution / ratio)
+    resized = math.floor(resized_short * side / short_side)
+    return np.rint((resized - resolution) / 2) * side / resized, resolution * side / resized
+
+
+@numba.njit
+def _taps(start, length, size, low, high):
+    """Weights of an antialiased bilinear resize of source [start, start + length) to `size` pixels.
+
+    The triangle filter of Pillow and torchvision. low, high: the source pixels that may be used. Returns the first
+    source pixel int64 [size], the weights float32 [size, most], and `most`, the number used at most.
+    """
+    scale = length / size
+    reach = max(scale, 1.0)
+    first = np.empty(size, np.int64)
+    weights = np.zeros((size, np.int64(math.ceil(reach)) * 2 + 1), np.float32)
+    most = 0
+    for i in range(size):
+        center = start + (i + 0.5) * scale
+        begin = max(np.int64(center - reach + 0.5), low)
+        count = min(np.int64(center + reach + 0.5), high) - begin
+        total = 0.0
+        for k in range(count):
+            total += max(0.0, 1.0 - abs(begin + k + 0.5 - center) / reach)
+        for k in range(count):
+            weights[i, k] = max(0.0, 1.0 - abs(begin + k + 0.5 - center) / reach) / total
+        first[i] = begin
+        most = max(most, count)
+    return first, weights, most
+
+
+@numba.njit
+def _resize(pixels, start, width, rows, columns, flipped, image):
+    """Weigh source rows, then columns, into image [R, R, 3]. rows, columns: of _taps.
+
+    Unsigned indices, because they need no check for counting from the end: that doubles the speed.
+    """
+    size = image.shape[0]
+    row_first, row_weights, row_most = rows
+    column_first, column_weights, column_most = columns
+    left = column_first[0]
+    num_values = min(column_first[size - 1] + column_most, width) * 3 - left * 3
+    row = np.zeros(num_values + column_most * 3, np.float32)
+    places = ((column_first - left) * 3).astype(np.uint64)
+    weights = column_weights.reshape(-1)
+    weights_step = np.uint64(column_weights.shape[1])
+    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
+    for y in range(size):
+        for k in range(row_most):
+            weight = row_weights[y, k]
+            begin = start + ((row_first[y] + k) * width + left) * 3
+            if k == 0:
+                values = pixels[begin : begin + num_values]
+                for x in range(num_values):
+                    row[x] = weight * values[x]
+            elif weight:
+                values = pixels[begin : begin + num_values]
+                for x in range(num_values):
+                    row[x] += weight * values[x]
+        line = image[y].reshape(-1)
+        out = np.uint64((size - 1) * 3 if flipped else 0)
+        out_step = np.uint64(-3 if flipped else 3)
+        w = np.uint64(0)
+        for x in range(size):
+            place = places[x]
+            red = green = blue = np.float32(0.5)
+            for k in range(np.uint64(column_most)):
+                weight = weights[w + k]
+                red += weight * row[place]
+                green += weight * row[place + one]
+                blue += weight * row[place + two]
+                place += three
+            w += weights_step
+            line[out] = np.int32(red)
+            line[out + one] = np.int32(green)
+            line[out + two] = np.int32(blue)
+            out += out_step
+
+
+@numba.njit
+def _resize_crop(source, index, top, left, height, width, inside, flipped, image, scratch, imdecode):
+    """Resize a box of sample `index` to image [R, R, 3]. inside: use no pixel outside of the box."""
+    num_rows, num_columns = source.heights[index], source.widths[index]
+    size = image.shape[0]
+    low, high = (np.int64(top), np.int64(top + height)) if inside else (0, num_rows)
+    rows = _taps(top, height, size, low, high)
+    low, high = (np.int64(left), np.int64(left + width)) if inside else (0, num_columns)
+    columns = _taps(left, width, size, low, high)
+    if source.modes[index] == JPEG:
+        _decode_jpeg(source, index, rows[0][size - 1] + rows[2], scratch, imdecode)
+        pixels, start = scratch.decoded, 0
+    else:
+        pixels, start = source.bytes, source.offsets[index]
+    _resize(pixels, start, num_columns, rows, columns, flipped, image)
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def decode_random_crops(source, indices, key, crop, images, scratch, imdecode):
+    """Fill images (uint8 [B, R, R, 3]) with a random crop of each sample, flipped half of the time."""
+    for b in range(len(indices)):
+        index = indices[b]
+        sample_key = _draw(key, np.uint64(index))
+        top, left, height, width = _random_box(sample_key, source.heights[index], source.widths[index], crop)
+        flipped = crop.flip and _uniform_int(sample_key, 0, 0, 1) == 1
+        box = np.float64(top), np.float64(left), np.float64(height), np.float64(width)
+        _resize_crop(source, index, *box, True, flipped, images[b], scratch, imdecode)
+
+
+@numba.njit(nogil=True, error_model="numpy", cache=True)
+def decode_center_crops(source, indices, key, crop, images, scratch, imdecode):  # as the others
+    """Fill images (uint8 [B, R, R, 3]) with the middle of each sample."""
+    resolution = images.shape[1]
+    for b in range(len(indices)):
+        index = indices[b]
+        height, width = source.heights[index], source.widths[index]
+        short_side = min(height, width)
+        top, box_height = _center_span(height, short_side, resolution, crop.ratio)
+        left, box_width = _center_span(width, short_side, resolution, crop.ratio)
+        _resize_crop(source, index, top, left, box_height, box_width, False, False, images[b], scratch, imdecode)
+
+
+_KERNELS = {Shift: decode_shifted, RandomCrop: decode_random_crops, CenterCrop: decode_center_crops}
+
+
+def fill(
+    source: Source,
+    indices: np.ndarray,
+    key: np.uint64,
+    geometry: Shift | RandomCrop | CenterCrop,
+    images: np.ndarray,
+    scratch: Scratch,
+) -> None:
+    """Fill images (uint8 [B, R, R, 3]) with samples `indices` (int64 [B]) as `geometry` says. key: of the epoch."""
+    _KERNELS[type(geometry)](source, indices, key, geometry, images, scratch, imdecode)

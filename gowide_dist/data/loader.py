@@ -2,23 +2,38 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Generator
+from concurrent.futures import Future, wait
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gowide_dist.data.beton import RAW, Beton
-from gowide_dist.data.decode import decode_translated
-from gowide_dist.data.order import AUGMENT_STREAM, epoch_key, random_order, training_batch, validation_share
+from gowide_dist.data import decode
+from gowide_dist.data.beton import Beton
+from gowide_dist.data.memory import available_memory_bytes
+from gowide_dist.data.order import (
+    AUGMENT_STREAM,
+    epoch_key,
+    quasi_random_order,
+    random_order,
+    training_batch,
+    validation_share,
+)
+from gowide_dist.data.threads import DaemonThreads
 from gowide_dist.errors import DataError
 
 _BATCHES_AHEAD = 2  # finished ones, beside those that the threads are working on
+_WINDOW_PAGES = 256  # 2 GiB of the file
+
+Result = TypeVar("Result")
+Indices: TypeAlias = NDArray[np.int64]
 
 
 class Batch(NamedTuple):
@@ -36,12 +51,20 @@ class Batch(NamedTuple):
 class Loader:
     """One process's share of the data stream of an FFCV file.
 
-    batch_size: of all processes together; num_threads: of this process.
-    Training (train=True) goes through a random order, whole batches only; flip and translate (pixels) augment, keyed by
-    (seed, epoch, sample). Validation goes through this process's part of the samples once, as they are.
-    resolution: side of the images in pixels. Raises DataError if the file is damaged or its images do not fit.
+    batch_size: of all processes together; num_threads: of this process; resolution: side of the images in pixels.
 
-    seconds_waited: how long the consumer has waited for batches, in all.
+    Training (train=True) goes through all samples in a random order, in whole batches. The images are augmented, keyed
+    by (seed, epoch, sample): flipped half of the time if `flip`, and either shifted by up to `translate` pixels or,
+    with crop_scale (least and greatest part of the area) and crop_ratio (width over height), cropped and resized.
+    order="quasi-random" reads a window of `window_pages` pages (8 MiB each) at a time, ahead: for files larger than
+    memory on slow disks.
+
+    Validation goes once through this process's part of the samples, as they are or, with center_crop_ratio, resized to
+    resolution / center_crop_ratio on the shorter side and cropped in the middle.
+
+    seconds_waited: how long the consumer has waited for batches, in all. memory_bytes: what the loader takes at most,
+    beside the cache of the file. Raises DataError if the file is damaged, if its images do not fit, or if it cannot be
+    read within timeout_s.
     """
 
     def __init__(
@@ -55,39 +78,81 @@ class Loader:
         seed: int = 0,
         flip: bool = False,
         translate: int = 0,
+        crop_scale: tuple[float, float] | None = None,
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        center_crop_ratio: float | None = None,
         resolution: int,
+        order: Literal["random", "quasi-random"] = "random",
+        window_pages: int = _WINDOW_PAGES,
         num_threads: int = 1,
         timeout_s: float = 300.0,
     ):
-        self._beton = Beton(beton)
-        self.num_samples = len(self._beton)
+        self._path, self._timeout_s, self._stalled = beton, timeout_s, False
+        self._train, self._seed = train, seed
+        self._batch_size, self._share = batch_size, batch_size // world_size
+        self._rank, self._world_size = rank, world_size
+        self._resolution, self._order, self._window_pages = resolution, order, window_pages
         self.seconds_waited = 0.0
-        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._train, self._seed, self._flip, self._translate = train, seed, flip, translate
-        self._timeout_s = timeout_s
-        sides = np.unique(np.concatenate([self._beton.heights, self._beton.widths]))
-        if sides.tolist() != [resolution]:
-            raise DataError(f"{beton}: images of {sides.min()} to {sides.max()} px, but the resolution is {resolution}")
-        if (self._beton.modes != RAW).any():
-            raise DataError(f"{beton}: images in JPEG")
-        share = batch_size // world_size
-        self._share = share
-        self._validation = validation_share(self.num_samples, rank, world_size)
-        self.steps_per_epoch = self.num_samples // batch_size if train else -(-len(self._validation) // share)
-        if not self.steps_per_epoch and train:
-            raise DataError(f"{beton}: {self.num_samples:,} images, fewer than one batch of {batch_size:,}")
+        self._threads = DaemonThreads(num_threads)
+        try:
+            self._beton = self._wait(self._threads.submit(partial(Beton, beton)))
+            self.num_samples = len(self._beton)
+            self._validation = validation_share(self.num_samples, rank, world_size)
+            self.steps_per_epoch = self.num_samples // batch_size if train else -(-len(self._validation) // self._share)
+            if train and not self.steps_per_epoch:
+                raise DataError(f"{beton}: {self.num_samples:,} images, fewer than one batch of {batch_size:,}")
+            self._geometry: decode.Shift | decode.RandomCrop | decode.CenterCrop
+            if train and crop_scale:
+                self._geometry = decode.RandomCrop(flip, *map(float, crop_scale), *map(float, crop_ratio))
+            elif not train and center_crop_ratio:
+                self._geometry = decode.CenterCrop(float(center_crop_ratio))
+            else:
+                self._check_sides()
+                self._geometry = decode.Shift(flip, translate) if train else decode.Shift(False, 0)
+        except DataError:
+            self.close()
+            raise
 
+        beton_ = self._beton
+        self._source = decode.Source(
+            beton_.bytes, beton_.offsets, beton_.sizes, beton_.modes, beton_.heights, beton_.widths
+        )
+        self._scratch: SimpleQueue[decode.Scratch] = SimpleQueue()
         self._ahead = num_threads + _BATCHES_AHEAD
-        shape = (self._ahead + 1, share, resolution, resolution, 3)  # one more, which the consumer holds
+        shape = (self._ahead + 1, self._share * resolution * resolution * 3)  # one more, which the consumer holds
         self._buffers = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
+        self.memory_bytes = self._buffers.nbytes
+        for _ in range(num_threads):
+            scratch = decode.Scratch.of(self._source)
+            self.memory_bytes += scratch.jpeg.nbytes + scratch.pixels.nbytes
+            self._scratch.put(scratch)
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def preflight(self, num_classes: int) -> None:
+        """Find out before a long run: labels in range, memory enough, a first batch in time. Raises DataError."""
+        labels = self._beton.labels
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise DataError(
+                f"{self._path}: labels {labels.min()} to {labels.max()}, but there are {num_classes} classes"
+            )
+        available = available_memory_bytes()
+        if self.memory_bytes > available:
+            raise DataError(
+                f"{self._path}: loading takes {self.memory_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are "
+                "free; take a smaller batch, fewer threads or more processes"
+            )
+        batches = self.batches()
+        next(batches)
+        batches.close()
+        self.seconds_waited = 0.0
+
+    def batches(self, epoch: int = 0, start: int = 0, resolution: int | None = None) -> Generator[Batch, None, None]:
         """The batches of an epoch from step `start` on. One iteration at a time; closing it early stops the work ahead.
 
-        Raises DataError if a batch does not come within timeout_s.
+        resolution: of this epoch's images, at most the loader's. Raises DataError if a batch does not come within
+        timeout_s.
         """
-        order = random_order(self.num_samples, self._seed, epoch) if self._train else self._validation
+        side = resolution or self._resolution
+        order, pages = self._epoch_order(epoch)
         key = epoch_key(self._seed, epoch, AUGMENT_STREAM)
         steps = iter(range(start, self.steps_per_epoch))
         pending: deque[Future[Batch]] = deque()
@@ -95,8 +160,12 @@ class Loader:
         def submit(count: int) -> None:
             copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
             for step in islice(steps, count):
-                buffer = self._buffers[step % len(self._buffers)]
-                pending.append(self._threads.submit(self._decode, self._indices(order, step), key, buffer, copied))
+                while pages and pages[0][0] <= step:
+                    self._beton.read_ahead(pages.popleft()[1])
+                images = self._buffers[step % len(self._buffers)]
+                indices = self._indices(order, step)
+                images = images[: len(indices) * side * side * 3].view(len(indices), side, side, 3)
+                pending.append(self._threads.submit(partial(self._decode, indices, key, images, copied)))
 
         try:
             submit(self._ahead)
@@ -106,33 +175,58 @@ class Loader:
         finally:
             for future in pending:
                 future.cancel()
-            wait(pending)
+            if not self._stalled:
+                wait(pending)
 
     def close(self) -> None:
-        """End the threads. An iteration that is still open is over."""
-        self._threads.shutdown(cancel_futures=True)
+        """End the threads, but for one that is stuck: it ends with the process."""
+        if not self._stalled:
+            self._threads.close()
 
-    def _indices(self, order: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+    def _epoch_order(self, epoch: int) -> tuple[Indices, deque[tuple[int, int]]]:
+        """The order of samples of all processes (in validation, of this one), and when to read which page ahead.
+
+        The latter as (step, page): a window before the page is needed, evenly over the epoch.
+        """
+        if not self._train:
+            return self._validation, deque()
+        if self._order == "random":
+            return random_order(self.num_samples, self._seed, epoch), deque()
+        order, pages = quasi_random_order(self._beton.pages, self._window_pages, self._seed, epoch)
+        steps = (np.arange(len(pages)) - self._window_pages) * self.steps_per_epoch // len(pages)
+        return order, deque(zip(steps.tolist(), pages.tolist(), strict=True))
+
+    def _indices(self, order: Indices, step: int) -> Indices:
         if self._train:
             return training_batch(order, step, self._batch_size, self._rank, self._world_size)
         return order[step * self._share : (step + 1) * self._share]
 
-    def _decode(
-        self, indices: NDArray[np.int64], key: np.uint64, buffer: Tensor, copied: torch.cuda.Event | None
-    ) -> Batch:
+    def _decode(self, indices: Indices, key: np.uint64, images: Tensor, copied: torch.cuda.Event | None) -> Batch:
         if copied is not None:
             copied.synchronize()
-        images, beton = buffer[: len(indices)], self._beton
-        decode_translated(beton.bytes, beton.offsets, indices, key, self._flip, self._translate, images.numpy())
-        return Batch(images, torch.from_numpy(beton.labels[indices]), torch.from_numpy(indices))
+        scratch = self._scratch.get()
+        try:
+            decode.fill(self._source, indices, key, self._geometry, images.numpy(), scratch)
+        finally:
+            self._scratch.put(scratch)
+        return Batch(images, torch.from_numpy(self._beton.labels[indices]), torch.from_numpy(indices))
 
-    def _wait(self, future: Future[Batch]) -> Batch:
+    def _wait(self, future: Future[Result]) -> Result:
         start = time.monotonic()
         try:
             return future.result(self._timeout_s)
         except TimeoutError:
+            self._stalled = True
             raise DataError(
-                f"{self._beton.path}: no batch within {self._timeout_s:g} s; is the file system reachable?"
+                f"{self._path}: nothing came within {self._timeout_s:g} s; is the file system reachable?"
             ) from None
         finally:
             self.seconds_waited += time.monotonic() - start
+
+    def _check_sides(self) -> None:
+        sides = np.concatenate([self._beton.heights, self._beton.widths])
+        if sides.min() != self._resolution or sides.max() != self._resolution:
+            raise DataError(
+                f"{self._path}: images of {sides.min()} to {sides.max()} px, but the resolution is {self._resolution}; "
+                "set it to theirs, or crop_scale and center_crop_ratio to crop and resize"
+            )

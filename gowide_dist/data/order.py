@@ -14,7 +14,7 @@ _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
-ORDER_STREAM, AUGMENT_STREAM = range(2)
+ORDER_STREAM, AUGMENT_STREAM, PAGE_STREAM = range(3)
 
 
 def draw(key: Any, position: Any) -> Any:
@@ -26,7 +26,7 @@ def draw(key: Any, position: Any) -> Any:
 
 
 def epoch_key(seed: int, epoch: int, stream: int) -> np.uint64:
-    """The key of one random stream (ORDER_STREAM, AUGMENT_STREAM) of an epoch."""
+    """The key of one random stream (ORDER_STREAM, AUGMENT_STREAM, PAGE_STREAM) of an epoch."""
     key = np.zeros(1, np.uint64)
     for part in (seed, epoch, stream):
         key = draw(key, np.array([part + 1], np.uint64))
@@ -37,6 +37,36 @@ def random_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """A permutation of the samples, the same for every process: [num_samples], sorted by their draws."""
     draws: NDArray[np.uint64] = draw(epoch_key(seed, epoch, ORDER_STREAM), np.arange(num_samples, dtype=np.uint64))
     return np.argsort(draws, kind="stable")
+
+
+def quasi_random_order(
+    pages: NDArray[np.int64], window_pages: int, seed: int, epoch: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A permutation of the samples that goes through the file a window of random pages at a time, for slow disks.
+
+    pages: [N], the page of each sample. Returns the order [N], and the pages in the order in which they are needed.
+    """
+    key = epoch_key(seed, epoch, PAGE_STREAM)
+    distinct, page_of_sample = np.unique(pages, return_inverse=True)
+    shuffled = np.argsort(draw(key, distinct.astype(np.uint64)), kind="stable")
+    window = np.empty(len(distinct), np.int64)
+    window[shuffled] = np.arange(len(distinct)) // window_pages
+    draws = draw(epoch_key(seed, epoch, ORDER_STREAM), np.arange(len(pages), dtype=np.uint64))
+    return np.lexsort((draws, window[page_of_sample])), distinct[shuffled]
+
+
+def order_report(order: NDArray[np.int64], pages: NDArray[np.int64], batch_size: int) -> dict[str, float]:
+    """How local and how random an order is.
+
+    pages_per_batch: pages that a global batch touches, on average. adjacent_correlation: between the places in the file
+    of samples that follow each other; 0 for a random order, 1 for the order of the file.
+    """
+    batches = [order[start : start + batch_size] for start in range(0, len(order) - batch_size + 1, batch_size)]
+    return {
+        "pages": float(len(np.unique(pages))),
+        "pages_per_batch": float(np.mean([len(np.unique(pages[batch])) for batch in batches])),
+        "adjacent_correlation": float(np.corrcoef(order[:-1], order[1:])[0, 1]),
+    }
 
 
 def training_batch(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gowide_dist.data import loader as loader_module
+from gowide_dist.data import decode
 from gowide_dist.data.beton import Beton
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.errors import DataError
@@ -135,14 +135,14 @@ def test_an_error_in_a_thread_reaches_the_consumer(small_set: Path, monkeypatch:
     def broken(*_):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(loader_module, "decode_translated", broken)
+    monkeypatch.setattr(decode, "fill", broken)
     with pytest.raises(RuntimeError, match="broken"):
         stream(small_set)
 
 
 def test_a_stall_is_an_error_that_names_the_file(small_set: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loader_module, "decode_translated", lambda *_: time.sleep(0.5))
-    with pytest.raises(DataError, match=r"train\.beton: no batch within 0\.1 s"):
+    monkeypatch.setattr(decode, "fill", lambda *_: time.sleep(0.5))
+    with pytest.raises(DataError, match=r"train\.beton: nothing came within 0\.1 s"):
         stream(small_set, timeout_s=0.1)
 
 

@@ -1,0 +1,45 @@
+"""Threads that decode batches."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class DaemonThreads:
+    """Threads that run what is submitted, in order.
+
+    Unlike ThreadPoolExecutor's they are daemons: one that is stuck in a dead file system cannot keep the process alive.
+    """
+
+    def __init__(self, count: int):
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name=f"loader-{i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Run `function` in the next free thread; its result or exception comes by the future."""
+        future: Future[Result] = Future()
+        self._tasks.put((future, function))
+        return future
+
+    def close(self) -> None:
+        """End the threads once they have done what was submitted."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while task := self._tasks.get():
+            future, function = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+            del task, future, function  # a waiting thread must not keep the last batch alive
