@@ -17,7 +17,7 @@ import numpy as np
 from numba import types
 
 from gowide_dist.data import order
-from gowide_dist.data.beton import JPEG
+from gowide_dist.data.beton import JPEG, Beton
 
 _MCU_PX = 16  # the largest block that JPEG codes together, and more than chroma upsampling looks ahead
 
@@ -31,6 +31,11 @@ class Source(NamedTuple):
     modes: np.ndarray
     heights: np.ndarray
     widths: np.ndarray
+
+
+def source_of(beton: Beton) -> Source:
+    """What decoding needs of an open file."""
+    return Source(beton.bytes, beton.offsets, beton.sizes, beton.modes, beton.heights, beton.widths)
 
 
 class Shift(NamedTuple):
@@ -125,6 +130,17 @@ def _decode_jpeg(source, index, num_rows, scratch, imdecode):
         marker += 2 + (np.int64(stream[marker + 2]) << 8) + stream[marker + 3]
     destination = np.int64(scratch.pixels.ctypes.data)
     imdecode(np.int64(stream.ctypes.data), size, height, width, destination, height, width, 0, 0, 1, 1, 0, 0)
+
+
+@numba.njit(nogil=True, cache=True)
+def _decode_whole(source, indices, scratch, imdecode):
+    for index in indices:
+        _decode_jpeg(source, index, source.heights[index], scratch, imdecode)
+
+
+def decode_whole(source: Source, indices: np.ndarray, scratch: Scratch) -> None:
+    """Decode JPEGs and forget them: the limit of any loader that decodes whole images."""
+    _decode_whole(source, indices, scratch, imdecode)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)

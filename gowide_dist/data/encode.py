@@ -1,74 +1,125 @@
 """`gowide encode`: a dataset in its usual form on disk becomes train.beton, val.beton and dataset.json."""
 
 import hashlib
+import multiprocessing
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gowide_dist.data.beton import Beton, BetonWriter, EncodedImage, index_checksum, read_index
-from gowide_dist.data.idx import read_idx
-from gowide_dist.data.images import channel_moments, encode_raw
+from gowide_dist.data.beton import Beton, BetonWriter, index_checksum, read_index
+from gowide_dist.data.images import BadImage, Sample, Storage, encode_sample
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
 from gowide_dist.data.progress import say, track
+from gowide_dist.data.sources import (
+    Dataset,
+    Images,
+    SplitName,
+    read_cifar,
+    read_fashion_mnist,
+    read_image_folder,
+    stratified,
+)
 from gowide_dist.errors import DataError
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+SKIPPED_FILE_NAME = "skipped.txt"
 
-SplitName = Literal["train", "val", "test"]
-Encoding = dict[str, str | int | float | bool | None]
+_CHUNK = 32  # files that a worker is sent at a time
+_CHUNKS_AHEAD = 4  # for each worker
 
-
-class Sample(NamedTuple):
-    """An image ready to be written. moments: see channel_moments."""
-
-    image: EncodedImage
-    label: int
-    moments: NDArray[np.float64]
+Encoding: TypeAlias = dict[str, str | int | float | bool | None]
 
 
-class Samples(NamedTuple):
-    """The samples of a split, in the order of the file; `total` at most."""
+@dataclass(frozen=True)
+class Options:
+    """How to encode.
 
-    total: int
-    stream: Iterator[Sample]
+    jpg_share: part of the images stored as JPEG, of `quality` 1 to 100; the others are stored raw. max_side_px: larger
+    images are shrunk to it. subset: this many training images only; held_out: this many training images become the
+    validation part, and what was the validation part becomes `test`; both stratified. skip_bad: leave files out that
+    hold no whole image, and list them in skipped.txt. workers: processes that read files, by default one a core.
+    """
+
+    jpg_share: float = 0.0
+    quality: int = 90
+    max_side_px: int | None = None
+    subset: int | None = None
+    held_out: int | None = None
+    skip_bad: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("jpg_share", 0, 1), ("quality", 1, 100)):
+            if not low <= getattr(self, name) <= high:
+                raise DataError(f"{name} {getattr(self, name)}: give a number from {low} to {high}")
+        for name in ("max_side_px", "subset", "held_out"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DataError(f"{name} {value}: give a number above 0")
+
+    @property
+    def storage(self) -> Storage:
+        """What concerns the single image."""
+        return Storage(self.jpg_share, self.quality, self.max_side_px)
+
+    def differing(self) -> Encoding:
+        """What is not the default and changes the result."""
+        default = asdict(Options())
+        return {name: value for name, value in asdict(self).items() if value != default[name] and name != "workers"}
 
 
-Splits = Mapping[SplitName, Samples]
+def encode_fashion_mnist(out: Path, root: Path | None = None, options: Options | None = None) -> DatasetInfo:
+    """Encode Fashion-MNIST, or any images in its four idx files. As all encode functions:
 
-
-def encode_fashion_mnist(out: Path, root: Path | None = None) -> DatasetInfo:
-    """Encode Fashion-MNIST, or any images in its four idx files, as raw RGB.
-
-    root: folder of the idx files; by default where Debian's package puts them. Does nothing if `out` already holds
-    this. Raises DataError for files that are missing or damaged, and if `out` holds something else.
+    Does nothing if `out` already holds this. root: where the dataset lies; here by default where Debian's package puts
+    it. Raises DataError for files that are missing or damaged, if `out` holds something else, and if the disk is full;
+    nothing is then left under the final names.
     """
     root = root or FASHION_MNIST_ROOT
-    encoding: Encoding = {"dataset": "fashion-mnist", "root": str(root.resolve())}
-    if info := find_encoded(out, encoding):
-        return info
     if not root.is_dir():
         raise DataError(f"{root}: not found; run `apt install dataset-fashion-mnist` or give --root")
-    splits: Splits = {"train": _read_idx_split(root, "train"), "val": _read_idx_split(root, "t10k")}
-    return write_dataset(out, f"Fashion-MNIST from {root}", encoding, FASHION_MNIST_CLASSES, splits)
+    return _encode("fashion-mnist", out, root, options or Options())
 
 
-def _read_idx_split(root: Path, prefix: str) -> Samples:
-    images = read_idx(root / f"{prefix}-images-idx3-ubyte", 3)
-    labels = read_idx(root / f"{prefix}-labels-idx1-ubyte", 1)
-    if len(images) != len(labels) or not len(images):
-        raise DataError(f"{root}: {len(images):,} images but {len(labels):,} labels in the files {prefix}-*")
-    if labels.max() >= len(FASHION_MNIST_CLASSES):
-        raise DataError(f"{root}/{prefix}-labels-idx1-ubyte: label {labels.max()}; the classes are 0 to 9")
-    rgb = (np.repeat(image[:, :, None], 3, axis=2) for image in images)
-    stream = (Sample(encode_raw(i), int(label), channel_moments(i)) for i, label in zip(rgb, labels, strict=True))
-    return Samples(len(images), stream)
+def encode_cifar10(out: Path, root: Path, options: Options | None = None) -> DatasetInfo:
+    """Encode CIFAR-10 from cifar-10-batches-py."""
+    return _encode("cifar10", out, root, options or Options())
+
+
+def encode_cifar100(out: Path, root: Path, options: Options | None = None) -> DatasetInfo:
+    """Encode CIFAR-100, its fine labels, from cifar-100-python."""
+    return _encode("cifar100", out, root, options or Options())
+
+
+def encode_image_folder(out: Path, root: Path, options: Options | None = None) -> DatasetInfo:
+    """Encode train/CLASS/* and val/CLASS/*, by default all as JPEG."""
+    return _encode("imagefolder", out, root, options or Options(jpg_share=1.0))
+
+
+def _encode(
+    name: Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder"], out: Path, root: Path, options: Options
+) -> DatasetInfo:
+    encoding: Encoding = {"dataset": name, "root": str(root.resolve()), **options.differing()}
+    if info := find_encoded(out, encoding):
+        return info
+    match name:
+        case "fashion-mnist":
+            dataset = read_fashion_mnist(root)
+        case "cifar10":
+            dataset = read_cifar(root, 10)
+        case "cifar100":
+            dataset = read_cifar(root, 100)
+        case "imagefolder":
+            dataset = read_image_folder(root)
+    return write_dataset(out, _divide(dataset, options), encoding, options)
 
 
 def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
@@ -92,17 +143,38 @@ def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
     return info
 
 
-def write_dataset(out: Path, source: str, encoding: Encoding, classes: tuple[str, ...], splits: Splits) -> DatasetInfo:
+def _divide(dataset: Dataset, options: Options) -> Dataset:
+    """Cut the validation part from training, then the subset, as the options say."""
+    splits = dict(dataset.splits)
+    for name, count in (("held-out", options.held_out), ("subset", options.subset)):
+        train = splits["train"]
+        if count is None:
+            continue
+        if count >= len(train) + (name == "subset"):
+            raise DataError(f"--{name} {count:,}: there are {len(train):,} training images")
+        chosen = stratified(train.labels, count)
+        if name == "held-out":
+            if "val" in splits:
+                splits["test"] = splits["val"]
+            splits["val"] = train.take(np.flatnonzero(chosen))
+            chosen = ~chosen
+        splits["train"] = train.take(np.flatnonzero(chosen))
+    if "val" not in splits:
+        raise DataError(f"{dataset.description}: no validation images; give --held-out to take some from training")
+    return Dataset(dataset.description, dataset.classes, splits)
+
+
+def write_dataset(out: Path, dataset: Dataset, encoding: Encoding, options: Options) -> DatasetInfo:
     """Write the files of a dataset beside `out`, then move them in, dataset.json last: without it there is no dataset.
 
-    Raises DataError if the folder cannot be written or the disk is full; nothing is then left.
+    Raises DataError if an image is bad or the folder cannot be written; nothing is then left.
     """
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            info = _write_files(partial, source, encoding, classes, splits)
+            info = _write_files(partial, dataset, encoding, options)
             out.mkdir(exist_ok=True)
             (out / FILE_NAME).unlink(missing_ok=True)
             for path in sorted(partial.iterdir(), key=lambda path: path.name == FILE_NAME):
@@ -114,32 +186,43 @@ def write_dataset(out: Path, source: str, encoding: Encoding, classes: tuple[str
     return info
 
 
-def _write_files(
-    folder: Path, source: str, encoding: Encoding, classes: tuple[str, ...], splits: Splits
-) -> DatasetInfo:
-    sides: set[tuple[int, int]] = set()
+def _write_files(folder: Path, dataset: Dataset, encoding: Encoding, options: Options) -> DatasetInfo:
+    sides: set[int] = set()
     moments = np.zeros((2, 3))
+    bad: list[BadImage] = []
     files: dict[SplitName, Split] = {}
-    for name, samples in splits.items():
+    for name, images in dataset.splits.items():
         path = folder / f"{name}.beton"
-        with BetonWriter(path, samples.total) as writer:
-            for image, label, image_moments in track(samples.stream, f"encoding {name}", samples.total):
-                writer.write(image, label)
-                sides.add((image.height, image.width))
+        with BetonWriter(path, len(images)) as writer:
+            for sample in track(_encode_samples(images, options), f"encoding {name}", len(images)):
+                if isinstance(sample, BadImage):
+                    bad.append(sample)
+                    say(f"bad image {sample.path}: {sample.reason}")
+                    continue
+                writer.write(sample.image, sample.label)
+                sides |= {sample.image.height, sample.image.width}
                 if name == "train":
-                    moments += image_moments
+                    moments += sample.moments
+        if not writer.num_samples:
+            raise DataError(f"{dataset.description}: no good image in {name}")
         if name == "train":
             moments /= writer.num_samples
         files[name] = _describe(path, writer.num_samples)
-    heights_and_widths = {side for pair in sides for side in pair}
-    smallest, largest = min(heights_and_widths), max(heights_and_widths)
+    if bad and not options.skip_bad:
+        first = bad[0]
+        raise DataError(
+            f"{len(bad):,} bad images, listed above, the first {first.path} ({first.reason}); "
+            "mend or remove them, or leave them out with --skip-bad"
+        )
+    if bad:
+        (folder / SKIPPED_FILE_NAME).write_text("".join(f"{image.path}\t{image.reason}\n" for image in bad))
     info = DatasetInfo(
-        source=source,
+        source=dataset.description,
         encoding=encoding,
-        classes=classes,
-        min_side_px=smallest,
-        max_side_px=largest,
-        fixed_side_px=largest if smallest == largest else None,
+        classes=dataset.classes,
+        min_side_px=min(sides),
+        max_side_px=max(sides),
+        fixed_side_px=max(sides) if len(sides) == 1 else None,
         mean=tuple(moments[0].round(6)),
         std=tuple(np.sqrt(moments[1] - moments[0] ** 2).round(6)),
         splits=files,
@@ -158,3 +241,38 @@ def _describe(path: Path, num_samples: int) -> Split:
         checksum=checksum,
         index_checksum=index_checksum(read_index(path, num_samples)),
     )
+
+
+def _encode_samples(images: Images, options: Options) -> Iterator[Sample | BadImage]:
+    """Encode in order; files in worker processes, so that the file's bytes do not depend on how many there are."""
+    workers = options.workers or len(os.sched_getaffinity(0))
+    chunks = (
+        (images.items[start : start + _CHUNK], images.labels[start : start + _CHUNK], start, options.storage)
+        for start in range(0, len(images), _CHUNK)
+    )
+    if images.items.dtype != object or workers == 1:
+        for chunk in chunks:
+            yield from _encode_chunk(*chunk)
+        return
+    pending: deque[Future[list[Sample | BadImage]]] = deque()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(_encode_chunk, *chunk))
+            if len(pending) > workers * _CHUNKS_AHEAD:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise DataError("a worker process of the encoding died; is there enough memory? try fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode_chunk(
+    items: "np.typing.NDArray[np.object_]", labels: "np.typing.NDArray[np.int64]", start: int, storage: Storage
+) -> list[Sample | BadImage]:
+    return [
+        encode_sample(item, int(label), start + offset, storage)
+        for offset, (item, label) in enumerate(zip(items, labels, strict=True))
+    ]

@@ -1,22 +1,102 @@
-"""Pixels on their way into a dataset: encoded as they will lie in the file, and summed for the channel statistics."""
+"""Pixels on their way into a dataset: read from any image file, made right RGB, encoded as they will lie there."""
 
-from typing import TypeAlias
+import io
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
-from gowide_dist.data.beton import RAW, EncodedImage
+from gowide_dist.data.beton import JPEG, MAX_SIDE_PX, RAW, EncodedImage
+from gowide_dist.data.order import draw
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
-
-def encode_raw(image: Pixels) -> EncodedImage:
-    """image: [H, W, 3] RGB."""
-    return EncodedImage(RAW, image.shape[0], image.shape[1], image.tobytes())
+_JPEG_MAX_SIDE_PX = 65_500  # of libjpeg
 
 
-def channel_moments(image: Pixels) -> NDArray[np.float64]:
+class Sample(NamedTuple):
+    """An image ready to be written. moments: see channel_moments."""
+
+    image: EncodedImage
+    label: int
+    moments: NDArray[np.float64]
+
+
+class BadImage(NamedTuple):
+    """A file that holds no whole image, and why."""
+
+    path: Path
+    reason: str
+
+
+class Storage(NamedTuple):
+    """How pixels are stored. jpg_share: the part of the images that become JPEG, the others stay raw."""
+
+    jpg_share: float
+    quality: int
+    max_side_px: int | None
+
+
+def encode_sample(source: Path | Pixels, label: int, index: int, storage: Storage) -> Sample | BadImage:
+    """Encode a file, or pixels [H, W] or [H, W, 3]; `index` decides which samples become JPEG."""
+    if isinstance(source, Path):
+        try:
+            pixels = read_rgb(source.read_bytes())
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            return BadImage(source, " ".join(reason.replace(f"{source}", "").split()))
+    else:
+        pixels = source if source.ndim == 3 else np.repeat(source[:, :, None], 3, axis=2)
+    pixels = _shrink(pixels, storage.max_side_px)
+    as_jpg = float(draw(np.zeros(1, np.uint64), np.array([index], np.uint64))[0]) / 2**64 < storage.jpg_share
+    longest = max(pixels.shape[:2])
+    if longest > (_JPEG_MAX_SIDE_PX if as_jpg else MAX_SIDE_PX):
+        return BadImage(Path(str(source)), f"{longest:,} px wide or high: too large; use --max-side-px")
+    image = encode_jpg(pixels, storage.quality) if as_jpg else encode_raw(pixels)
+    return Sample(image, label, channel_moments(pixels))
+
+
+def read_rgb(content: bytes) -> Pixels:
+    """Decode an image file of any kind that Pillow knows to upright RGB: [H, W, 3].
+
+    Turned as its EXIF says; CMYK, grey, palette and 16-bit images converted; transparency ignored, as torchvision
+    does. Raises OSError or ValueError if it is no image or not whole.
+    """
+    if not content:
+        raise ValueError("empty file")
+    with Image.open(io.BytesIO(content)) as file:
+        image: Image.Image = file
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255 instead of scaling
+            return np.repeat((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[:, :, None], 3, 2)
+        return np.asarray(image.convert("RGB"))
+
+
+def encode_raw(pixels: Pixels) -> EncodedImage:
+    """pixels: [H, W, 3] RGB."""
+    return EncodedImage(RAW, pixels.shape[0], pixels.shape[1], pixels.tobytes())
+
+
+def encode_jpg(pixels: Pixels, quality: int) -> EncodedImage:
+    """pixels: [H, W, 3] RGB. quality: 1 to 100, of libjpeg."""
+    done, stream = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done
+    return EncodedImage(JPEG, pixels.shape[0], pixels.shape[1], stream.tobytes())
+
+
+def channel_moments(pixels: Pixels) -> NDArray[np.float64]:
     """Mean and mean square of each channel, on a scale of 0 to 1: [2, 3] from [H, W, 3]."""
-    mean, std = cv2.meanStdDev(image)
+    mean, std = cv2.meanStdDev(pixels)
     return np.stack([mean[:, 0] / 255, (mean[:, 0] ** 2 + std[:, 0] ** 2) / 255**2])
+
+
+def _shrink(pixels: Pixels, max_side_px: int | None) -> Pixels:
+    height, width = pixels.shape[:2]
+    if max_side_px is None or max(height, width) <= max_side_px:
+        return pixels
+    scale = max_side_px / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)

@@ -113,10 +113,7 @@ class Loader:
             self.close()
             raise
 
-        beton_ = self._beton
-        self._source = decode.Source(
-            beton_.bytes, beton_.offsets, beton_.sizes, beton_.modes, beton_.heights, beton_.widths
-        )
+        self._source = decode.source_of(self._beton)
         self._scratch: SimpleQueue[decode.Scratch] = SimpleQueue()
         self._ahead = num_threads + _BATCHES_AHEAD
         shape = (self._ahead + 1, self._share * resolution * resolution * 3)  # one more, which the consumer holds

@@ -1,0 +1,176 @@
+"""Datasets in their usual form on disk: which images there are, and their labels. Layouts as torchvision has them."""
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gowide_dist.data.idx import read_idx
+from gowide_dist.data.order import draw
+from gowide_dist.errors import DataError
+
+SplitName: TypeAlias = Literal["train", "val", "test"]
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a split: pixels uint8 [N, H, W] or [N, H, W, 3], or paths [N]; and labels int64 [N]."""
+
+    items: NDArray[Any]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.int64]) -> "Images":
+        """The images `indices`, in that order."""
+        return Images(self.items[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is to be encoded. classes: names in the order of the labels."""
+
+    description: str
+    classes: tuple[str, ...]
+    splits: dict[SplitName, Images]
+
+
+def read_fashion_mnist(root: Path) -> Dataset:
+    """Four idx files, packed or not. Raises DataError if one is missing or damaged."""
+    splits: dict[SplitName, Images] = {"train": _read_idx_split(root, "train"), "val": _read_idx_split(root, "t10k")}
+    return Dataset(f"Fashion-MNIST from {root}", FASHION_MNIST_CLASSES, splits)
+
+
+def _read_idx_split(root: Path, prefix: str) -> Images:
+    images = read_idx(root / f"{prefix}-images-idx3-ubyte", 3)
+    labels = read_idx(root / f"{prefix}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels) or not len(images):
+        raise DataError(f"{root}: {len(images):,} images but {len(labels):,} labels in the files {prefix}-*")
+    if labels.max() >= len(FASHION_MNIST_CLASSES):
+        raise DataError(f"{root}/{prefix}-labels-idx1-ubyte: label {labels.max()}; the classes are 0 to 9")
+    return Images(images, labels.astype(np.int64))
+
+
+def read_cifar(root: Path, num_classes: Literal[10, 100]) -> Dataset:
+    """CIFAR's pickles for Python, in `root` or in their usual folder there. Raises DataError as read_fashion_mnist."""
+    if num_classes == 10:
+        folder, train, val = "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+        labels_key, meta, names_key = "labels", "batches.meta", "label_names"
+    else:
+        folder, train, val = "cifar-100-python", ["train"], ["test"]
+        labels_key, meta, names_key = "fine_labels", "meta", "fine_label_names"
+    root = root / folder if (root / folder).is_dir() else root
+    classes = tuple(map(str, _read_pickle(root / meta, names_key)[names_key]))
+    if len(classes) != num_classes:
+        raise DataError(f"{root / meta}: {len(classes)} classes instead of {num_classes}")
+    splits: dict[SplitName, Images] = {
+        "train": _read_cifar_split(root, train, labels_key, num_classes),
+        "val": _read_cifar_split(root, val, labels_key, num_classes),
+    }
+    return Dataset(f"CIFAR-{num_classes} from {root}", classes, splits)
+
+
+def _read_cifar_split(root: Path, names: list[str], labels_key: str, num_classes: int) -> Images:
+    images, labels = [], []
+    for name in names:
+        content = _read_pickle(root / name, "data", labels_key)
+        pixels, numbers = content["data"], np.asarray(content[labels_key])
+        shaped = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(numbers), 3072)
+        if not shaped or not len(numbers):
+            raise DataError(f"{root / name}: not CIFAR images of 3,072 bytes with a label each; get the file again")
+        if numbers.dtype.kind != "i" or numbers.min() < 0 or numbers.max() >= num_classes:
+            raise DataError(f"{root / name}: labels outside of 0 to {num_classes - 1}; get the file again")
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels.append(numbers.astype(np.int64))
+    return Images(np.concatenate(images), np.concatenate(labels))
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Loads arrays and plain values; a pickle that would run anything else is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("numpy") and name in {"_reconstruct", "ndarray", "dtype"}:
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_pickle(path: Path, *keys: str) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; give the folder of CIFAR's python version as --root") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        raise DataError(f"{path}: cannot be read ({error}); get the file again") from None
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise DataError(f"{path}: no {' or '.join(keys)} in it; get the file again")
+    return content
+
+
+def read_image_folder(root: Path) -> Dataset:
+    """Folders train/ and val/ (which may be missing) of class folders, as ImageNet's; links are followed.
+
+    Every file that is not hidden counts as an image, at any depth. Training images come shuffled, so that a page of the
+    file holds many classes. Raises DataError for missing or empty folders and for classes that only val/ has.
+    """
+    train = root / "train"
+    if not train.is_dir():
+        raise DataError(f"{train}: not found; images go into {root}/train/CLASS/ and {root}/val/CLASS/")
+    classes = _class_names(train)
+    paths, labels = _list_images(train, classes)
+    if empty := sorted(set(range(len(classes))) - set(labels.tolist())):
+        names = ", ".join(classes[label] for label in empty[:5])
+        raise DataError(f"{train}: {len(empty)} class folders without images ({names}); remove or fill them")
+    shuffled = np.argsort(draw(np.zeros(1, np.uint64), np.arange(len(labels), dtype=np.uint64)), kind="stable")
+    splits: dict[SplitName, Images] = {"train": Images(paths, labels).take(shuffled)}
+    if (root / "val").is_dir():
+        if unknown := sorted(set(_class_names(root / "val")) - set(classes)):
+            raise DataError(f"{root / 'val'}: class folder {unknown[0]} has no counterpart in {train}")
+        splits["val"] = Images(*_list_images(root / "val", classes))
+        if not len(splits["val"]):
+            raise DataError(f"{root / 'val'}: no images; fill it, or remove it and give --held-out")
+    return Dataset(f"image folder {root}", classes, splits)
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder}: no class folders in it")
+    return tuple(names)
+
+
+def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        for parent, folders, files in os.walk(folder / name, followlinks=True):
+            folders.sort()
+            images = [Path(parent, file) for file in sorted(files) if not file.startswith(".")]
+            paths += images
+            labels += [label] * len(images)
+    array = np.empty(len(paths), object)
+    array[:] = paths
+    return array, np.array(labels, np.int64)
+
+
+def stratified(labels: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+    """Choose `count` samples, of every class the same part as far as that goes: bool [N]. Always the same ones."""
+    draws = draw(np.zeros(1, np.uint64), np.arange(len(labels), dtype=np.uint64))
+    by_class = np.lexsort((draws, labels))
+    sizes = np.bincount(labels)
+    starts = np.cumsum(sizes) - sizes
+    rank_in_class = np.empty(len(labels))
+    rank_in_class[by_class] = np.arange(len(labels)) - np.repeat(starts, sizes)
+    chosen = np.lexsort((draws, (rank_in_class + 0.5) / sizes[labels]))[:count]
+    mask = np.zeros(len(labels), np.bool_)
+    mask[chosen] = True
+    return mask
