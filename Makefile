@@ -1,16 +1,18 @@
 # `make demo` and `make test` do all their set-up themselves; it is quick when nothing has changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench devcluster clean
 
 PYTHON ?= python3
 BIN := .venv/bin
-APT_PACKAGES := g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev dataset-fashion-mnist
+APT_PACKAGES := g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev dataset-fashion-mnist \
+	slurm-wlm slurmdbd munge mariadb-server
 SETUP := .venv/.setup-done
 
 help:
 	@echo "make demo    the whole chain on Fashion-MNIST, ending in a table of results"
 	@echo "make test    lint, types and all tests"
 	@echo "make bench   speed of the demo's parts on this machine, as ratios"
+	@echo "make devcluster  a Slurm of four nodes on this machine, to rehearse job chains on"
 	@echo "make setup   system packages, .venv and pinned Python packages; the others call it"
 
 setup: $(SETUP)
@@ -33,6 +35,9 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+devcluster: setup
+	slurm/devcluster/cluster.sh up
 
 lint: setup
 	$(BIN)/ruff check .
