@@ -5,14 +5,16 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gowide_dist.data.beton import Beton, BetonWriter, index_checksum, read_index
 from gowide_dist.data.images import BadImage, Sample, Storage, encode_sample
@@ -104,21 +106,22 @@ def encode_image_folder(out: Path, root: Path, options: Options | None = None) -
     return _encode("imagefolder", out, root, options or Options(jpg_share=1.0))
 
 
-def _encode(
-    name: Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder"], out: Path, root: Path, options: Options
-) -> DatasetInfo:
+_READERS: dict[str, Callable[[Path], Dataset]] = {
+    "fashion-mnist": read_fashion_mnist,
+    "cifar10": partial(read_cifar, num_classes=10),
+    "cifar100": partial(read_cifar, num_classes=100),
+    "imagefolder": read_image_folder,
+}
+
+
+def _encode(name: str, out: Path, root: Path, options: Options) -> DatasetInfo:
     encoding: Encoding = {"dataset": name, "root": str(root.resolve()), **options.differing()}
     if info := find_encoded(out, encoding):
         return info
-    match name:
-        case "fashion-mnist":
-            dataset = read_fashion_mnist(root)
-        case "cifar10":
-            dataset = read_cifar(root, 10)
-        case "cifar100":
-            dataset = read_cifar(root, 100)
-        case "imagefolder":
-            dataset = read_image_folder(root)
+    try:
+        dataset = _READERS[name](root)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     return write_dataset(out, _divide(dataset, options), encoding, options)
 
 
@@ -270,7 +273,7 @@ def _encode_samples(images: Images, options: Options) -> Iterator[Sample | BadIm
 
 
 def _encode_chunk(
-    items: "np.typing.NDArray[np.object_]", labels: "np.typing.NDArray[np.int64]", start: int, storage: Storage
+    items: NDArray[Any], labels: NDArray[np.int64], start: int, storage: Storage
 ) -> list[Sample | BadImage]:
     return [
         encode_sample(item, int(label), start + offset, storage)

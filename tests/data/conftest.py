@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.data.encode import Options, encode_fashion_mnist, encode_image_folder
 from tests.idx import write_fashion_mnist
 
 
@@ -13,3 +15,29 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_fashion_mnist(root / "idx", 601, 203)
     encode_fashion_mnist(root / "out", root / "idx")
     return root / "out"
+
+
+@pytest.fixture(scope="session")
+def photo_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 241 training and 61 validation images of 40 to 120 px, encoded, one half as JPEG."""
+    root = tmp_path_factory.mktemp("photos")
+    write_image_folder(root / "images", 241, 61)
+    encode_image_folder(root / "out", root / "images", Options(jpg_share=0.5, workers=1))
+    return root / "out"
+
+
+def photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Smooth colours, so that JPEG keeps them: uint8 [height, width, 3]."""
+    corners = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
+    return np.asarray(corners.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write_image_folder(root: Path, num_train: int, num_val: int, num_classes: int = 4) -> None:
+    """JPEGs of varying sizes in train/ and val/, a folder for each class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", num_train), ("val", num_val)):
+        for index in range(count):
+            path = root / split / f"class {index % num_classes}" / f"{index:04}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            height, width = rng.integers(40, 121, 2)
+            Image.fromarray(photo(rng, height, width)).save(path, quality=95)

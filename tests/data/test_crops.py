@@ -1,0 +1,290 @@
+"""Images of varying sizes, half of them JPEG: the same promises as for fixed ones, and the crops themselves."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from gowide_dist.data import decode
+from gowide_dist.data.beton import JPEG, Beton
+from gowide_dist.data.encode import FASHION_MNIST_ROOT, Options, encode_image_folder
+from gowide_dist.data.idx import read_idx
+from gowide_dist.data.images import encode_jpg, read_rgb
+from gowide_dist.data.loader import Batch, Loader
+from gowide_dist.data.order import order_report, quasi_random_order, random_order
+from gowide_dist.errors import DataError
+from tests.data.conftest import photo
+from tests.data.test_loader import same
+
+SIDE = 32
+CROP = decode.RandomCrop(True, 0.08, 1.0, 3 / 4, 4 / 3)
+
+
+def stream(
+    folder: Path, epoch: int = 0, start: int = 0, resolution: int | None = None, size: int = SIDE, **options
+) -> list[Batch]:
+    options = {"batch_size": 24, "flip": True, "crop_scale": (0.08, 1.0), **options}
+    loader = Loader(folder / "train.beton", train=True, resolution=size, **options)
+    batches = [Batch(*(tensor.clone() for tensor in batch)) for batch in loader.batches(epoch, start, resolution)]
+    loader.close()
+    return batches
+
+
+def pixels_of(beton: Beton, index: int) -> torch.Tensor:
+    """Image `index`, decoded by Pillow: [3, H, W]."""
+    stored = beton.bytes[beton.offsets[index] :][: beton.sizes[index]]
+    shape = beton.heights[index], beton.widths[index], 3
+    image = read_rgb(stored.tobytes()) if beton.modes[index] == JPEG else stored.reshape(shape)
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("order", ["random", "quasi-random"])
+class TestExactness:
+    """One stream, however it is cut."""
+
+    def test_same_epoch_twice_and_others_differ(self, photo_set: Path, order: str):
+        once = stream(photo_set, order=order)
+        assert same(once, stream(photo_set, order=order))
+        assert not same(once, stream(photo_set, epoch=1, order=order))
+        assert not same(once, stream(photo_set, seed=1, order=order))
+
+    def test_resume_at_20_random_steps(self, photo_set: Path, order: str):
+        whole = stream(photo_set, batch_size=4, order=order)
+        for start in np.random.default_rng(0).integers(0, len(whole), 20):
+            assert same(stream(photo_set, batch_size=4, start=int(start), order=order), whole[start:])
+
+    @pytest.mark.parametrize("world_size", [2, 3, 4])
+    def test_processes_join_to_one(self, photo_set: Path, order: str, world_size: int):
+        shares = [stream(photo_set, rank=rank, world_size=world_size, order=order) for rank in range(world_size)]
+        joined = [Batch(*(torch.cat(parts) for parts in zip(*step, strict=True))) for step in zip(*shares, strict=True)]
+        assert same(joined, stream(photo_set, order=order))
+
+    def test_threads_change_nothing(self, photo_set: Path, order: str):
+        assert same(stream(photo_set, num_threads=2, order=order), stream(photo_set, order=order))
+
+
+def test_resolution_changes_by_epoch_without_compiling(photo_set: Path):
+    loader = Loader(photo_set / "train.beton", train=True, batch_size=24, crop_scale=(0.3, 1.0), resolution=48)
+    list(loader.batches())
+    compiled = len(decode.decode_random_crops.signatures)
+    for epoch, side in enumerate((16, 24, 48)):
+        batches = loader.batches(epoch, resolution=side)
+        expected = stream(photo_set, epoch, resolution=side, flip=False, crop_scale=(0.3, 1.0), size=48)
+        assert torch.equal(next(batches).images, expected[0].images)
+        assert expected[0].images.shape == (24, side, side, 3)
+        batches.close()
+    assert len(decode.decode_random_crops.signatures) == compiled
+    loader.close()
+
+
+def test_pixels_are_torchvisions_of_the_same_box(photo_set: Path):
+    """Within a level where the image is raw: torchvision rounds between rows and columns. Of a JPEG, two decoders
+    differ (fast against exact inverse transform, chroma upsampling), by less than two levels on average."""
+    beton = Beton(photo_set / "train.beton")
+    images = np.empty((len(beton), SIDE, SIDE, 3), np.uint8)
+    key = np.uint64(7)
+    source = decode.source_of(beton)
+    decode.fill(source, np.arange(len(beton)), key, CROP, images, decode.Scratch.of(source))
+    num_flipped = 0
+    for index in range(len(beton)):
+        sample_key = np.uint64(decode._draw(key, np.uint64(index)))
+        top, left, height, width = decode._random_box(sample_key, beton.heights[index], beton.widths[index], CROP)
+        crop = pixels_of(beton, index)[:, top : top + height, left : left + width]
+        expected = functional.resize(crop, [SIDE, SIDE], antialias=True).permute(1, 2, 0).numpy().astype(int)
+        differences = [abs(images[index] - expected), abs(images[index] - expected[:, ::-1])]
+        flipped = int(differences[1].mean() < differences[0].mean())
+        num_flipped += flipped
+        if beton.modes[index] == JPEG:
+            assert differences[flipped].mean() < 2
+        else:
+            assert differences[flipped].max() <= 1
+    assert 90 < num_flipped < 150  # of 241
+
+
+def test_boxes_are_distributed_as_torchvisions():
+    """Two-sample Kolmogorov-Smirnov tests of area, ratio and position, at a level of 0.1 %."""
+    num, height, width = 4000, 300, 400
+    keys = np.arange(num, dtype=np.uint64)
+    ours = np.array(
+        [decode._random_box(np.uint64(decode._draw(np.uint64(3), key)), height, width, CROP) for key in keys]
+    )
+    torch.manual_seed(0)
+    transform = v2.RandomResizedCrop(SIDE)
+    image = torch.empty(3, height, width)
+    drawn = [transform.make_params([image]) for _ in range(num)]
+    theirs = np.array([[box[name] for name in ("top", "left", "height", "width")] for box in drawn])
+
+    def features(boxes: np.ndarray) -> dict[str, np.ndarray]:
+        top, left, h, w = boxes.T.astype(float)
+        rng = np.random.default_rng(0)  # breaks the ties of what can only be a few whole numbers
+        return {
+            "area": h * w,
+            "ratio": w / h,
+            "top": top / (height - h + 1) + rng.uniform(0, 1e-3, len(top)),
+            "left": left / (width - w + 1) + rng.uniform(0, 1e-3, len(left)),
+        }
+
+    for name, values in features(ours).items():
+        others = features(theirs)[name]
+        grid = np.sort(np.concatenate([values, others]))
+        cumulated = [np.searchsorted(np.sort(x), grid, side="right") / num for x in (values, others)]
+        assert abs(cumulated[0] - cumulated[1]).max() < 1.95 * np.sqrt(2 / num), name
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 1), (1, 300)])
+def test_boxes_of_extreme_images_lie_inside(height: int, width: int):
+    for key in range(200):
+        top, left, h, w = decode._random_box(np.uint64(key * 12345), height, width, CROP)
+        assert h > 0 and w > 0 and 0 <= top <= height - h and 0 <= left <= width - w
+
+
+def test_partly_decoded_is_the_top_of_the_whole():
+    rng = np.random.default_rng(0)
+    noise = np.asarray(rng.integers(0, 256, (133, 150, 3), np.uint8))
+    data = np.frombuffer(encode_jpg(noise, 90).data, np.uint8)
+    column = np.zeros(1, np.int64)
+    source = decode.Source(data, column, column + len(data), np.zeros(1, np.uint8), column + 133, column + 150)
+    scratch = decode.Scratch.of(source)
+    decode._decode_jpeg(source, 0, 133, scratch, decode.imdecode)
+    whole = scratch.pixels.reshape(133, 150, 3).copy()
+    for num_rows in range(1, 134):
+        scratch.pixels[:] = 0
+        decode._decode_jpeg(source, 0, num_rows, scratch, decode.imdecode)
+        assert (scratch.pixels.reshape(133, 150, 3)[:num_rows] == whole[:num_rows]).all()
+    assert abs(whole.astype(int) - read_rgb(data.tobytes())).mean() < 3
+
+
+@pytest.mark.parametrize("ratio", [0.875, 1.0])
+def test_validation_is_torchvisions_resize_and_center_crop(photo_set: Path, ratio: float):
+    """Tolerances and their reasons as above."""
+    beton = Beton(photo_set / "val.beton")
+    loader = Loader(photo_set / "val.beton", train=False, batch_size=16, resolution=SIDE, center_crop_ratio=ratio)
+    seen = 0
+    for batch in loader.batches():
+        for image, index in zip(batch.images.numpy(), batch.indices.tolist(), strict=True):
+            resized = functional.resize(pixels_of(beton, index), round(SIDE / ratio), antialias=True)
+            expected = functional.center_crop(resized, [SIDE, SIDE]).permute(1, 2, 0).numpy()
+            difference = abs(image - expected.astype(int))
+            assert difference.mean() < 2 if beton.modes[index] == JPEG else difference.max() <= 1
+            seen += 1
+    loader.close()
+    assert seen == len(beton)
+
+
+def test_jpegs_of_fixed_size_can_be_shifted(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "one").mkdir(parents=True)
+        for index in range(4):
+            Image.fromarray(photo(rng, SIDE, SIDE)).save(tmp_path / "images" / split / "one" / f"{index}.png")
+    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, quality=95, workers=1))
+    beton = Beton(tmp_path / "out" / "train.beton")
+    for batch in stream(tmp_path / "out", crop_scale=None, flip=False, translate=0, batch_size=4):
+        expected = torch.stack([pixels_of(beton, index).permute(1, 2, 0) for index in batch.indices])
+        assert (batch.images.int() - expected.int()).abs().float().mean() < 2
+
+
+def test_varying_sizes_need_a_crop(photo_set: Path):
+    with pytest.raises(DataError, match="crop_scale and center_crop_ratio"):
+        stream(photo_set, crop_scale=None)
+
+
+def test_quasi_random_order_is_local_and_random():
+    pages = np.repeat(np.arange(200), 50)
+    order, needed = quasi_random_order(pages, window_pages=10, seed=0, epoch=0)
+    assert sorted(order) == list(range(10_000)) and sorted(needed) == list(range(200))
+    windows = pages[order].reshape(20, 500)
+    assert all(set(window) == set(needed[10 * i : 10 * i + 10]) for i, window in enumerate(windows))
+    local, shuffled = (order_report(o, pages, 100) for o in (order, random_order(10_000, 0, 0)))
+    assert local["pages_per_batch"] <= 10 < 60 < shuffled["pages_per_batch"]
+    assert abs(shuffled["adjacent_correlation"]) < 0.05
+    assert order_report(np.arange(10_000), pages, 100)["adjacent_correlation"] > 0.99
+
+
+def test_pages_are_read_ahead_before_they_are_needed(photo_set: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gowide_dist.data.beton.Beton.read_ahead", lambda _, page: read.append(page))
+    read: list[int] = []
+    loader = Loader(
+        photo_set / "train.beton", train=True, batch_size=24, crop_scale=(0.1, 1.0), resolution=SIDE,
+        order="quasi-random", window_pages=1,
+    )  # fmt: skip
+    loader._beton.pages = np.arange(241) // 24  # as if the file were large
+    for step, batch in enumerate(loader.batches()):
+        assert set(loader._beton.pages[batch.indices]) <= set(read)
+        if step == 0:
+            assert len(read) < 11
+    assert len(read) == len(set(read))
+    loader.close()
+
+
+def _rss_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def test_nothing_grows_over_50_epochs(photo_set: Path):
+    loader = Loader(
+        photo_set / "train.beton", train=True, batch_size=24, crop_scale=(0.1, 1.0), resolution=SIDE, num_threads=2
+    )
+    grown = []
+    for epoch in range(50):
+        batches = loader.batches(epoch)
+        for _ in range(3 if epoch % 2 else loader.steps_per_epoch):
+            next(batches)
+        batches.close()
+        grown.append((threading.active_count(), _rss_mib()))
+    loader.close()
+    assert len({threads for threads, _ in grown}) == 1
+    assert grown[-1][1] - grown[5][1] < 4
+
+
+def test_preflight_names_the_cause(photo_set: Path, monkeypatch: pytest.MonkeyPatch):
+    loader = Loader(photo_set / "train.beton", train=True, batch_size=24, crop_scale=(0.1, 1.0), resolution=SIDE)
+    loader.preflight(num_classes=4)
+    with pytest.raises(DataError, match="labels 0 to 3, but there are 3 classes"):
+        loader.preflight(num_classes=3)
+    monkeypatch.setattr("gowide_dist.data.loader.available_memory_bytes", lambda: 1000)
+    with pytest.raises(DataError, match="take a smaller batch"):
+        loader.preflight(num_classes=4)
+    loader.close()
+
+
+def test_an_image_folder_trains_well_above_chance(tmp_path: Path):
+    """Fashion-MNIST as JPEGs of 24 to 48 px. Chance is 10 %."""
+    rng = np.random.default_rng(0)
+    for split, prefix, count in (("train", "train", 3000), ("val", "t10k", 500)):
+        pictures = read_idx(FASHION_MNIST_ROOT / f"{prefix}-images-idx3-ubyte", 3)[:count]
+        labels = read_idx(FASHION_MNIST_ROOT / f"{prefix}-labels-idx1-ubyte", 1)[:count]
+        for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            path = tmp_path / "images" / split / str(label) / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).resize(tuple(rng.integers(24, 49, 2))).save(path)
+    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, workers=1))
+    common = {"batch_size": 50, "resolution": 28}
+    train = Loader(tmp_path / "out" / "train.beton", train=True, crop_scale=(0.6, 1.0), flip=True, **common)
+    val = Loader(tmp_path / "out" / "val.beton", train=False, center_crop_ratio=1.0, **common)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 5, 2), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 5, 2), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.LazyLinear(10),
+    )  # fmt: skip
+
+    def logits(batch: Batch) -> torch.Tensor:
+        return network(batch.images.permute(0, 3, 1, 2) / 255 - 0.3)
+
+    logits(next(iter(val.batches())))
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    for epoch in range(4):
+        for batch in train.batches(epoch):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits(batch), batch.labels).backward()
+            optimizer.step()
+    with torch.no_grad():
+        correct = sum(int((logits(batch).argmax(1) == batch.labels).sum()) for batch in val.batches())
+    assert correct / val.num_samples > 0.6
+    train.close()
+    val.close()

@@ -1,0 +1,271 @@
+import os
+import subprocess
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from gowide_dist.data.beton import JPEG, Beton
+from gowide_dist.data.encode import Options, _encode_samples, encode_image_folder
+from gowide_dist.data.images import encode_sample, read_rgb
+from gowide_dist.data.sources import Images, stratified
+from gowide_dist.errors import DataError
+from tests.data.conftest import photo, write_image_folder
+
+RAW = Options(workers=1)
+
+
+def folder_of(root: Path, *names: str) -> Path:
+    """An image folder of files train/NAME, and one validation image of the first class."""
+    rng = np.random.default_rng(0)
+    for name in [*(f"train/{name}" for name in names), f"val/{Path(names[0]).parts[0]}/0.png"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo(rng, 30, 40)).save(root / name, format="PNG")
+    return root
+
+
+def stored(beton: Beton) -> list[np.ndarray]:
+    return [
+        beton.bytes[o:][: h * w * 3].reshape(h, w, 3)
+        for o, h, w in zip(beton.offsets, beton.heights, beton.widths, strict=True)
+    ]
+
+
+PICTURE = photo(np.random.default_rng(1), 30, 50)
+GREY = PICTURE[:, :, 1]
+
+
+def save_cmyk(path: Path) -> np.ndarray:
+    Image.fromarray(PICTURE).convert("CMYK").save(path, format="JPEG", quality=100, subsampling=0)
+    return PICTURE
+
+
+def save_grey(path: Path) -> np.ndarray:
+    Image.fromarray(GREY).save(path, format="JPEG", quality=100)
+    return np.repeat(GREY[:, :, None], 3, 2)
+
+
+def save_palette(path: Path) -> np.ndarray:
+    image = Image.fromarray(PICTURE).quantize(16)
+    image.save(path, format="PNG")
+    return np.asarray(image.convert("RGB"))
+
+
+def save_grey_16_bit(path: Path) -> np.ndarray:
+    path.write_bytes(cv2.imencode(".png", GREY.astype(np.uint16) * 257)[1].tobytes())
+    return np.repeat(GREY[:, :, None], 3, 2)
+
+
+def save_rgb_16_bit(path: Path) -> np.ndarray:
+    path.write_bytes(cv2.imencode(".png", PICTURE[:, :, ::-1].astype(np.uint16) * 257)[1].tobytes())
+    return PICTURE
+
+
+def save_transparent(path: Path) -> np.ndarray:
+    Image.fromarray(np.dstack([PICTURE, np.full_like(GREY, 200)])).save(path, format="PNG")
+    return PICTURE
+
+
+def save_rotated(path: Path) -> np.ndarray:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(PICTURE).save(path, format="JPEG", quality=100, subsampling=0, exif=exif)
+    return np.rot90(PICTURE, -1)
+
+
+def save_one_pixel_high(path: Path) -> np.ndarray:
+    Image.fromarray(PICTURE[:1]).save(path, format="PNG")
+    return PICTURE[:1]
+
+
+def save_one_pixel(path: Path) -> np.ndarray:
+    Image.fromarray(PICTURE[:1, :1]).save(path, format="PNG")
+    return PICTURE[:1, :1]
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_cmyk, save_grey, save_palette, save_grey_16_bit, save_rgb_16_bit, save_transparent, save_rotated,
+        save_one_pixel_high, save_one_pixel,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("jpg_share", [0.0, 1.0])
+def test_odd_images_come_out_as_right_rgb(tmp_path: Path, save, jpg_share: float):
+    root = folder_of(tmp_path / "images", "one/b.png")
+    expected = save(root / "train" / "one" / "a picture.JPEG").astype(int)
+    encode_image_folder(tmp_path / "out", root, Options(jpg_share=jpg_share, quality=100, workers=1))
+    beton = Beton(tmp_path / "out" / "train.beton")
+    place = [*zip(beton.heights, beton.widths, strict=True)].index(expected.shape[:2])
+    stream = beton.bytes[beton.offsets[place] :][: beton.sizes[place]]
+    pixels = read_rgb(stream.tobytes()) if jpg_share else stored(beton)[place]
+    assert abs(pixels - expected).mean() < (6 if jpg_share else 3)  # JPEG halves the resolution of colours
+
+
+@pytest.fixture
+def bad_root(tmp_path: Path) -> Path:
+    root = folder_of(tmp_path / "images", "one/a.png", "one/b.png", "two/c.png")
+    whole = (root / "train" / "one" / "a.png").read_bytes()
+    jpeg = encode_sample(PICTURE, 0, 0, Options(jpg_share=1.0).storage).image.data
+    (root / "train" / "one" / "empty.jpg").write_bytes(b"")
+    (root / "train" / "one" / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (root / "train" / "two" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (root / "train" / "two" / "text.jpg").write_text("not an image")
+    (root / "train" / "two" / "gone.jpg").symlink_to("nowhere")
+    (root / "val" / "one" / "bad in val.jpg").write_bytes(b"\xff\xd8\xff")
+    return root
+
+
+BAD = {"empty.jpg", "cut.jpg", "cut.png", "text.jpg", "gone.jpg", "bad in val.jpg"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_images_stop_the_encode_and_are_listed(
+    bad_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+):
+    with pytest.raises(DataError, match=r"6 bad images.*--skip-bad") as error:
+        encode_image_folder(tmp_path / "out", bad_root, Options(workers=workers))
+    assert "\n" not in str(error.value)
+    listed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bad image ")]
+    assert {Path(line.removeprefix("bad image ").split(":")[0]).name for line in listed} == BAD
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_bad_images_can_be_skipped(bad_root: Path, tmp_path: Path):
+    info = encode_image_folder(tmp_path / "out", bad_root, Options(skip_bad=True, workers=1))
+    assert (info.splits["train"].samples, info.splits["val"].samples) == (3, 1)
+    lines = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert {Path(line.split("\t")[0]).name for line in lines} == BAD
+    assert all(line.split("\t")[1] for line in lines)
+
+
+def test_a_file_that_may_not_be_read_is_a_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)  # permissions themselves do not hold for root
+    bad = encode_sample(tmp_path / "a.jpg", 0, 0, RAW.storage)
+    assert bad == (tmp_path / "a.jpg", "Permission denied")
+
+
+def test_names_with_spaces_and_unicode_and_links(tmp_path: Path):
+    root = folder_of(tmp_path / "images", "weißer Hai 鲨/ein Bild.png", "zebra/deeper/b.png")
+    (root / "train" / "zebra" / "link.png").symlink_to(root / "train" / "weißer Hai 鲨" / "ein Bild.png")
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(PICTURE).save(tmp_path / "elsewhere" / "c.png")
+    (root / "train" / "linked class").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / "zebra" / ".hidden").write_text("")
+    info = encode_image_folder(tmp_path / "out", root, RAW)
+    assert info.classes == ("linked class", "weißer Hai 鲨", "zebra")
+    assert sorted(Beton(tmp_path / "out" / "train.beton").labels) == [0, 1, 2, 2]
+
+
+def test_one_class(tmp_path: Path):
+    info = encode_image_folder(tmp_path / "out", folder_of(tmp_path / "images", "only/a.png"), RAW)
+    assert info.classes == ("only",)
+
+
+def test_70_000_classes(tmp_path: Path):
+    root = folder_of(tmp_path / "images", "c00000/0.png")
+    picture = root / "train" / "c00000" / "0.png"
+    Image.fromarray(PICTURE[:2, :2]).save(picture)
+    for label in range(1, 70_000):
+        folder = root / "train" / f"c{label:05}"
+        folder.mkdir()
+        (folder / "0.png").symlink_to(picture)
+    info = encode_image_folder(tmp_path / "out", root, RAW)
+    assert len(info.classes) == info.splits["train"].samples == 70_000
+    assert sorted(Beton(tmp_path / "out" / "train.beton").labels) == list(range(70_000))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("mkdir train/three", "1 class folders without images .three."),
+        ("rm -r train", "train: not found"),
+        ("rm -r train/*", "train: no class folders"),
+        ("rm -r val", "no validation images; give --held-out"),
+        ("mkdir val/other", "class folder other has no counterpart"),
+        ("rm val/one/*", "val: no images"),
+    ],
+)
+def test_folders_that_do_not_fit(tmp_path: Path, spoil: str, message: str):
+    root = folder_of(tmp_path / "images", "one/a.png", "two/b.png")
+    subprocess.run(spoil, shell=True, cwd=root, check=True)
+    with pytest.raises(DataError, match=message):
+        encode_image_folder(tmp_path / "out", root, RAW)
+
+
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path):
+    write_image_folder(tmp_path / "images", 150, 5)
+    options = [Options(jpg_share=0.5, workers=workers) for workers in (1, 2)]
+    one, two = (encode_image_folder(tmp_path / str(o.workers), tmp_path / "images", o) for o in options)
+    assert one == two
+    modes = Beton(tmp_path / "1" / "train.beton").modes
+    assert 45 < (modes == JPEG).sum() < 105
+
+
+class Bomb:
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_dead_worker_is_an_error():
+    items = np.empty(100, object)
+    items[:] = [Bomb() for _ in range(100)]
+    with pytest.raises(DataError, match=r"worker process .* died"):
+        list(_encode_samples(Images(items, np.zeros(100, np.int64)), Options(workers=2)))
+
+
+def test_max_side_and_statistics(tmp_path: Path):
+    write_image_folder(tmp_path / "images", 30, 5)
+    info = encode_image_folder(tmp_path / "out", tmp_path / "images", Options(max_side_px=64, workers=1))
+    beton = Beton(tmp_path / "out" / "train.beton")
+    assert info.max_side_px == 64 and info.fixed_side_px is None
+    assert np.maximum(beton.heights, beton.widths).max() == 64
+    pixels = stored(beton)
+    mean = np.mean([(image / 255).mean((0, 1)) for image in pixels], 0)
+    mean_square = np.mean([((image / 255) ** 2).mean((0, 1)) for image in pixels], 0)
+    assert info.mean == pytest.approx(mean, abs=1e-5)
+    assert info.std == pytest.approx(np.sqrt(mean_square - mean**2), abs=1e-5)
+
+
+def test_subset_and_held_out_are_stratified_and_disjoint(tmp_path: Path):
+    write_image_folder(tmp_path / "images", 40, 8)
+    options = Options(held_out=8, subset=20, workers=1)
+    info = encode_image_folder(tmp_path / "out", tmp_path / "images", options)
+    assert {name: split.samples for name, split in info.splits.items()} == {"train": 20, "val": 8, "test": 8}
+    train, val = (Beton(tmp_path / "out" / f"{name}.beton") for name in ("train", "val"))
+    assert np.bincount(train.labels).tolist() == [5, 5, 5, 5]
+    assert np.bincount(val.labels).tolist() == [2, 2, 2, 2]
+    assert not {image.tobytes() for image in stored(train)} & {image.tobytes() for image in stored(val)}
+
+
+def test_stratified_keeps_the_parts_of_uneven_classes():
+    labels = np.repeat([0, 1, 2], [1000, 100, 10])
+    chosen = stratified(labels, 222)
+    assert np.bincount(labels[chosen]).tolist() == [200, 20, 2]
+
+
+@pytest.mark.parametrize(
+    "options", [{"jpg_share": 1.5}, {"quality": 0}, {"max_side_px": 0}, {"subset": 0}, {"held_out": -1}]
+)
+def test_bad_options(options: dict[str, float]):
+    with pytest.raises(DataError, match=next(iter(options))):
+        Options(**options)
+
+
+@pytest.mark.parametrize("options", [{"subset": 4}, {"held_out": 3}])
+def test_more_than_there_is(tmp_path: Path, options: dict[str, int]):
+    root = folder_of(tmp_path / "images", "one/a.png", "one/b.png", "one/c.png")
+    with pytest.raises(DataError, match="there are 3 training images"):
+        encode_image_folder(tmp_path / "out", root, Options(workers=1, **options))
+
+
+def test_an_image_larger_than_a_page_says_what_to_do(tmp_path: Path):
+    root = folder_of(tmp_path / "images", "one/a.png")
+    Image.fromarray(np.zeros((2000, 2000, 3), np.uint8)).save(root / "train" / "one" / "big.png")
+    with pytest.raises(DataError, match="--write-mode jpg or a smaller --max-side-px"):
+        encode_image_folder(tmp_path / "out", root, RAW)
