@@ -1,0 +1,125 @@
+"""Cluster profiles: where to train, as data. One YAML file per cluster, in `slurm/clusters/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from gowide_dist.recipe import Instance
+from gowide_dist.schema import Count, Frozen, Natural, Positive, read_yaml, validate
+
+Text = Annotated[str, Field(strict=True, min_length=1)]
+# What sbatch options are called here; to say a thing in two places is refused.
+_OWN_OPTIONS = {
+    "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "exclude": "exclude",
+    "nodes": "nodes", "gpus-per-node": "gpus_per_node", "gres": "gpus_per_node", "gpus": "gpus_per_node",
+    "ntasks-per-node": "processes_per_node", "ntasks": "processes_per_node", "cpus-per-task": "cpus_per_task",
+    "mem": "mem_gb", "time": "timeout_min", "signal": "signal_delay_s", "export": "environment",
+}  # fmt: skip
+_RESERVED_OPTIONS = {"dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "output", "error", "open-mode",
+                     "job-name", "array", "wckey"}  # fmt: skip
+
+
+def _as_node_range(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return str(value)
+    low, dash, high = str(value).partition("-")
+    if not (dash and low.isdecimal() and high.isdecimal() and 1 <= int(low) < int(high)):
+        raise ValueError(f"should be a number or a range like 1-4, not '{value}'")
+    return value
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("should be text or a number")
+    return str(value)
+
+
+def _as_option(value: Any) -> Any:
+    return value if value is True else _as_text(value)
+
+
+class Settings(Frozen):
+    """What one job asks for. In a profile's `stages` only what differs is said."""
+
+    partition: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
+    constraint: Text | None = None
+    exclude: Text | None = None
+    nodes: Annotated[str, BeforeValidator(_as_node_range)] = "1"  # or a range like 1-4
+    gpus_per_node: Natural = 0  # one process per GPU
+    processes_per_node: Count | None = None  # where there are no GPUs; default 1
+    cpus_per_task: Count = 1
+    mem_gb: Positive | None = None  # per node
+    timeout_min: Count = 60  # a stage that takes longer goes on in as many allocations as it needs
+    signal_delay_s: Count = 120  # how long before the end of an allocation the stage is told to save
+    cpu_bind: Text = "cores"  # srun's --cpu-bind
+    collective_timeout_s: Count = 600  # a process that waits longer for the others ends the job
+    retries: Natural = 3  # how often a job is queued again after a process crashed, hung or was killed
+    setup: tuple[Text, ...] = ()  # shell lines before the processes start
+    environment: dict[Text, Annotated[str, BeforeValidator(_as_text)]] = Field(default_factory=dict)
+    # Any further option of sbatch, by its long name without the dashes; `true` for one without a value.
+    sbatch: dict[Text, Annotated[str | Literal[True], BeforeValidator(_as_option)]] = Field(default_factory=dict)
+
+
+class Resources(Settings):
+    """All that one stage's job asks for."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Resources:
+        if self.gpus_per_node and self.processes_per_node not in (None, self.gpus_per_node):
+            raise ValueError("processes_per_node: there is one process per GPU, leave it out beside gpus_per_node")
+        if self.signal_delay_s >= 60 * self.timeout_min:
+            raise ValueError("signal_delay_s: should be less than timeout_min")
+        for option in self.sbatch:
+            name = option.lstrip("-").replace("_", "-")
+            if name in _OWN_OPTIONS:
+                raise ValueError(f"sbatch.{option}: say it with {_OWN_OPTIONS[name]}")
+            if name in _RESERVED_OPTIONS:
+                raise ValueError(f"sbatch.{option}: is set by gowide submit")
+        return self
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Processes on each node, one Slurm task each."""
+        return self.gpus_per_node or self.processes_per_node or 1
+
+    @property
+    def num_processes(self) -> list[int]:
+        """The numbers of processes that the job may get: one for each number of nodes."""
+        low, _, high = self.nodes.partition("-")
+        return [self.tasks_per_node * nodes for nodes in range(int(low), int(high or low) + 1)]
+
+
+class Profile(Resources):
+    """A cluster: what jobs ask for, and what the jobs of some stages ask for instead."""
+
+    node_local: tuple[Path, ...] = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # other nodes don't see these
+    stages: dict[Text, Settings] = Field(default_factory=dict)  # by stage, or by stage/network
+
+    def resources(self, instance: Instance) -> Resources:
+        """What the job of a stage instance asks for: the profile's, then its stage's, then its own; mappings merge.
+
+        Raises RecipeError if that does not fit together.
+        """
+        values = {name: getattr(self, name) for name in Resources.model_fields}
+        for place in (instance.stage_name, instance.key):
+            if place in self.stages:
+                settings = self.stages[place]
+                for name in settings.model_fields_set:
+                    value = getattr(settings, name)
+                    values[name] = {**values[name], **value} if isinstance(value, dict) else value
+        return validate(Resources, values, f"cluster profile, stage {instance.key}", _dotted)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location if part != "[key]")
+
+
+def load_profile(path: Path) -> Profile:
+    """The checked profile in a YAML file. Raises RecipeError: one line with file, place and fault."""
+    values: dict[str, Any] = read_yaml(path)
+    return validate(Profile, values, str(path), _dotted)
