@@ -61,8 +61,25 @@ def save_weights(path: Path, network: nn.Module) -> None:
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
-    """Read weights that `save_weights` wrote. Raises RunError if the file is damaged or of another network."""
+    """Read weights from a .safetensors file, or from a state dict as torchvision publishes them.
+
+    Raises RunError if the file is damaged, or of another network: names the first keys and shapes that don't fit.
+    """
     try:
-        network.load_state_dict(load_file(path))
-    except Exception as error:  # safetensors and torch raise several types
-        raise RunError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    except Exception as error:  # safetensors, pickle and torch raise several types
+        raise RunError(f"{path}: holds no weights that can be read: {str(error)[:200]}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    misfits = [
+        f"{name} is {shapes.get(name, 'missing')} there, {expected.get(name, 'unknown')} here"
+        for name in {**expected, **shapes}
+        if shapes.get(name) != expected.get(name)
+    ]
+    if misfits:
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise RunError(f"{path}: weights of another network: {'; '.join(misfits[:3])}{more}")
+    network.load_state_dict(weights)

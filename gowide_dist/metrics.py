@@ -34,10 +34,14 @@ class StepMeter:
         self._waited = 0.0
         self._started: float | None = None  # with the first step, so that evaluations in between don't count
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Count one step's losses, scalars by name."""
+    def add(self, losses: dict[str, Tensor], part: int = 0, num_parts: int = 1) -> None:
+        """Count the losses of a step, scalars by name, or of one of the equal parts that its batch is taken in."""
         self._names = list(losses)
-        self._rows.append(torch.stack(list(losses.values())).detach())
+        row = torch.stack(list(losses.values())).detach() / num_parts
+        if part == 0:
+            self._rows.append(row)
+        else:
+            self._rows[-1] += row
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

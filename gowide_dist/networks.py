@@ -6,11 +6,13 @@ Shapes: B images, C channels, H = W pixels, K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gowide_dist.architecture import STEMS, Architecture
 from gowide_dist.schema import validate
@@ -126,14 +128,23 @@ class ResNet(nn.Module):
             outputs.append(x)
         return tuple(outputs)
 
+    def pool(self, x: Tensor) -> Tensor:
+        """Means over the pixels: [B, C, H, H] -> [B, C]."""
+        return cast(Tensor, self.avgpool(x).flatten(1))
+
     def head(self, x: Tensor) -> Tensor:
         """Logits [B, K] of the last block's output."""
-        return cast(Tensor, self.fc(self.avgpool(x).flatten(1)))
+        return cast(Tensor, self.fc(self.pool(x)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the class."""
         blocks = self.blocks(images)
         return self.head(blocks[-1]), blocks
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile make code for each block, in place; names and values of the weights stay."""
+        for index in range(self.num_blocks):
+            self.layer(index).compile()
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
@@ -154,10 +165,16 @@ def build_network(architecture: Architecture | Mapping[str, Any], num_classes: i
 
 
 class Teacher:
-    """A trained network that only answers: in eval mode, without gradient, part of no module and of no checkpoint."""
+    """A trained network that only answers: in eval mode, without gradient, part of no module and of no checkpoint.
 
-    def __init__(self, network: ResNet) -> None:
-        self._network = network.eval().requires_grad_(False)
+    Its batch norms are folded into its convolutions, which changes its answers by rounding alone.
+    """
+
+    def __init__(self, network: ResNet, *, compiled: bool = False) -> None:
+        self.block_channels = network.architecture.block_channels
+        self._network = fold_batch_norms(network).requires_grad_(False)
+        if compiled:
+            self._network.compile_blocks()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -170,10 +187,22 @@ class Teacher:
         """Outputs of the first `num_blocks` blocks; those above are not run."""
         return self._network.blocks(images, num_blocks)
 
-    @property
-    def classifier(self) -> Mapping[str, Tensor]:
-        """Parameters of the teacher's classifier."""
-        return self._network.fc.state_dict()
+    def copy_of_classifier(self) -> nn.Linear:
+        """The teacher's classifier, apart from the teacher."""
+        return copy.deepcopy(self._network.fc)
+
+
+def fold_batch_norms(network: ResNet) -> ResNet:
+    """A copy in eval mode without batch norms, whose convolutions scale and shift in their place."""
+    network = copy.deepcopy(network).eval()
+    for module in [network, *network.modules()]:
+        names = [("0", "1")] if isinstance(module, nn.Sequential) else [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
+        for conv_name, norm_name in names:
+            conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    return network
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

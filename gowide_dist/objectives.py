@@ -1,20 +1,22 @@
 """What a stage minimises. An objective is one module that owns everything trainable; the teacher stands outside it.
 
-Shapes: B images, C channels, H = W pixels, K classes. A loss called with images [B, 3, H, H] and labels [B] gives
-scalars by name, `loss` among them; `evaluate` gives the same and the accuracies for every sample apart: [B] each.
+Shapes: B images, C channels, H = W pixels, K classes. An objective called with images [B, 3, H, H] and labels [B] gives
+scalars by name, `loss` among them; `evaluate` gives losses and accuracies of every sample by name: [B] each.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import Self, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gowide_dist.networks import ResNet, Teacher
 from gowide_dist.recipe import BlocksStage, KlStage, LabelsStage
+from gowide_dist.transforms import linear_transform, merged
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -22,8 +24,8 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 
     Hinton et al. 2015 (arXiv 1503.02531): T^2 keeps the gradient's size whatever the temperature.
     """
-    log_student = F.log_softmax(student / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=1)
+    log_student = F.log_softmax(student.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
 
 
@@ -32,7 +34,20 @@ def block_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
     Zhou et al. 2020 (arXiv 2007.00811), section 3: the thin block's output against the wide one's.
     """
-    return (student - teacher).square().flatten(1).mean(dim=1)
+    return (student.float() - teacher.float()).square().flatten(1).mean(dim=1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each sample: logits [B, K], labels [B] -> [B].
+
+    `smoothing` is the part of the target that is shared equally by all classes (Szegedy et al. 2016, arXiv 1512.00567).
+    """
+    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+
+
+def mixing_share(alpha: float, seed: int, step: int) -> float:
+    """The first image's part in each pair of a batch: Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412)."""
+    return float(np.random.default_rng((seed, step)).beta(alpha, alpha))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -58,100 +73,184 @@ class Objective(nn.Module, ABC):
     def begin_phase(self, phase: int) -> None:
         """Make exactly what phase `phase` trains require gradients and, in training, move statistics."""
 
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Losses by name, averaged over the batch; `loss` is the one to minimise."""
+    def forward(self, images: Tensor, labels: Tensor, step: int = 0) -> dict[str, Tensor]:
+        """Losses by name, averaged over the batch; `loss` is the one to minimise. `step` keys what is random."""
         losses, _ = self.losses(images, labels)
-        return {name: values.mean() for name, values in losses.items()}
+        return _means(losses)
 
     def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Losses and accuracies of each sample by name, [B] each."""
         losses, logits = self.losses(images, labels)
         return {**losses, **accuracy(logits, labels)}
 
+    def finished(self) -> ResNet:
+        """The network that the stage leaves behind."""
+        return self.student
+
 
 class Labels(Objective):
-    """Cross-entropy on the labels."""
+    """Cross-entropy on the labels, in training with label smoothing and mixup."""
+
+    def __init__(self, student: ResNet, label_smoothing: float = 0.0, mixup: float = 0.0, seed: int = 0) -> None:
+        super().__init__(student)
+        self.label_smoothing, self.mixup, self.seed = label_smoothing, mixup, seed
+
+    def forward(self, images: Tensor, labels: Tensor, step: int = 0) -> dict[str, Tensor]:
+        """`loss`: the cross-entropy. With mixup each image is mixed with its neighbour in this process's batch."""
+        share = mixing_share(self.mixup, self.seed, step) if self.mixup else 1.0
+        if share < 1.0:
+            images = share * images + (1 - share) * images.roll(1, dims=0)
+        logits, _ = self.student(images)
+        loss = share * cross_entropy(logits, labels, self.label_smoothing)
+        if share < 1.0:
+            loss = loss + (1 - share) * cross_entropy(logits, labels.roll(1), self.label_smoothing)
+        return {"loss": loss.mean()}
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """`loss`: the cross-entropy."""
+        """`loss`: the plain cross-entropy."""
         logits, _ = self.student(images)
-        return {"loss": F.cross_entropy(logits, labels, reduction="none")}, logits
+        return {"loss": cross_entropy(logits, labels)}, logits
 
 
 class Kl(Objective):
-    """Distillation of the teacher's output."""
+    """Distillation of the teacher's output, mixed with cross-entropy on the labels where these have a weight."""
 
-    def __init__(self, student: ResNet, teacher: Teacher, temperature: float) -> None:
+    def __init__(self, student: ResNet, teacher: Teacher, temperature: float = 1.0, labels_weight: float = 0.0) -> None:
         super().__init__(student)
-        self.teacher = teacher
-        self.temperature = temperature
+        self.teacher, self.temperature, self.labels_weight = teacher, temperature, labels_weight
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """`loss`: the KL divergence from the teacher's answer at the temperature."""
+        """`loss`: (1 - labels_weight) times the KL divergence at the temperature, labels_weight times cross-entropy."""
         logits, _ = self.student(images)
-        return {"loss": kl_divergence(logits, self.teacher.logits(images), self.temperature)}, logits
+        kl = kl_divergence(logits, self.teacher.logits(images), self.temperature)
+        if not self.labels_weight:
+            return {"loss": kl}, logits
+        from_labels = cross_entropy(logits, labels)
+        loss = (1 - self.labels_weight) * kl + self.labels_weight * from_labels
+        return {"loss": loss, "kl": kl, "cross_entropy": from_labels}, logits
 
 
 class Blocks(Objective):
-    """Imitation of the teacher's block outputs, bottom to top: a phase for each block.
+    """Imitation of the teacher's block outputs.
 
-    A phase trains one block on what the student's own blocks below it put out; these are frozen, in eval mode, and
-    neither student nor teacher runs above the block. The classifier is the teacher's, so that the student can be
-    judged by its accuracy right after.
+    Bottom-up there is a phase for each block, which trains that block alone (with `trained_prefix`, those below it
+    too) and runs neither student nor teacher above it. Jointly, one phase trains all blocks in one pass.
+
+    While it trains, a block works on what the student's blocks below it put out, which stay as they are unless
+    `trained_prefix`; or with `teacher_inputs`, on the teacher's output below it, so that no block waits for another.
+    Where the channels differ, linear transforms stand between (see `transforms`).
+
+    The classifier is the teacher's, unless `fresh_classifier`, so that the student can be judged right after.
     """
 
-    def __init__(self, student: ResNet, teacher: Teacher) -> None:
+    def __init__(
+        self,
+        student: ResNet,
+        teacher: Teacher,
+        *,
+        joint: bool = False,
+        teacher_inputs: bool = False,
+        trained_prefix: bool = False,
+        fresh_classifier: bool = False,
+    ) -> None:
         super().__init__(student)
         self.teacher = teacher
-        self.num_phases = student.num_blocks
-        student.fc.load_state_dict(teacher.classifier)
+        self.joint, self.teacher_inputs, self.trained_prefix = joint, teacher_inputs, trained_prefix
+        self.num_phases = 1 if joint else student.num_blocks
+        channels = list(zip(student.architecture.block_channels, teacher.block_channels, strict=True))
+        self.up = nn.ModuleList(linear_transform(mine, theirs) for mine, theirs in channels)
+        self.down = nn.ModuleList(linear_transform(theirs, mine) for mine, theirs in channels[:-1])
+        self.to(student.fc.weight)
+        self.classifier = None if fresh_classifier else teacher.copy_of_classifier()
         self.begin_phase(0)
 
     def begin_phase(self, phase: int) -> None:
-        """Train block `phase` alone."""
-        self.phase = phase
+        """Train block `phase`, or jointly all blocks."""
+        num_blocks = self.student.num_blocks
+        self._targets = range(num_blocks) if self.joint else range(phase, phase + 1)
+        trained = range(self._targets.stop) if self.trained_prefix else self._targets
+        self._trained = [part for index in trained for part in self._parts(index)]
         self.requires_grad_(False)
-        for module in self.student.block_modules(phase):
-            module.requires_grad_(True)
+        for part in self._trained:
+            part.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for the block of this phase, eval mode for the rest."""
+        """Training mode for what this phase trains, eval mode for the rest."""
         super().train(False)
         self.training = mode
-        for module in self.student.block_modules(self.phase):
-            module.train(mode)
+        for part in self._trained:
+            part.train(mode)
         return self
 
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`loss`: the error of the block that is trained, also under its own name."""
-        x = images
-        with torch.no_grad():
-            for index in range(self.phase):
-                x = self.student.block(index, x)
-        target = self.teacher.blocks(images, self.phase + 1)[-1]
-        loss = block_mse(self.student.block(self.phase, x), target).mean()
-        return {"loss": loss, f"mse_block{self.phase + 1}": loss}
+    def forward(self, images: Tensor, labels: Tensor, step: int = 0) -> dict[str, Tensor]:
+        """`loss`: the sum of the errors of the blocks that are trained on, `mse_block1` and so on from the bottom."""
+        targets = self.teacher.blocks(images, self._targets.stop)
+        errors = {}
+        if self.teacher_inputs:
+            for index in self._targets:
+                x = self._block(index, images if index == 0 else targets[index - 1])
+                errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
+        else:
+            x = images
+            for index in range(self._targets.stop):
+                with torch.set_grad_enabled(self.trained_prefix or index in self._targets):
+                    x = self._block(index, x if self.trained_prefix else x.detach())
+                if index in self._targets:
+                    errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
+        return _means(_with_sum(errors))
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The error of every block, and `loss`, their sum."""
-        logits, blocks = self.student(images)
-        targets = self.teacher.blocks(images, self.student.num_blocks)
-        errors = {
-            f"mse_block{index}": block_mse(block, target)
-            for index, (block, target) in enumerate(zip(blocks, targets, strict=True), start=1)
-        }
-        return {"loss": torch.stack(list(errors.values())).sum(dim=0), **errors}, logits
+        """The error of every block when the student runs on its own, and `loss`, their sum."""
+        errors = {}
+        x = images
+        for index, target in enumerate(self.teacher.blocks(images, self.student.num_blocks)):
+            last = self.student.block(index, x if index == 0 else self.down[index - 1](x))
+            x = self.up[index](last)
+            errors[f"mse_block{index + 1}"] = block_mse(x, target)
+        logits = self.student.head(last) if self.classifier is None else self.classifier(self.student.pool(x))
+        return _with_sum(errors), logits
+
+    def finished(self) -> ResNet:
+        """The plain student, its transforms and classifier merged into it."""
+        return merged(self.student, list(self.up), list(self.down), self.classifier)
+
+    def _block(self, index: int, x: Tensor) -> Tensor:
+        """Output of student block `index` with the teacher's channels, for what has the teacher's channels below it."""
+        x = self.student.block(index, x if index == 0 else self.down[index - 1](x))
+        return cast(Tensor, self.up[index](x))
+
+    def _parts(self, index: int) -> list[nn.Module]:
+        """What is trained with block `index`: itself and the transforms around it."""
+        parts = [*self.student.block_modules(index), self.up[index]]
+        return parts if index == 0 else [self.down[index - 1], *parts]
 
 
-def build_objective(stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None) -> Objective:
-    """The objective that a stage of the recipe names, over `student`."""
+def build_objective(
+    stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None, seed: int
+) -> Objective:
+    """The objective that a stage of the recipe describes, over `student`."""
     match stage:
         case LabelsStage():
-            return Labels(student)
+            return Labels(student, stage.label_smoothing, stage.mixup, seed)
         case KlStage():
             assert teacher is not None
-            return Kl(student, teacher, stage.temperature)
+            return Kl(student, teacher, stage.temperature, stage.labels_weight)
         case BlocksStage():
             assert teacher is not None
-            return Blocks(student, teacher)
+            return Blocks(
+                student,
+                teacher,
+                joint=stage.order == "joint",
+                teacher_inputs=stage.inputs == "teacher",
+                trained_prefix=stage.prefix == "trained",
+                fresh_classifier=stage.classifier == "fresh",
+            )
+
+
+def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.mean() for name, values in losses.items()}
+
+
+def _with_sum(errors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"loss": torch.stack(list(errors.values())).sum(dim=0), **errors}

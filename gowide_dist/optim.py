@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD
 
 from gowide_dist.recipe import Optim, Schedule
@@ -33,8 +37,8 @@ class Timeline:
 def learning_rate(step: int, steps: range, steps_per_epoch: int, optim: Optim, schedule: Schedule) -> float:
     """Learning rate of `step`, for a schedule that spans `steps`.
 
-    Linear warm-up from 0, then either `lr` throughout, `lr * factor^(milestones passed)` counted from the start, or
-    half a cosine from `lr` to 0 over what the warm-up leaves (Loshchilov & Hutter 2017, without restarts).
+    Linear warm-up from 0, then `lr` throughout; or `lr * factor^(milestones passed)`, counted from the start; or over
+    what the warm-up leaves, a line or half a cosine from `lr` to 0 (Loshchilov & Hutter 2017, without restarts).
     """
     done = step - steps.start
     warmup = schedule.warmup_epochs * steps_per_epoch
@@ -43,12 +47,94 @@ def learning_rate(step: int, steps: range, steps_per_epoch: int, optim: Optim, s
     if schedule.decay == "step":
         passed = sum(done >= milestone * steps_per_epoch for milestone in schedule.milestones)
         return optim.lr * schedule.factor**passed
+    part = (done - warmup) / (len(steps) - warmup)
     if schedule.decay == "cosine":
-        return optim.lr * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (len(steps) - warmup)))
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * part))
+    if schedule.decay == "linear":
+        return optim.lr * (1 - part)
     return optim.lr
 
 
-def build_optimizer(module: nn.Module, optim: Optim) -> SGD:
-    """SGD over the trainable parameters of `module`."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return SGD(trainable, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
+class Descent:
+    """Stochastic gradient descent on the trainable parameters of a module, as a recipe describes it."""
+
+    def __init__(self, module: nn.Module, optim: Optim, scaled: bool) -> None:
+        """`scaled`: scale the loss so that gradients fit into fp16, and leave out steps in which they overflow."""
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]  # of norms, and biases
+        matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices},
+            {"params": vectors, "weight_decay": optim.weight_decay if optim.decay_norms else 0.0},
+        ]
+        self._optimizer = SGD(
+            [group for group in groups if group["params"]],
+            lr=optim.lr,
+            momentum=optim.momentum,
+            nesterov=optim.nesterov,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        self._clip_norm = optim.clip_norm
+        self._scaler = torch.amp.GradScaler(self._parameters[0].device.type, enabled=scaled)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar loss."""
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def step(self, rate: float) -> None:
+        """Step at this learning rate and forget the gradient."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if self._clip_norm is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a restart needs."""
+        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+
+
+class MovingAverage:
+    """Exponential moving average of a module's parameters and statistics, updated after every step."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._live = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+        self._average = [tensor.clone() for tensor in self._live]
+
+    def update(self) -> None:
+        """average = decay * average + (1 - decay) * weights."""
+        torch._foreach_lerp_(self._average, self._live, 1 - self._decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the module has the average as its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for live, average in zip(self._live, self._average, strict=True):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> list[Tensor]:
+        """All that a restart needs."""
+        return self._average
+
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        for average, stored in zip(self._average, state, strict=True):
+            average.copy_(stored)

@@ -7,15 +7,17 @@ every process of a launched run executes. Nothing here imports torch before trai
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
-from gowide_dist.errors import DataError, RunError, UserError
+from gowide_dist.errors import DataError, RecipeError, RunError, UserError
 from gowide_dist.launch.local import leave_error, torchrun
 from gowide_dist.recipe import Instance, Recipe, load_recipe
 from gowide_dist.run import Done, Run, fingerprint, identities, write_atomically
@@ -87,29 +89,36 @@ def walk(run: Run, keys: Sequence[str]) -> None:
     info = read_dataset_info(recipe.data.train)
     with worlds.join() as world:
         recipe.check_processes(world.size)
+        if recipe.sync_batch_norm and world.device.type != "cuda":
+            raise RecipeError("sync_batch_norm: PyTorch has it for GPUs only, and there is none; set it to false")
         if world.is_main:
             run.write_environment(_devices(world.device), world.size)
-        data = recipe.data
-        common: dict[str, Any] = {
-            "batch_size": recipe.batch_size,
-            "rank": world.rank,
-            "world_size": world.size,
-            "resolution": data.resolution,
-            "num_threads": world.num_threads,
-        }
-        train = Loader(
-            data.train, train=True, seed=recipe.seed, flip=data.augment.flip, translate=data.augment.translate, **common
+        data, augment = recipe.data, recipe.data.augment
+        loader = functools.partial(
+            Loader,
+            batch_size=recipe.batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            resolution=data.resolution,
+            num_threads=world.num_threads,
         )
-        val = Loader(data.val, train=False, **common)
-        try:
+        train = functools.partial(
+            loader,
+            data.train,
+            train=True,
+            flip=augment.flip,
+            translate=augment.translate,
+            crop_scale=augment.crop and augment.crop.scale,
+            crop_ratio=augment.crop.ratio if augment.crop else (1.0, 1.0),
+            order=data.order,
+        )
+        with closing(loader(data.val, train=False, center_crop_ratio=data.center_crop)) as val:
+            val.preflight(len(info.classes))
             mean, std = (_channels(values, world.device) for values in (info.mean, info.std))
-            images = Images(train, val, len(info.classes), mean, std)
+            images = Images(lambda seed: train(seed=seed), val, len(info.classes), mean, std)
             shop = Workshop(recipe, run, world, images, identities(recipe, checksums))
             for key in keys:
                 train_stage(recipe.instances[key], shop)
-        finally:
-            train.close()
-            val.close()
 
 
 def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNet:

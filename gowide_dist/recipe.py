@@ -31,11 +31,19 @@ from gowide_dist.schema import (
 )
 
 
+class RandomCrop(Frozen):
+    """A random part of the image, resized: torchvision's RandomResizedCrop, with its defaults."""
+
+    scale: tuple[Positive, Positive] = (0.08, 1.0)  # least and greatest part of the area
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width over height
+
+
 class Augment(Frozen):
     """Random changes to training images, each a function of (seed, epoch, sample index)."""
 
     flip: bool = False
     translate: Natural = 0  # px, in each direction
+    crop: RandomCrop | None = None
 
 
 class Data(Frozen):
@@ -46,6 +54,8 @@ class Data(Frozen):
     resolution: Count  # px
     classes: Count | None = None  # checked against dataset.json, which says it otherwise
     augment: Augment = Augment()
+    center_crop: Annotated[Fraction, Field(gt=0)] | None = None  # side of a validation crop over the shorter side
+    order: Literal["random", "quasi-random"] = "random"  # quasi-random: for files larger than memory
 
 
 class Widened(Frozen):
@@ -71,7 +81,12 @@ class Optim(Frozen):
 
     lr: Positive
     momentum: Fraction = 0.9
+    nesterov: bool = False
     weight_decay: NonNegative = 0.0
+    decay_norms: bool = True  # whether weight decay also holds for batch norms and biases
+    clip_norm: Positive | None = None  # greatest norm of the whole gradient
+    accumulate: Count = 1  # parts in which a process takes its share of a batch, where memory is short
+    ema: Fraction | None = None  # decay per step of the moving average of weights that is evaluated and kept
 
 
 class Schedule(Frozen):
@@ -80,7 +95,7 @@ class Schedule(Frozen):
     Under bottom-up imitation every block has a schedule of its own.
     """
 
-    decay: Literal["cosine", "step", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup_epochs: NonNegative = 0.0
     milestones: tuple[Positive, ...] = ()  # epochs; with decay: step, the rate is multiplied by `factor` at each
     factor: Fraction = 0.1
@@ -107,35 +122,69 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+class File(Frozen):
+    """Weights in a file: a .safetensors, or a state dict as torchvision publishes them (.pth)."""
+
+    file: Path
+
+
+Reference = Annotated[str, Field(strict=True)]  # `stage` or `stage/network`
+
+
 class StageBase(Frozen):
     """What all stages have in common. One instance runs for each network in `train`."""
 
     train: Annotated[tuple[Name, ...], BeforeValidator(_listed), Field(min_length=1)]
-    init: Annotated[str, Field(strict=True)] | None = None  # a stage: starts from its weights of the same network
-    epochs: Count
-    optim: Optim
+    init: Reference | File | None = None  # a stage, whose weights of the same network it starts from, or a file
+    epochs: Natural  # 0 takes the weights of `init` as they are
+    optim: Optim | None = None  # needed to train
     schedule: Schedule = Schedule()
+    seed: Natural | None = None  # of this stage, where it is not the recipe's: a teacher shared by several seeds
+
+    @model_validator(mode="after")
+    def _check_epochs(self) -> StageBase:
+        if self.epochs and self.optim is None:
+            raise ValueError("optim is required to train")
+        if not self.epochs and self.init is None:
+            raise ValueError("epochs: 0 takes the weights of init, which is missing")
+        return self
 
 
 class LabelsStage(StageBase):
     """Cross-entropy on the labels."""
 
     objective: Literal["labels"]
+    label_smoothing: Fraction = 0.0
+    mixup: NonNegative = 0.0  # alpha of the Beta distribution that mixes pairs of images; 0 mixes none
 
 
 class BlocksStage(StageBase):
-    """Imitation of the teacher's block outputs, bottom to top: `epochs` are shared equally among the blocks."""
+    """Imitation of the teacher's block outputs: mean squared errors, one for each block.
+
+    The paper leaves open what these options say; see the README.
+    """
 
     objective: Literal["blocks"]
-    teacher: Annotated[str, Field(strict=True)]
+    teacher: Reference
+    order: Literal["bottom-up", "joint"] = "bottom-up"  # bottom-up: each block in its equal share of the epochs
+    inputs: Literal["student", "teacher"] = "student"  # whose lower block's output a block works on while it trains
+    prefix: Literal["frozen", "trained"] = "frozen"  # whether a block's error also trains the blocks below it
+    classifier: Literal["teacher", "fresh"] = "teacher"
+
+    @model_validator(mode="after")
+    def _check_prefix(self) -> BlocksStage:
+        if self.prefix == "trained" and self.inputs == "teacher":
+            raise ValueError("prefix: trained needs inputs: student, for on the teacher's inputs a block has no prefix")
+        return self
 
 
 class KlStage(StageBase):
-    """Distillation of the teacher's output: KL divergence at a temperature."""
+    """Distillation of the teacher's output: KL divergence at a temperature, mixed with cross-entropy on the labels."""
 
     objective: Literal["kl"]
-    teacher: Annotated[str, Field(strict=True)]
+    teacher: Reference
     temperature: Positive = 1.0
+    labels_weight: Fraction = 0.0  # part of the cross-entropy; the KL divergence has the rest
 
 
 Stage = Annotated[LabelsStage | BlocksStage | KlStage, Field(discriminator="objective")]
@@ -156,7 +205,9 @@ class Instance(NamedTuple):
     network_name: str
     stage: LabelsStage | BlocksStage | KlStage
     architecture: Architecture
+    seed: int
     init: str | None
+    init_file: Path | None
     teacher: str | None
 
     @property
@@ -171,7 +222,7 @@ class Instance(NamedTuple):
 
 
 class Recipe(Frozen):
-    """An experiment. Its result depends on all but `name`, `log_every_steps`, `eval_every_epochs`, `checkpoints`."""
+    """An experiment. The weights depend on all but `name`, `log_every_steps`, `eval_every_epochs` and `checkpoints`."""
 
     name: Name
     seed: Natural = 0
@@ -179,6 +230,9 @@ class Recipe(Frozen):
     batch_size: Count  # global, whatever the number of processes
     networks: dict[Name, Network] = Field(min_length=1)
     stages: dict[Name, Stage] = Field(min_length=1)
+    precision: Literal["float32", "bf16", "fp16"] = "float32"  # of the convolutions; weights stay float32
+    compile: bool = False  # by torch.compile
+    sync_batch_norm: bool = False  # statistics over all processes' images; GPUs only
     log_every_steps: Count = 50
     eval_every_epochs: Count = 1
     checkpoints: Checkpoints = Checkpoints()
@@ -224,6 +278,13 @@ class Recipe(Frozen):
                 f"batch_size: {self.batch_size} cannot be shared equally by {num_processes} processes; "
                 f"take a multiple of {num_processes}"
             )
+        share = self.batch_size // num_processes
+        for name, stage in self.stages.items():
+            if stage.optim and share % stage.optim.accumulate:
+                raise RecipeError(
+                    f"stages.{name}.optim.accumulate: the {share} images of a process cannot be cut into "
+                    f"{stage.optim.accumulate} equal parts"
+                )
 
     def _resolve(self, name: str, seen: tuple[str, ...]) -> Architecture:
         network = self.networks[name]
@@ -247,11 +308,21 @@ class Recipe(Frozen):
                 raise RecipeError(
                     f"stages.{name}.train: no network '{network}', {nearest(network, list(self.networks))}"
                 )
-            init = stage.init and self._parent(f"stages.{name}.init", stage.init, prefer=network)
-            teacher = None
+            init = teacher = None
+            if isinstance(stage.init, str):
+                init = self._parent(f"stages.{name}.init", stage.init, prefer=network)
             if isinstance(stage, BlocksStage | KlStage):
                 teacher = self._parent(f"stages.{name}.teacher", stage.teacher, prefer=None)
-            yield Instance(name, network, stage, self.architectures[network], init, teacher)
+            yield Instance(
+                name,
+                network,
+                stage,
+                self.architectures[network],
+                seed=self.seed if stage.seed is None else stage.seed,
+                init=init,
+                init_file=stage.init.file if isinstance(stage.init, File) else None,
+                teacher=teacher,
+            )
 
     def _parent(self, place: str, reference: str, prefer: str | None) -> str:
         """The key of the instance that `reference` (`stage` or `stage/network`) names."""
@@ -284,11 +355,6 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
             raise RecipeError(
                 f"{place}.teacher: {instance.teacher} ({theirs.num_blocks} blocks, {theirs.stem} stem) and network "
                 f"'{instance.network_name}' ({mine.num_blocks} blocks, {mine.stem} stem) have no blocks in common"
-            )
-        if mine.block_channels != theirs.block_channels:
-            raise RecipeError(
-                f"{place}.teacher: the blocks of {instance.teacher} write {list(theirs.block_channels)} channels, of "
-                f"network '{instance.network_name}' {list(mine.block_channels)}; thin by `width` to keep them equal"
             )
 
 

@@ -62,19 +62,32 @@ class Done(BaseModel):
 def identity(
     instance: Instance, recipe: Recipe, data_checksums: Mapping[str, str], fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
-    """All that determines the result of a stage instance, and nothing of where or under which name it runs."""
-    stage = instance.stage.model_dump(mode="json", exclude={"train", "init", "teacher"})
+    """All that determines the result of a stage instance, and nothing of where or under which name it runs.
+
+    Raises RunError if a file of weights cannot be read.
+    """
+    stage = instance.stage.model_dump(mode="json", exclude={"train", "init", "teacher", "seed"})
+    init = instance.init and fingerprints[instance.init]
+    if instance.init_file:
+        try:
+            init = sha256(instance.init_file)
+        except OSError as error:
+            place = f"stages.{instance.stage_name}.init.file"
+            raise RunError(f"{place}: {instance.init_file} cannot be read ({error.strerror})") from error
     return {
         "format": IDENTITY_FORMAT,
-        "seed": recipe.seed,
+        "seed": instance.seed,
         "batch_size": recipe.batch_size,
+        "precision": recipe.precision,
+        "compile": recipe.compile,
+        "sync_batch_norm": recipe.sync_batch_norm,
         "data": {
             **data_checksums,
             **recipe.data.model_dump(mode="json", exclude={"train", "val", "classes"}),
         },
         "network": instance.architecture.model_dump(mode="json"),
         "stage": stage,
-        "init": instance.init and fingerprints[instance.init],
+        "init": init,
         "teacher": instance.teacher and fingerprints[instance.teacher],
     }
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from gowide_dist.checkpoint import load_weights, newest_checkpoint, save_checkpoint, save_weights
 from gowide_dist.data.loader import Batch, Loader
@@ -18,7 +18,7 @@ from gowide_dist.errors import UserError
 from gowide_dist.metrics import MetricsLog, NonFiniteLossError, StepMeter, mean_over_samples
 from gowide_dist.networks import ResNet, Teacher, build_network
 from gowide_dist.objectives import build_objective
-from gowide_dist.optim import Timeline, build_optimizer, learning_rate
+from gowide_dist.optim import Descent, MovingAverage, Timeline, learning_rate
 from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run, StageDir, fingerprint, sha256
@@ -31,9 +31,9 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class Images:
-    """The data of a run, shared by its stages: two loaders, and how their pixels become network input."""
+    """The data of a run, shared by its stages: loaders, and how their pixels become network input."""
 
-    train: Loader
+    train: Callable[[int], Loader]  # a new one, for a seed
     val: Loader
     num_classes: int
     mean: Tensor  # [3, 1, 1] on the device, of pixels 0 to 255
@@ -64,11 +64,11 @@ def train_stage(instance: Instance, shop: Workshop) -> Done:
     is no number.
     """
     place = shop.run.stage(instance.key)
-    if not shop.world.is_main:
-        return _Training(instance, shop, place).run()
-    with place.lock():
-        place.claim(shop.identities[instance.key])
-        return _Training(instance, shop, place).run()
+    with closing(shop.images.train(instance.seed)) as loader, place.lock() if shop.world.is_main else nullcontext():
+        if shop.world.is_main:
+            place.claim(shop.identities[instance.key])
+        loader.preflight(shop.images.num_classes)
+        return _Training(instance, shop, place, loader).run()
 
 
 def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
@@ -81,8 +81,8 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
 class _Training:
     """One stage instance while it trains."""
 
-    def __init__(self, instance: Instance, shop: Workshop, place: StageDir) -> None:
-        self.instance, self.place = instance, place
+    def __init__(self, instance: Instance, shop: Workshop, place: StageDir, loader: Loader) -> None:
+        self.instance, self.place, self.loader = instance, place, loader
         self.recipe, self.world, self.images = shop.recipe, shop.world, shop.images
         self.fingerprint = fingerprint(shop.identities[instance.key])
         self.parents = {key: fingerprint(shop.identities[key]) for key in instance.parents}
@@ -91,21 +91,29 @@ class _Training:
         self.started = self.saved = time.monotonic()
 
         # Where a stage starts: its own newest checkpoint, else the finished weights of `init`, else scratch.
-        torch.manual_seed(self.recipe.seed)
+        torch.manual_seed(instance.seed)
         student = build_network(instance.architecture, shop.images.num_classes)
-        if instance.init:
-            load_weights(shop.run.stage(instance.init).model, student)
+        if start := instance.init_file or (instance.init and shop.run.stage(instance.init).model):
+            load_weights(start, student)
         teacher = None
         if instance.teacher:
             wide = load_trained(shop.recipe.instances[instance.teacher], shop.run, shop.images.num_classes)
-            teacher = Teacher(self._placed(wide))
-        self.objective = build_objective(instance.stage, self._placed(student), teacher)
-        self.timeline = Timeline(shop.images.train.steps_per_epoch, instance.stage.epochs, self.objective.num_phases)
+            teacher = Teacher(self._placed(wide), compiled=self.recipe.compile)
+        self.objective = build_objective(instance.stage, self._placed(student), teacher, instance.seed)
+        if self.recipe.compile:
+            student.compile_blocks()
+        if self.recipe.sync_batch_norm:
+            self.objective = nn.SyncBatchNorm.convert_sync_batchnorm(self.objective)  # type: ignore[no-untyped-call]
+        self.timeline = Timeline(self.loader.steps_per_epoch, instance.stage.epochs, self.objective.num_phases)
+        optim = instance.stage.optim
+        self.average = MovingAverage(self.objective, optim.ema) if optim and optim.ema else None
         self.checkpoint = newest_checkpoint(place.checkpoints)
         if self.checkpoint:
             self.objective.load_state_dict(self.checkpoint["objective"])
             self.step = self.checkpoint["step"]
             self.seconds_before = self.checkpoint["seconds"]
+            if self.average:
+                self.average.load_state_dict(self.checkpoint["average"])
 
     def run(self) -> Done:
         """Train the steps that are left, evaluate, write the weights."""
@@ -134,34 +142,38 @@ class _Training:
     def _train_phase(self, phase: int) -> None:
         """Train from the current step to the end of `phase`."""
         steps = self.timeline.phase(phase)
-        stage, steps_per_epoch = self.instance.stage, self.timeline.steps_per_epoch
+        optim, schedule = self.instance.stage.optim, self.instance.stage.schedule
+        assert optim is not None, "a stage that trains has an optim"
         self.world.share_buffers(self.objective)  # blocks frozen from now on must answer alike on every process
         self.objective.begin_phase(phase)
-        optimizer = build_optimizer(self.objective, stage.optim)
+        descent = Descent(self.objective, optim, scaled=self.recipe.precision == "fp16")
         if self.checkpoint and self.checkpoint["phase"] == phase:
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
+            descent.load_state_dict(self.checkpoint["descent"])
         self.checkpoint = None
         trained = self.world.wrap(self.objective)
         self._settle_gradient_buckets(trained)
         self.objective.train()
         for images, labels in self._batches(steps.stop):
-            rate = learning_rate(self.step, steps, steps_per_epoch, stage.optim, stage.schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            losses = trained(images, labels)
-            losses["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            self.meter.add(losses)
+            rate = learning_rate(self.step, steps, self.timeline.steps_per_epoch, optim, schedule)
+            parts = list(zip(images.chunk(optim.accumulate), labels.chunk(optim.accumulate), strict=True))
+            for index, part in enumerate(parts):
+                with self.world.gradients_apart(trained, index + 1 < len(parts)):
+                    with self._autocast():
+                        losses = trained(*part, self.step)
+                    descent.backward(losses["loss"] / len(parts))
+                self.meter.add(losses, index, len(parts))
+            descent.step(rate)
+            if self.average:
+                self.average.update()
             self.step += 1
-            self._after_step(phase, rate, optimizer)
+            self._after_step(phase, rate, descent)
 
     def _batches(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The data stream from the current step to step `stop`, on the device."""
         steps_per_epoch = self.timeline.steps_per_epoch
         while self.step < stop:
             epoch, start = divmod(self.step, steps_per_epoch)
-            batches = self.images.train.batches(epoch, start)
+            batches = self.loader.batches(epoch, start)
             try:
                 while self.step < min(stop, (epoch + 1) * steps_per_epoch):
                     with self.meter.waiting():
@@ -170,7 +182,7 @@ class _Training:
             finally:
                 batches.close()
 
-    def _after_step(self, phase: int, rate: float, optimizer: SGD) -> None:
+    def _after_step(self, phase: int, rate: float, descent: Descent) -> None:
         """Record, evaluate and save where they are due. All processes come to the same decisions."""
         recipe, step, total = self.recipe, self.step, self.timeline.total_steps
         epoch, rest = divmod(step, self.timeline.steps_per_epoch)
@@ -184,7 +196,7 @@ class _Training:
         if self.world.is_main and step < total:
             every_minutes = recipe.checkpoints.every_minutes
             if save_due or (every_minutes and time.monotonic() - self.saved > 60 * every_minutes):
-                self._save(phase, optimizer)
+                self._save(phase, descent)
 
     def _record(self, rate: float) -> None:
         """Write the averages since the last record; a collective. Raises TrainingError on a loss that is no number."""
@@ -200,9 +212,9 @@ class _Training:
 
     def _evaluate(self) -> dict[str, float]:
         """Means over the validation set of the objective's losses and of the accuracies (in %); a collective."""
-        self.world.share_buffers(self.objective)
         self.objective.eval()
-        with torch.inference_mode():
+        with self._averaged(), torch.inference_mode(), self._autocast():
+            self.world.share_buffers(self.objective)
             results = mean_over_samples(
                 (self.objective.evaluate(*self.images.to_device(batch)) for batch in self.images.val.batches()),
                 self.world,
@@ -213,12 +225,13 @@ class _Training:
             self.metrics.append("val", self.step, {"epoch": self.step / self.timeline.steps_per_epoch, **results})
         return results
 
-    def _save(self, phase: int, optimizer: SGD) -> None:
+    def _save(self, phase: int, descent: Descent) -> None:
         if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
             raise self._diverged(self.step)
         state = {
             "objective": self.objective.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "descent": descent.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
             "phase": phase,
             "step": self.step,
             "seconds": self._seconds(),
@@ -230,7 +243,8 @@ class _Training:
     def _finish(self, results: Mapping[str, float]) -> Done:
         assert self.metrics is not None
         self.metrics.close()
-        save_weights(self.place.model, self.objective.student)
+        with self._averaged():
+            save_weights(self.place.model, self.objective.finished())
         done = Done(
             stage=self.instance.stage_name,
             network=self.instance.network_name,
@@ -263,6 +277,13 @@ class _Training:
         trained(images, torch.zeros(size, dtype=torch.long, device=self.world.device))["loss"].backward()
         self.objective.zero_grad()
 
+    def _autocast(self) -> torch.autocast:
+        dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return self.average.applied() if self.average else nullcontext()
+
     def _placed(self, network: ResNet) -> ResNet:
         return network.to(self.world.device).to(memory_format=torch.channels_last)
 
@@ -271,6 +292,7 @@ class _Training:
 
     def _diverged(self, step: int) -> TrainingError:
         stage = self.instance.stage
+        assert stage.optim is not None
         phases = (self.timeline.phase(phase) for phase in range(self.timeline.num_phases))
         steps = next(steps for steps in phases if step - 1 in steps)
         rate = learning_rate(step - 1, steps, self.timeline.steps_per_epoch, stage.optim, stage.schedule)

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -70,6 +70,13 @@ class World:
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
+
+    @staticmethod
+    def gradients_apart(wrapped: nn.Module, apart: bool = True) -> AbstractContextManager[None]:
+        """Inside, if `apart`, gradients of a wrapped module add up in each process and are not averaged yet."""
+        if apart and isinstance(wrapped, DistributedDataParallel):
+            return wrapped.no_sync()
+        return nullcontext()
 
 
 @contextmanager

@@ -60,20 +60,45 @@ def test_walking_the_blocks_is_the_forward_pass():
     assert owned == {id(p) for name, p in network.named_parameters() if not name.startswith("fc")}
 
 
-def test_a_teacher_answers_and_never_changes():
-    network = build_network({"block": "bottleneck", "depths": [1, 1], "base": 8}, 5)
+@pytest.mark.parametrize("architecture", [{"arch": "resnet18"}, {"arch": "resnet50", "width": 2}])
+def test_a_teacher_answers_as_its_network_does(architecture):
+    torch.manual_seed(0)
+    network = build_network(architecture, 10)
+    for _ in range(3):
+        network(torch.randn(8, 3, 64, 64))  # statistics that are not the initial ones
     before = {name: value.clone() for name, value in network.state_dict().items()}
     teacher = Teacher(network)
-    calls = []
-    network.layer2.register_forward_hook(lambda *_: calls.append("layer2"))
-    assert len(teacher.blocks(torch.randn(4, 3, 32, 32), 1)) == 1
-    assert calls == []  # nothing above the block that is asked for runs
-    logits = teacher.logits(torch.randn(4, 3, 32, 32))
-    assert not logits.requires_grad
+    images = torch.randn(4, 3, 64, 64)
+    logits, blocks = network.eval()(images)
+    assert torch.allclose(teacher.logits(images), logits, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(teacher.blocks(images, 3), blocks, strict=False):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in teacher._network.modules())
+    assert not teacher.logits(images).requires_grad
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_teacher_stops_at_the_block_that_is_needed():
+    teacher = Teacher(build_network({"block": "bottleneck", "depths": [1, 1], "base": 8}, 5))
+    ran = []
+    teacher._network.layer2.register_forward_hook(lambda *_: ran.append("layer2"))
+    assert len(teacher.blocks(torch.randn(4, 3, 32, 32), 1)) == 1
+    assert ran == []
 
 
 def test_a_bad_architecture_is_one_line():
     with pytest.raises(RecipeError, match=r"network: unknown key 'widht', did you mean 'width'\?$"):
         build_network({"arch": "resnet50", "widht": 2}, 10)
     assert build_network(Architecture(block="basic", depths=(1,), base=4), 3).num_classes == 3
+
+
+def test_compiled_blocks_answer_alike():
+    torch.manual_seed(0)
+    network = build_network({"block": "basic", "depths": [1, 1], "base": 4, "stem": "strided"}, 3).eval()
+    images = torch.randn(2, 3, 16, 16)
+    logits, _ = network(images)
+    names = list(network.state_dict())
+    network.compile_blocks()
+    assert torch.allclose(network(images)[0], logits, rtol=1e-4, atol=1e-5)
+    assert list(network.state_dict()) == names
+    assert torch.allclose(Teacher(network, compiled=True).logits(images), logits, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,16 @@ import torch.nn.functional as F
 
 from gowide_dist import build_network
 from gowide_dist.networks import Teacher
-from gowide_dist.objectives import Blocks, Kl, Labels, accuracy, block_mse, kl_divergence
+from gowide_dist.objectives import (
+    Blocks,
+    Kl,
+    Labels,
+    accuracy,
+    block_mse,
+    cross_entropy,
+    kl_divergence,
+    mixing_share,
+)
 
 THIN = {"block": "bottleneck", "depths": [1, 1, 1], "base": 8, "width": 0.5, "stem": "strided"}
 
@@ -55,10 +64,42 @@ def test_accuracy_by_hand():
     assert accuracy(logits[:, :3], torch.tensor([0, 1, 2]))["top5"].tolist() == [1, 1, 1]
 
 
+def test_cross_entropy_by_hand():
+    logits, label = torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([0])  # probabilities 3/4 and 1/4
+    assert cross_entropy(logits, label).item() == pytest.approx(math.log(4 / 3))
+    # smoothing 0.2 over two classes: targets 0.9 and 0.1
+    by_hand = 0.9 * math.log(4 / 3) + 0.1 * math.log(4)
+    assert cross_entropy(logits, label, smoothing=0.2).item() == pytest.approx(by_hand)
+
+
 def test_labels_is_cross_entropy(student, batch):
     images, labels = batch
     objective = Labels(student)
     assert torch.allclose(objective(images, labels)["loss"], F.cross_entropy(student(images)[0], labels))
+
+
+def test_label_smoothing_trains_but_does_not_judge(student, batch):
+    images, labels = batch
+    smooth = Labels(student, label_smoothing=0.3)
+    plain = F.cross_entropy(student(images)[0], labels, label_smoothing=0.3)
+    assert torch.allclose(smooth(images, labels)["loss"], plain)
+    assert torch.equal(smooth.eval().evaluate(images, labels)["loss"], Labels(student).evaluate(images, labels)["loss"])
+
+
+def test_mixup_by_hand(student, batch):
+    images, labels = batch
+    objective = Labels(student.eval(), mixup=0.4, seed=5)
+    share = mixing_share(0.4, seed=5, step=17)
+    partner = torch.tensor([7, 0, 1, 2, 3, 4, 5, 6])
+    mixed = share * images + (1 - share) * images[partner]
+    log_probabilities = student(mixed)[0].log_softmax(1)
+    both = -share * log_probabilities[range(8), labels] - (1 - share) * log_probabilities[range(8), labels[partner]]
+    assert torch.allclose(objective(images, labels, 17)["loss"], both.mean())
+    assert objective(images, labels, 18)["loss"] != objective(images, labels, 17)["loss"]
+    shares = [mixing_share(0.4, 5, step) for step in range(4000)]
+    assert sum(shares) / 4000 == pytest.approx(0.5, abs=0.03)
+    variance = sum((share - 0.5) ** 2 for share in shares) / 4000
+    assert variance == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.1)  # of Beta(a, a)
 
 
 def test_kl_trains_the_student_alone(student, teacher, batch):
@@ -69,45 +110,143 @@ def test_kl_trains_the_student_alone(student, teacher, batch):
     assert set(objective.state_dict()) == {f"student.{name}" for name in student.state_dict()}
 
 
-def test_bottom_up_trains_one_block_on_frozen_ones(student, teacher, batch):
-    objective = Blocks(student, teacher)
+def test_kl_with_labels(student, teacher, batch):
+    images, labels = batch
+    student.eval()
+    losses = Kl(student, teacher, temperature=2.0, labels_weight=0.3)(images, labels)
+    kl = Kl(student, teacher, temperature=2.0)(images, labels)["loss"]
+    from_labels = Labels(student)(images, labels)["loss"]
+    assert torch.allclose(losses["loss"], 0.7 * kl + 0.3 * from_labels)
+    assert torch.allclose(losses["kl"], kl)
+    assert torch.allclose(losses["cross_entropy"], from_labels)
+
+
+def gradients(objective, batch):
+    objective.zero_grad()
+    losses = objective(*batch)
+    losses["loss"].backward()
+    return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}, losses
+
+
+def names_of_block(objective, index):
+    mine = ("student.conv1.", "student.bn1.", "student.layer1.") if index == 0 else (f"student.layer{index + 1}.",)
+    mine += (f"up.{index}.", f"down.{index - 1}.")
+    return {name for name, _ in objective.named_parameters() if name.startswith(mine)}
+
+
+@pytest.fixture(params=[1.0, 0.5], ids=["same channels", "half the channels"])
+def thin(request):
+    torch.manual_seed(1)
+    return build_network({**THIN, "channels": request.param}, 10)
+
+
+def test_bottom_up_trains_one_block_on_frozen_ones(thin, teacher, batch):
+    objective = Blocks(thin, teacher)
     ran = []
     for index in range(3):
-        student.layer(index).register_forward_hook(lambda *_, index=index: ran.append(index))
+        thin.layer(index).register_forward_hook(lambda *_, index=index: ran.append(index))
+    assert objective.num_phases == 3
     for phase in range(3):
         objective.begin_phase(phase)
         objective.train()
-        objective.zero_grad()
         ran.clear()
-        before = {name: value.clone() for name, value in student.state_dict().items()}
-        losses = objective(*batch)
-        losses["loss"].backward()
+        before = {name: value.clone() for name, value in objective.state_dict().items()}
+        trained, losses = gradients(objective, batch)
         assert ran == list(range(phase + 1))
-        trained = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
-        mine = ("conv1.", "bn1.", "layer1.") if phase == 0 else (f"layer{phase + 1}.",)
-        assert trained == {name for name, _ in student.named_parameters() if name.startswith(mine)}
-        moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
-        assert moved == {name for name in before if name.startswith(mine) and ("running" in name or "tracked" in name)}
-        objective.eval()
-        evaluated = objective.evaluate(*batch)
-        target = teacher.blocks(batch[0], phase + 1)[-1]
-        mse = block_mse(student(batch[0])[1][phase], target)
-        assert torch.allclose(evaluated[f"mse_block{phase + 1}"], mse)
+        assert set(losses) == {"loss", f"mse_block{phase + 1}"}
+        assert set(trained) == names_of_block(objective, phase)
+        moved = {name for name, value in objective.state_dict().items() if not torch.equal(value, before[name])}
+        statistics = {name for name in before if "running" in name or "tracked" in name}
+        parts = tuple({name.rpartition(".")[0] for name in trained})
+        assert moved == {name for name in statistics if name.rpartition(".")[0] in parts}
 
 
-def test_bottom_up_never_runs_the_teacher_above_the_block(student, batch):
-    network = build_network({**THIN, "width": 4}, 10)
+def test_a_phase_minimises_what_the_evaluation_shows(thin, teacher, batch):
+    objective = Blocks(thin, teacher).eval()
+    for phase in range(3):
+        objective.begin_phase(phase)
+        error = objective(*batch)["loss"]
+        assert torch.allclose(objective.evaluate(*batch)[f"mse_block{phase + 1}"].mean(), error)
+
+
+def test_a_trained_prefix_learns_from_the_blocks_above(thin, teacher, batch):
+    objective = Blocks(thin, teacher, trained_prefix=True)
+    objective.begin_phase(1)
+    objective.train()
+    trained, losses = gradients(objective, batch)
+    assert set(trained) == names_of_block(objective, 0) | names_of_block(objective, 1)
+    assert set(losses) == {"loss", "mse_block2"}
+    frozen = Blocks(thin, teacher)
+    frozen.begin_phase(1)
+    assert set(gradients(frozen.train(), batch)[0]) == names_of_block(frozen, 1)
+
+
+def test_bottom_up_on_the_teachers_inputs(thin, teacher, batch):
+    objective = Blocks(thin, teacher, teacher_inputs=True)
     ran = []
     for index in range(3):
-        network.layer(index).register_forward_hook(lambda *_, index=index: ran.append(index))
-    objective = Blocks(student, Teacher(network))
+        thin.layer(index).register_forward_hook(lambda *_, index=index: ran.append(index))
+    objective.begin_phase(2)
+    objective.train()
+    trained, losses = gradients(objective, batch)
+    assert ran == [2]  # the student's lower blocks are not needed
+    assert set(trained) == names_of_block(objective, 2)
+    targets = teacher.blocks(batch[0], 3)
+    output = objective.up[2](thin.block(2, objective.down[1](targets[1])))
+    assert torch.allclose(losses["loss"], block_mse(output, targets[2]).mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("teacher_inputs", [True, False])
+def test_jointly_each_block_learns_from_its_own_loss_alone(thin, teacher, batch, teacher_inputs):
+    """One pass gives the gradients that training each block by itself gives. Eval mode: statistics must not move."""
+    objective = Blocks(thin, teacher, joint=True, teacher_inputs=teacher_inputs).eval()
+    together, losses = gradients(objective, batch)
+    assert objective.num_phases == 1
+    assert set(losses) == {"loss", "mse_block1", "mse_block2", "mse_block3"}
+    single = Blocks(thin, teacher, teacher_inputs=teacher_inputs).eval()
+    single.load_state_dict(objective.state_dict())
+    apart = {}
+    for phase in range(3):
+        single.begin_phase(phase)
+        apart |= gradients(single, batch)[0]
+    assert together.keys() == apart.keys()
+    for name, gradient in together.items():
+        assert torch.allclose(gradient, apart[name], rtol=1e-4, atol=1e-7), name
+
+
+def test_jointly_with_a_trained_prefix_losses_reach_down(thin, teacher, batch):
+    objective = Blocks(thin, teacher, joint=True).eval()
+    apart, _ = gradients(objective, batch)
+    objective.trained_prefix = True
+    through, _ = gradients(objective, batch)
+    assert apart.keys() == through.keys()
+    assert not torch.allclose(apart["student.conv1.weight"], through["student.conv1.weight"])
+    assert torch.allclose(apart["student.layer3.0.bn3.bias"], through["student.layer3.0.bn3.bias"])
+
+
+def test_imitation_never_runs_the_teacher_above_the_block(student, batch):
+    teacher = Teacher(build_network({**THIN, "width": 4}, 10))
+    ran = []
+    for index in range(3):
+        teacher._network.layer(index).register_forward_hook(lambda *_, index=index: ran.append(index))
+    objective = Blocks(student, teacher)
     objective.begin_phase(1)
     objective.train()(*batch)
     assert ran == [0, 1]
 
 
-def test_imitation_takes_the_teachers_classifier(student, teacher):
-    assert not torch.equal(student.fc.weight, teacher.classifier["weight"])
-    Blocks(student, teacher)
-    assert torch.equal(student.fc.weight, teacher.classifier["weight"])
-    assert torch.equal(student.fc.bias, teacher.classifier["bias"])
+def test_the_classifier_is_the_teachers_or_fresh(student, teacher, batch):
+    fresh = student.fc.weight.clone()
+    assert torch.equal(Blocks(student, teacher, fresh_classifier=True).finished().fc.weight, fresh)
+    finished = Blocks(student, teacher).finished()
+    assert torch.equal(finished.fc.weight, teacher.copy_of_classifier().weight)
+    assert torch.equal(finished.fc.bias, teacher.copy_of_classifier().bias)
+
+
+@pytest.mark.parametrize("options", [{}, {"fresh_classifier": True}])
+def test_what_is_evaluated_is_what_is_left_behind(thin, teacher, batch, options):
+    objective = Blocks(thin, teacher, **options).eval()
+    _, logits = objective.losses(*batch)
+    finished = objective.finished()
+    assert finished.state_dict().keys() == thin.state_dict().keys()
+    assert torch.allclose(finished(batch[0])[0], logits, rtol=1e-3, atol=1e-4)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gowide_dist.optim import Timeline, build_optimizer, learning_rate
+from gowide_dist.optim import Descent, MovingAverage, Timeline, learning_rate
 from gowide_dist.recipe import Optim, Schedule
 
 OPTIM = Optim(lr=0.1)
@@ -44,17 +44,66 @@ def test_phases_cover_every_step_once(steps_per_epoch, epochs, num_phases):
     assert steps == list(range(timeline.total_steps))
 
 
-def test_sgd_by_hand():
-    layer = torch.nn.Linear(1, 1, bias=False)
+def test_linear_by_hand():
+    assert rate(25, 100, "linear") == pytest.approx(0.075)
+    assert rate(55, 100, {"decay": "linear", "warmup_epochs": 1}) == pytest.approx(0.05)
+
+
+def descend(optim, gradients, weight=2.0, scaled=False):
+    """Weight after steps at rate 0.1 with these gradients; one weight that is a matrix, one that is a bias."""
+    module = torch.nn.Linear(1, 1)
     frozen = torch.nn.Linear(1, 1).requires_grad_(False)
-    torch.nn.init.constant_(layer.weight, 2.0)
-    optimizer = build_optimizer(torch.nn.ModuleList([layer, frozen]), Optim(lr=0.1, momentum=0.5, weight_decay=0.25))
-    # gradient 1 + 0.25 * weight; velocity is halved, then the gradient added
+    torch.nn.init.constant_(module.weight, weight)
+    torch.nn.init.constant_(module.bias, weight)
+    descent = Descent(torch.nn.ModuleList([module, frozen]), Optim(lr=0.1, **optim), scaled)
+    for gradient in gradients:
+        descent.backward(gradient * (module.weight.sum() + module.bias.sum()))
+        descent.step(0.1)
+    return module.weight.item(), module.bias.item()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_by_hand(nesterov):
+    optim = {"momentum": 0.5, "weight_decay": 0.25, "nesterov": nesterov}
     weight, velocity = 2.0, 0.0
-    for _ in range(3):
-        layer.weight.grad = torch.ones(1, 1)
-        optimizer.step()
-        velocity = 0.5 * velocity + 1 + 0.25 * weight
-        weight -= 0.1 * velocity
-    assert layer.weight.item() == pytest.approx(weight)
-    assert len(optimizer.param_groups[0]["params"]) == 1
+    for _ in range(3):  # gradient 1 + 0.25 weight; the velocity is halved, then the gradient added
+        gradient = 1 + 0.25 * weight
+        velocity = 0.5 * velocity + gradient
+        weight -= 0.1 * (gradient + 0.5 * velocity if nesterov else velocity)
+    assert descend(optim, [1.0] * 3) == (pytest.approx(weight), pytest.approx(weight))
+
+
+def test_decay_of_norms_and_biases_is_a_choice():
+    weight, bias = descend({"weight_decay": 0.25, "decay_norms": False, "momentum": 0}, [1.0])
+    assert weight == pytest.approx(2 - 0.1 * 1.5)
+    assert bias == pytest.approx(2 - 0.1)
+
+
+def test_the_whole_gradient_is_clipped():
+    weight, bias = descend({"clip_norm": 1.0, "momentum": 0}, [3.0])  # norm 3 sqrt(2)
+    assert weight == bias == pytest.approx(2 - 0.1 / 2**0.5)
+    assert descend({"clip_norm": 10.0, "momentum": 0}, [3.0])[0] == pytest.approx(2 - 0.3)
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 1.0}])
+def test_loss_scaling_changes_nothing_but_leaves_out_overflows(clip):
+    optim = {"momentum": 0.5, **clip}
+    assert descend(optim, [1.0, 2.0], scaled=True) == pytest.approx(descend(optim, [1.0, 2.0]))
+    assert descend(optim, [1.0, float("inf"), 2.0], scaled=True) == pytest.approx(descend(optim, [1.0, 2.0]))
+
+
+def test_moving_average_by_hand():
+    module = torch.nn.BatchNorm1d(1, affine=False)
+    average = MovingAverage(module, decay=0.75)
+    expected = 0.0
+    for value in (4.0, 8.0):
+        module.running_mean.fill_(value)
+        average.update()
+        expected = 0.75 * expected + 0.25 * value
+    with average.applied():
+        assert module.running_mean.item() == pytest.approx(expected)
+    assert module.running_mean.item() == 8.0
+    again = MovingAverage(module, decay=0.75)
+    again.load_state_dict(average.state_dict())
+    with again.applied():
+        assert module.running_mean.item() == pytest.approx(expected)

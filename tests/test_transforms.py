@@ -1,0 +1,51 @@
+import pytest
+import torch
+from torch import nn
+
+from gowide_dist import build_network
+from gowide_dist.transforms import linear_transform, merged
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@pytest.mark.parametrize("stem", ["small", "imagenet"])
+@pytest.mark.parametrize("with_classifier", [True, False])
+def test_merging_is_exact(block, stem, with_classifier):
+    """The student with its transforms and the plain network that is left: equal to 1e-10 in float64."""
+    torch.manual_seed(0)
+    shape = {"block": block, "depths": [2, 1, 2, 1], "stem": stem}
+    wide = build_network({**shape, "base": 16}, 7).double()
+    student = build_network({**shape, "base": 16, "channels": 0.4}, 7).double()
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after some training
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    student.eval()
+    pairs = list(zip(student.architecture.block_channels, wide.architecture.block_channels, strict=True))
+    up = [linear_transform(thin, theirs).double() for thin, theirs in pairs]
+    down = [linear_transform(theirs, thin).double() for thin, theirs in pairs[:-1]]
+    images = torch.randn(3, 3, 40, 40, dtype=torch.double)
+
+    x = student.block(0, images)
+    for index in range(1, 4):
+        x = student.block(index, down[index - 1](up[index - 1](x)))
+    expected = wide.fc(student.pool(up[3](x))) if with_classifier else student.head(x)
+
+    network = merged(student, up, down, wide.fc if with_classifier else None)
+    assert (network(images)[0] - expected).abs().max() < 1e-10
+    assert not torch.allclose(student(images)[0], expected, atol=1e-3)  # there was something to merge
+    assert network.architecture == student.architecture
+    assert {name: value.shape for name, value in network.state_dict().items()} == {
+        name: value.shape for name, value in student.state_dict().items()
+    }
+    assert not any(isinstance(module, nn.Conv2d) and module.bias is not None for module in network.modules())
+
+
+def test_equal_channels_need_no_transform():
+    assert isinstance(linear_transform(8, 8), nn.Identity)
+    student = build_network({"block": "basic", "depths": [1, 1], "base": 8}, 5).eval()
+    network = merged(student, [nn.Identity(), nn.Identity()], [nn.Identity()], None)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(images)[0], student(images)[0])
+    assert network is not student
