@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gowide_dist.errors import RunError
+from gowide_dist.insight.costs import spent
 from gowide_dist.recipe import Instance, Recipe, load_recipe
 from gowide_dist.run import Done, Run, read_metrics, write_atomically
 
@@ -31,16 +32,15 @@ class Result(NamedTuple):
     top1: float
     top5: float
     seconds: float
+    student_epochs: int  # with the stages that it started from
+    images: int  # seen in these
+    train_tflops: float  # multiply-adds spent in these, the teacher's answers included, in 10^12
 
 
 def results(run: Run, recipe: Recipe) -> list[Result]:
     """One row for each finished stage instance, in the recipe's order."""
-    assert recipe.data.classes is not None, "a run's recipe is resolved"
-    rows = []
-    for key, instance in recipe.instances.items():
-        if (done := run.stage(key).done) is not None:
-            rows.append(_result(instance, done, recipe.data.classes, recipe.data.resolution))
-    return rows
+    finished = {key: done for key in recipe.instances if (done := run.stage(key).done) is not None}
+    return [_result(recipe.instances[key], done, recipe) for key, done in finished.items()]
 
 
 def write_report(run: Run) -> str:
@@ -59,17 +59,23 @@ def write_report(run: Run) -> str:
     return _table(rows, f"{run.path}: {len(rows)} of {len(recipe.instances)} stages done; more in {run.report}")
 
 
-def _result(instance: Instance, done: Done, num_classes: int, resolution: int) -> Result:
-    architecture = instance.architecture
+def _result(instance: Instance, done: Done, recipe: Recipe) -> Result:
+    architecture, num_classes = instance.architecture, recipe.data.classes
+    assert num_classes is not None, "a run's recipe is resolved"
+    images_per_epoch = done.images // done.epochs if done.epochs else 0
+    cost = spent(instance.key, recipe, num_classes, images_per_epoch)
     return Result(
         instance.stage_name,
         instance.network_name,
         architecture.num_parameters(num_classes),
-        round(architecture.macs(num_classes, resolution) / 1e6, 3),
+        round(architecture.macs(num_classes, recipe.data.resolution) / 1e6, 3),
         done.epochs,
         round(done.top1, 2),
         round(done.top5, 2),
         round(done.seconds, 1),
+        cost.epochs,
+        cost.images,
+        round(cost.macs / 1e12, 3),
     )
 
 
@@ -77,14 +83,15 @@ def _table(rows: list[Result], caption: str) -> str:
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     for name in ("stage", "network"):
         table.add_column(name)
-    for name in ("parameters", "MFLOPs", "epochs", "top-1 %", "top-5 %", "seconds"):
+    for name in ("parameters", "MFLOPs", "epochs", "top-1 %", "top-5 %", "seconds", "student epochs", "train TFLOPs"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row.stage, row.network, f"{row.parameters:,}", f"{row.mflops:,.3f}", str(row.epochs),
-            f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.seconds:,.0f}",
+            f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.seconds:,.0f}", str(row.student_epochs),
+            f"{row.train_tflops:,.2f}",
         )  # fmt: skip
-    console = Console(file=io.StringIO(), width=110)
+    console = Console(file=io.StringIO(), width=130)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip()
@@ -112,7 +119,7 @@ def _plot_losses(run: Run, recipe: Recipe, path: Path) -> None:
 
 
 def _plot_stage(axes: Axes, instance: Instance, lines: list[dict[str, Any]]) -> None:
-    """Training losses as lines, validation losses as dots of the same colour."""
+    """Training losses as lines, validation losses as dots of the same colour; for imitation also the accuracy."""
     names = [f"mse_block{index + 1}" for index in range(instance.architecture.num_blocks)]
     if instance.stage.objective != "blocks":
         names = ["loss"]
@@ -124,3 +131,8 @@ def _plot_stage(axes: Axes, instance: Instance, lines: list[dict[str, Any]]) -> 
             (curve,) = axes.plot(*zip(*train, strict=True), label=label)
             if val:
                 axes.plot(*zip(*val, strict=True), "o", color=curve.get_color(), markersize=4)
+    accuracy = [(line["epoch"], line["top1"]) for line in lines if line["kind"] == "val"]
+    if instance.stage.objective == "blocks" and accuracy:
+        right = axes.twinx()
+        right.plot(*zip(*accuracy, strict=True), "k^--", markersize=5, linewidth=0.8)
+        right.set(ylim=(0, 100), ylabel="top-1 % (triangles)")
