@@ -119,8 +119,9 @@ def _decode_jpeg(source, index, num_rows, scratch, imdecode):
     """
     offset, size = source.offsets[index], source.sizes[index]
     height, width = source.heights[index], source.widths[index]
-    stream = scratch.jpeg[:size]
-    stream[:] = source.bytes[offset : offset + size]
+    stream = scratch.jpeg
+    for i in range(size):
+        stream[i] = source.bytes[offset + i]
     height = min(height, (num_rows + _MCU_PX) // _MCU_PX * _MCU_PX + _MCU_PX)
     marker = 2
     while marker + 9 < size:

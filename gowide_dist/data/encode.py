@@ -132,14 +132,18 @@ def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
     """
     if not (out / FILE_NAME).exists():
         return None
-    info = read_dataset_info(out / FILE_NAME)
+    try:
+        info = read_dataset_info(out / FILE_NAME)
+    except DataError as error:
+        say(f"{error}; encoding now")
+        return None
     if info.encoding != encoding:
         raise DataError(f"{out}: holds another dataset ({info.encoding}); remove it or choose another --out")
     try:
         for split in info.splits.values():
             Beton(out / split.file)
     except DataError as error:
-        say(f"{error}: encoding again")
+        say(f"{error}; encoding now")
         return None
     counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
     say(f"{out}: already encoded ({counts}); nothing to do")

@@ -69,7 +69,8 @@ def check_split(beton_path: Path) -> Split:
     info = read_dataset_info(beton_path)
     split = next((split for split in info.splits.values() if split.file == beton_path.name), None)
     if split is None:
-        raise DataError(f"{beton_path}: not one of the files in {FILE_NAME} ({', '.join(_files(info))})")
+        known = ", ".join(split.file for split in info.splits.values())
+        raise DataError(f"{beton_path}: not one of the files in {FILE_NAME} ({known})")
     try:
         size = beton_path.stat().st_size
     except OSError as error:
@@ -79,7 +80,3 @@ def check_split(beton_path: Path) -> Split:
             f"{beton_path}: {size:,} bytes instead of {split.bytes:,}: truncated or changed; delete it and encode again"
         )
     return split
-
-
-def _files(info: DatasetInfo) -> list[str]:
-    return [split.file for split in info.splits.values()]

@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 def say(message: str) -> None:
     """One plain line on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, markup=False).print(message)
 
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:

@@ -11,7 +11,7 @@ from gowide_dist.data.beton import Beton
 from gowide_dist.data.encode import encode_fashion_mnist
 from gowide_dist.data.idx import read_idx
 from gowide_dist.data.images import encode_sample
-from gowide_dist.data.info import check_split
+from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.errors import DataError
 from tests.idx import write_fashion_mnist, write_idx
 
@@ -63,6 +63,13 @@ def test_damaged_dataset_is_made_again(idx_root: Path, tmp_path: Path):
     (tmp_path / "out" / "val.beton").write_bytes(b"short")
     encode_fashion_mnist(tmp_path / "out", idx_root)
     check_split(tmp_path / "out" / "val.beton")
+
+
+def test_damaged_dataset_json_is_made_again(idx_root: Path, tmp_path: Path):
+    first = encode_fashion_mnist(tmp_path / "out", idx_root)
+    (tmp_path / "out" / "dataset.json").write_text("{")
+    assert encode_fashion_mnist(tmp_path / "out", idx_root) == first
+    assert read_dataset_info(tmp_path / "out" / "train.beton") == first
 
 
 def test_another_dataset_is_not_overwritten(idx_root: Path, tmp_path: Path):

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -144,6 +146,19 @@ def test_a_stall_is_an_error_that_names_the_file(small_set: Path, monkeypatch: p
     monkeypatch.setattr(decode, "fill", lambda *_: time.sleep(0.5))
     with pytest.raises(DataError, match=r"train\.beton: nothing came within 0\.1 s"):
         stream(small_set, timeout_s=0.1)
+
+
+def test_a_stalled_read_does_not_keep_the_process_alive(small_set: Path):
+    code = (
+        "import sys, time; from pathlib import Path; from gowide_dist.data import decode, loader\n"
+        "decode.fill = lambda *_: time.sleep(1000)\n"
+        f"stream = loader.Loader(Path({str(small_set / 'val.beton')!r}), train=False, batch_size=8, resolution=28,"
+        "                       timeout_s=0.2)\n"
+        "try: next(stream.batches())\n"
+        "finally: stream.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "DataError" in done.stderr
 
 
 def test_what_does_not_fit_is_refused(small_set: Path):
