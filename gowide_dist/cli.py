@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ Job = Annotated[Path, typer.Argument(help="A recipe, for example jobs/demo.yaml.
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values to set by their dotted path.", metavar="[KEY=VALUE]...")
 ]
+RunDir = Annotated[Path, typer.Argument(help="A run directory, for example runs/demo.", metavar="RUN")]
 Runs = Annotated[Path, typer.Option(help="Folder of run directories.")]
 
 
@@ -77,6 +79,85 @@ def run(
         print_line(f"{prepared.run.path}: all {total} stages are done, nothing to train")
     run_here(prepared, num_processes)
     print_line(write_report(prepared.run))
+
+
+@app.command()
+def submit(
+    job: Job,
+    cluster: Annotated[Path, typer.Option(help="A cluster profile, for example slurm/clusters/gpu8.yaml.")],
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    only: Annotated[list[str] | None, typer.Option(help="A stage, with all that it needs; may be repeated.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Forget what another recipe has left in this run's folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts, and do nothing.")] = False,
+    test_only: Annotated[bool, typer.Option("--test-only", help="Ask Slurm whether it would take the jobs.")] = False,
+) -> None:
+    """Submit one Slurm job per stage that is not done, each after those it needs, and return.
+
+    The same command again submits only what is missing.
+
+    Example: `gowide submit jobs/demo.yaml --cluster slurm/clusters/devcluster.yaml`
+    """
+    from gowide_dist.insight.status import graph
+    from gowide_dist.launch.profile import load_profile
+    from gowide_dist.pipeline import prepare_chain, write
+    from gowide_dist.recipe import load_recipe
+
+    recipe, profile = load_recipe(job, overrides or []), load_profile(cluster)
+    prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
+    if dry_run:
+        print_line("\n\n".join(chain.scripts().values()) or f"{prepared.run.path}: nothing to submit")
+    elif test_only:
+        print_line("\n".join(f"{key}: {answer}" for key, answer in chain.try_out().items()) or "nothing to submit")
+    else:
+        write(prepared, fresh=fresh)
+        print_line(graph(prepared, {**chain.queued, **chain.submit()}))
+
+
+@app.command()
+def status(
+    run: RunDir,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the stages of a run, their jobs, how far they are and how long they still take.
+
+    Example: `gowide status runs/demo`
+    """
+    from gowide_dist.insight import status
+    from gowide_dist.run import Run
+
+    rows = status.status(Run(run))
+    print_line(json.dumps(status.as_json(rows), indent=2) if as_json else status.table(rows))
+
+
+@app.command()
+def logs(
+    run: RunDir,
+    stage: Annotated[str, typer.Argument(help="A stage, or stage/network.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the job is over.")] = False,
+) -> None:
+    """Print what the job of a stage prints.
+
+    Example: `gowide logs runs/demo teacher -f`
+    """
+    from gowide_dist.insight.status import logs
+    from gowide_dist.run import Run
+
+    for text in logs(Run(run), stage, follow=follow):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@app.command()
+def cancel(run: RunDir) -> None:
+    """Cancel the jobs of a run that are queued or running. `gowide submit` goes on from there.
+
+    Example: `gowide cancel runs/demo`
+    """
+    from gowide_dist.insight.status import cancel_run
+    from gowide_dist.run import Run
+
+    print_line("\n".join(f"cancelled {job}" for job in cancel_run(Run(run))) or f"{run}: no job is queued or running")
 
 
 @app.command()

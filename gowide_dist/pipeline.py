@@ -7,20 +7,24 @@ every process of a launched run executes. Nothing here imports torch before trai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gowide_dist import stop
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.errors import DataError, RecipeError, RunError, UserError
 from gowide_dist.launch.local import leave_error, torchrun
+from gowide_dist.launch.profile import Profile
+from gowide_dist.launch.queue import newest_jobs
+from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
 from gowide_dist.recipe import Instance, Recipe, load_recipe
-from gowide_dist.run import Done, Run, fingerprint, identities, write_atomically
+from gowide_dist.run import Run, StageDir, fingerprint, identities, write_atomically
 
 if TYPE_CHECKING:
     from gowide_dist.networks import ResNet
@@ -54,26 +58,79 @@ def prepare(
     changed, if anything does not fit.
     """
     recipe.check_processes(num_processes)
+    prepared = examine(recipe, runs, only=only, fresh=fresh)
+    write(prepared, fresh=fresh)
+    return prepared
+
+
+def examine(
+    recipe: Recipe, runs: Path, *, only: Sequence[str] = (), fresh: bool = False, in_jobs: Collection[str] = ()
+) -> Prepared:
+    """Check the recipe against the data and the run directory, and write nothing.
+
+    in_jobs: instances that Slurm jobs are training or will train. Raises UserError if anything does not fit.
+    """
     selected = recipe.select(only) if only else recipe.instances
     recipe, checksums = _check_data(recipe)
     run = Run(runs / recipe.name)
     prepared = Prepared(recipe, run, selected, identities(recipe, checksums))
     for instance in prepared.unfinished:
         place = run.stage(instance.key)
-        place.check_unlocked()
+        if instance.key not in in_jobs:
+            place.check_unlocked()
+        elif fresh:
+            raise RunError(
+                f"{place.path}: a Slurm job trains {instance.key}; `gowide cancel {run.path}` before --fresh"
+            )
         if not fresh:
             place.check_identity(prepared.identities[instance.key])
-    for instance in prepared.unfinished if fresh else ():
-        if run.stage(instance.key).path.exists():
-            shutil.rmtree(run.stage(instance.key).path)
-    run.write_recipe(recipe)
     return prepared
 
 
-def run_here(prepared: Prepared, num_processes: int) -> None:
-    """Train all unfinished stages under torchrun, those that a sibling run has finished taken from there."""
+def write(prepared: Prepared, *, fresh: bool = False) -> None:
+    """Write the run directory, and take over what a sibling run has finished. `fresh` as in `prepare`."""
+    run = prepared.run
+    for instance in prepared.unfinished if fresh else ():
+        if run.stage(instance.key).path.exists():
+            shutil.rmtree(run.stage(instance.key).path)
+    run.write_recipe(prepared.recipe)
     for instance in prepared.unfinished:
-        _adopt(instance, prepared)
+        if there := _sibling(instance, prepared):
+            _adopt(instance, there, prepared)
+
+
+def prepare_chain(
+    recipe: Recipe, runs: Path, profile: Profile, *, only: Sequence[str] = (), fresh: bool = False
+) -> tuple[Prepared, Chain]:
+    """A Slurm job for each instance that is neither finished nor in the queue; writes nothing.
+
+    Raises UserError if the recipe does not fit the data, the profile or the run directory.
+    """
+    run = Run(runs.absolute() / recipe.name)
+    check_folder(run.slurm, profile)
+    states = newest_jobs(run.slurm, job_names(recipe))
+    queued = {key: state.job_id for key, state in states.items() if state.is_waiting or state.is_running}
+    leaving = {key: state.job_id for key, state in states.items() if state.is_leaving}
+    prepared = examine(recipe, run.path.parent, only=only, fresh=fresh, in_jobs={*queued, *leaving})
+    jobs = []
+    for instance in prepared.unfinished:
+        if instance.key in queued or _sibling(instance, prepared):
+            continue
+        resources = profile.resources(instance)
+        for num_processes in resources.num_processes:
+            recipe.check_processes(num_processes)
+        worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
+        jobs.append(Job(instance.key, job_names(recipe)[instance.key], instance.parents, worker, resources))
+    return prepared, Chain(run.slurm, tuple(jobs), queued, leaving)
+
+
+def job_names(recipe: Recipe) -> dict[str, str]:
+    """What the jobs of every instance are called."""
+    return {key: f"{recipe.name}:{key}" for key in recipe.instances}
+
+
+def run_here(prepared: Prepared, num_processes: int) -> None:
+    """Train all unfinished stages under torchrun."""
     if left := prepared.unfinished:
         torchrun("gowide_dist.pipeline", [str(prepared.run.path), *(instance.key for instance in left)], num_processes)
 
@@ -112,13 +169,17 @@ def walk(run: Run, keys: Sequence[str]) -> None:
             crop_ratio=augment.crop.ratio if augment.crop else (1.0, 1.0),
             order=data.order,
         )
-        with closing(loader(data.val, train=False, center_crop_ratio=data.center_crop)) as val:
+        with contextlib.closing(loader(data.val, train=False, center_crop_ratio=data.center_crop)) as val:
             val.preflight(len(info.classes))
             mean, std = (_channels(values, world.device) for values in (info.mean, info.std))
             images = Images(lambda seed: train(seed=seed), val, len(info.classes), mean, std)
             shop = Workshop(recipe, run, world, images, identities(recipe, checksums))
             for key in keys:
-                train_stage(recipe.instances[key], shop)
+                instance = recipe.instances[key]
+                _check_parents(instance, shop.identities, run)
+                done = run.stage(key).is_done(fingerprint(shop.identities[key])) if world.is_main else False
+                if not world.share(done):  # a job that was queued again at its very end finds it done
+                    train_stage(instance, shop)
 
 
 def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNet:
@@ -168,24 +229,33 @@ def _check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
     return recipe.model_copy(update={"data": data.model_copy(update={"classes": classes})}), checksums
 
 
-def _adopt(instance: Instance, prepared: Prepared) -> None:
-    """Take over the weights of an instance that another run beside this one has finished with the same fingerprint."""
+def _check_parents(instance: Instance, identities: Mapping[str, Mapping[str, Any]], run: Run) -> None:
+    """Raises RunError unless what the instance builds on is there: Slurm starts jobs whose parents it has forgotten."""
+    for parent in instance.parents:
+        if not run.stage(parent).is_done(fingerprint(identities[parent])):
+            raise RunError(f"{instance.key}: needs {parent}, which is not finished in {run.path}; submit the run again")
+
+
+def _sibling(instance: Instance, prepared: Prepared) -> StageDir | None:
+    """Where another run beside this one has finished an instance with the same fingerprint."""
     mine = fingerprint(prepared.identities[instance.key])
-    here = prepared.run.stage(instance.key)
     for path in sorted(prepared.run.path.parent.glob("*/stages/*/*/done.json")):
-        try:
-            done = Done.model_validate_json(path.read_bytes())
-        except ValueError:
-            continue
-        weights = path.with_name("model.safetensors")
-        if done.fingerprint != mine or not weights.is_file():
-            continue
-        here.claim(prepared.identities[instance.key])
-        write_atomically(here.model, weights.read_bytes())
-        shutil.copyfile(path.with_name("metrics.jsonl"), here.metrics)
-        here.finish(done.model_copy(update={"stage": instance.stage_name, "network": instance.network_name}))
-        sys.stdout.write(f"{instance.key}  is {path.parent} already: taken from there\n")
-        return
+        place = StageDir(path.parent, "/".join(path.parts[-3:-1]))
+        with contextlib.suppress(RunError):
+            if place.is_done(mine):
+                return place
+    return None
+
+
+def _adopt(instance: Instance, there: StageDir, prepared: Prepared) -> None:
+    """Take over what another run has finished."""
+    here = prepared.run.stage(instance.key)
+    assert there.done is not None
+    here.claim(prepared.identities[instance.key])
+    write_atomically(here.model, there.model.read_bytes())
+    shutil.copyfile(there.metrics, here.metrics)
+    here.finish(there.done.model_copy(update={"stage": instance.stage_name, "network": instance.network_name}))
+    sys.stdout.write(f"{instance.key}  is {there.path} already: taken from there\n")
 
 
 def _devices(device: Any) -> list[str]:
@@ -203,17 +273,24 @@ def _channels(values: Sequence[float], device: Any) -> Any:
     return torch.tensor(values, device=device)[:, None, None] * 255
 
 
-def main() -> int:
-    """Entry of every training process. Exit status 2 for a UserError, which is left for the launcher to show."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of every training process.
+
+    Exit status 2 for a UserError, which is left for the launcher to show; 128 and the signal's number if it was told
+    to stop, and has saved.
+    """
+    stop.listen()
     parser = argparse.ArgumentParser(prog="python -m gowide_dist.pipeline")
     parser.add_argument("run", type=Path)
     parser.add_argument("keys", nargs="+", metavar="STAGE/NETWORK")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
-        walk(Run(arguments.run), arguments.keys)
+        walk(Run(given.run), given.keys)
     except UserError as error:
         leave_error(str(error))
         return 2
+    except stop.Stopped as stopped:
+        return 128 + stopped.signum
     return 0
 
 

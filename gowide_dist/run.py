@@ -9,26 +9,28 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel, ValidationError
 
 from gowide_dist.errors import RunError
 from gowide_dist.recipe import Instance, Recipe
 
+LOCK_WAIT_S = 150  # a file server frees a dead node's locks only after a while
 IDENTITY_FORMAT = 1  # raised when the code changes so that the same recipe gives other weights
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -177,27 +179,35 @@ class StageDir:
 
     def check_unlocked(self) -> None:
         """Raises RunError, naming the writer, if there is one now."""
-        if self.path.exists():
-            with self.lock():
-                pass
+        path = self.path / "lock"
+        if path.exists():
+            with path.open() as file:
+                self._flock(file, fcntl.LOCK_SH)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the only writer. Raises RunError, naming the other, if there is one."""
+        """Be the only writer. Raises RunError, naming the other, if there is one and it stays."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise RunError(
-                    f"{self.path}: {file.read().strip() or 'another process'} is training {self.key} there; "
-                    "wait for it or end it"
-                ) from error
+            self._flock(file, fcntl.LOCK_EX, wait_s=LOCK_WAIT_S)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
             yield
+
+    def _flock(self, file: IO[str], kind: int, wait_s: float = 0) -> None:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                return fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise RunError(
+                        f"{self.path}: {file.read().strip() or 'another process'} is training {self.key} there; "
+                        "wait for it or end it"
+                    ) from error
+            time.sleep(1)
 
 
 @dataclass(frozen=True)
@@ -214,6 +224,11 @@ class Run:
     def recipe_path(self) -> Path:
         """The resolved recipe."""
         return self.path / "recipe.yaml"
+
+    @property
+    def slurm(self) -> Path:
+        """Folder of the run's Slurm jobs: their ids, scripts and logs."""
+        return self.path / "slurm"
 
     @property
     def report(self) -> Path:

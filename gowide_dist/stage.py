@@ -22,6 +22,7 @@ from gowide_dist.optim import Descent, MovingAverage, Timeline, learning_rate
 from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run, StageDir, fingerprint, sha256
+from gowide_dist.stop import Stopped
 from gowide_dist.world import World
 
 
@@ -187,7 +188,8 @@ class _Training:
         recipe, step, total = self.recipe, self.step, self.timeline.total_steps
         epoch, rest = divmod(step, self.timeline.steps_per_epoch)
         every_steps = recipe.checkpoints.every_steps
-        save_due = every_steps is not None and step % every_steps == 0
+        signum = self.world.stop_vote() if step < total else 0
+        save_due = bool(signum) or (every_steps is not None and step % every_steps == 0)
         if not (save_due or rest == 0 or step % recipe.log_every_steps == 0 or step == self.timeline.phase(phase).stop):
             return
         self._record(rate)
@@ -197,6 +199,9 @@ class _Training:
             every_minutes = recipe.checkpoints.every_minutes
             if save_due or (every_minutes and time.monotonic() - self.saved > 60 * every_minutes):
                 self._save(phase, descent)
+        if signum:
+            self.track.line(f"{self.instance.key}  saved at step {step:,} of {total:,}: told to stop")
+            raise Stopped(signum)
 
     def _record(self, rate: float) -> None:
         """Write the averages since the last record; a collective. Raises TrainingError on a loss that is no number."""

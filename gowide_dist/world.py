@@ -16,10 +16,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a process that waits longer for the others ends with an error
+from gowide_dist import stop
+
+# A process that waits longer for the others ends with an error.
+COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("GOWIDE_COLLECTIVE_TIMEOUT_S", "600")))
 _PR_SET_PDEATHSIG = 1
 
 Value = TypeVar("Value")
+
+
+class StopVote:
+    """Whether a process was asked to stop. All processes learn of it at the same call.
+
+    The votes of one call are counted at the next, a training step later, so that nobody waits for them: neither
+    process nor GPU. They travel over gloo, beside whatever carries the gradients.
+    """
+
+    def __init__(self, num_processes: int) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[Tensor, dist.Work] | None = None
+        if num_processes > 1:
+            group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            assert isinstance(group, dist.ProcessGroup), "every process is in it"
+            self._group = group
+
+    def __call__(self) -> int:
+        """Vote, and count the votes of the call before: the number of the signal that a process got, else 0."""
+        if self._group is None:
+            return stop.received()
+        if signum := self.settle():
+            return signum
+        votes = torch.tensor([stop.received()])
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, self._group, async_op=True)
+        assert work is not None
+        self._pending = votes, work
+        return 0
+
+    def settle(self) -> int:
+        """Count the votes that are under way."""
+        if self._pending is None:
+            return 0
+        votes, work = self._pending
+        work.wait()
+        self._pending = None
+        return int(votes)
 
 
 @dataclass(frozen=True)
@@ -30,6 +70,7 @@ class World:
     size: int
     device: torch.device
     num_threads: int
+    stop_vote: StopVote
 
     @property
     def is_main(self) -> bool:
@@ -99,7 +140,9 @@ def join() -> Iterator[World]:
             device_id=device if device.type == "cuda" else None,
         )
     try:
-        yield World(rank, size, device, num_threads)
+        vote = StopVote(size)
+        yield World(rank, size, device, num_threads, vote)
+        vote.settle()
     finally:
         if size > 1:
             dist.destroy_process_group()
@@ -111,4 +154,4 @@ _TORCHRUN_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 def _end_with_parent() -> None:
     """Ask the kernel to end this process when the launcher is killed: an orphan would go on writing."""
     if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(ctypes, "CDLL"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

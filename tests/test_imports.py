@@ -22,7 +22,7 @@ FLOORS = [
     ["run"],
     ["recipe", "world"],
     ["architecture"],
-    ["schema", "progress"],
+    ["schema", "progress", "stop"],
     ["errors"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -60,7 +60,7 @@ def test_every_room_has_its_floor():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "pipeline", "recipe", "run", "insight.report", "launch.local", "data.info"]
+    "module", ["cli", "pipeline", "recipe", "run", "insight.report", "launch.local", "launch.slurm", "launch.queue", "launch.profile", "insight.status", "data.info"]
 )  # fmt: skip
 def test_login_nodes_import_no_torch(module):
     code = (

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from gowide_dist.recipe import Instance
-from gowide_dist.schema import Count, Frozen, Natural, Positive, read_yaml, validate
+from gowide_dist.schema import Count, Frozen, Natural, read_yaml, validate
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
 # What sbatch options are called here; to say a thing in two places is refused.
@@ -23,12 +23,10 @@ _RESERVED_OPTIONS = {"dependency", "kill-on-invalid-dep", "requeue", "no-requeue
 
 
 def _as_node_range(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return str(value)
     low, dash, high = str(value).partition("-")
-    if not (dash and low.isdecimal() and high.isdecimal() and 1 <= int(low) < int(high)):
+    if not (low.isdecimal() and int(low) >= 1 and (not dash or (high.isdecimal() and int(high) > int(low)))):
         raise ValueError(f"should be a number or a range like 1-4, not '{value}'")
-    return value
+    return str(value)
 
 
 def _as_text(value: Any) -> Any:
@@ -53,7 +51,7 @@ class Settings(Frozen):
     gpus_per_node: Natural = 0  # one process per GPU
     processes_per_node: Count | None = None  # where there are no GPUs; default 1
     cpus_per_task: Count = 1
-    mem_gb: Positive | None = None  # per node
+    mem_gb: Count | None = None  # per node
     timeout_min: Count = 60  # a stage that takes longer goes on in as many allocations as it needs
     signal_delay_s: Count = 120  # how long before the end of an allocation the stage is told to save
     cpu_bind: Text = "cores"  # srun's --cpu-bind

@@ -1,0 +1,141 @@
+"""The truth about jobs, as Slurm tells it. Quick, and without submitit, whose view of a job goes stale."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gowide_dist.errors import RunError, UserError
+from gowide_dist.run import write_atomically
+
+ANSWER_WITHIN_S = 60
+_QUEUE_FIELDS = ("JobID", "Name", "State", "Reason", "NodeList", "RestartCnt", "StartTime")
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+_RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING"}
+
+
+class SlurmError(UserError):
+    """Slurm is not there, does not answer, or refuses."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm knows of a job. `state` is Slurm's word; `reason` why it waits; `starts` when it may, if known."""
+
+    job_id: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    restarts: int = 0
+    starts: str | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the job is to run yet."""
+        return self.state in _WAITING
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the job has its nodes."""
+        return self.state in _RUNNING
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether its processes are being ended: it is then either over or queued again."""
+        return self.state == "COMPLETING"
+
+
+def call(*command: str, stderr: bool = False) -> str:
+    """The output of a Slurm command, or what it writes to stderr. Raises SlurmError with what it complains of."""
+    if not shutil.which(command[0]):
+        raise SlurmError(f"{command[0]} is not there: this is no machine of a Slurm cluster; `gowide run` trains here")
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"{command[0]}: Slurm's controller does not answer; try again later") from error
+    if result.returncode:
+        raise SlurmError(complaint(command[0], result.stderr))
+    return result.stderr if stderr else result.stdout
+
+
+def complaint(command: str, stderr: str) -> str:
+    """What a Slurm command says is wrong, in one line."""
+    lines = [line.removeprefix(f"{command}: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip()]
+    return f"{command}: {'; '.join(dict.fromkeys(lines)) or 'failed without a word'}"
+
+
+def read_jobs(folder: Path) -> dict[str, list[str]]:
+    """The ids of the jobs that were submitted for each stage instance, newest last."""
+    path = folder / "jobs.json"
+    try:
+        jobs: dict[str, list[str]] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: damaged; cancel this run's jobs with scancel and delete it") from error
+    return jobs
+
+
+def write_job(folder: Path, key: str, job_id: str) -> None:
+    """Note the job of a stage instance."""
+    jobs = read_jobs(folder)
+    jobs.setdefault(key, []).append(job_id)
+    write_atomically(folder / "jobs.json", json.dumps(jobs, indent=2) + "\n")
+
+
+def newest_jobs(folder: Path, names: Mapping[str, str]) -> dict[str, JobState]:
+    """Slurm's word on the newest job of each instance. `names`: the name of every instance's jobs.
+
+    A job of another name is not ours: ids begin again when a cluster is set up anew.
+    """
+    wanted = {ids[-1]: key for key, ids in read_jobs(folder).items() if key in names}
+    if not wanted:
+        return {}
+    found = {
+        wanted[state.job_id]: state
+        for state, name in _from_squeue()
+        if state.job_id in wanted and name == names[wanted[state.job_id]]
+    }
+    if missing := [job_id for job_id, key in wanted.items() if key not in found]:
+        found |= {
+            wanted[state.job_id]: state
+            for state, name in _from_sacct(missing)
+            if state.job_id in wanted and name == names[wanted[state.job_id]]
+        }
+    return found
+
+
+def cancel(job_ids: Iterable[str]) -> None:
+    """Cancel jobs, those that wait for others first."""
+    call("scancel", *sorted(job_ids, key=int, reverse=True))
+
+
+def _from_squeue() -> Iterable[tuple[JobState, str]]:
+    fields = ",".join(f"{field}:|" for field in _QUEUE_FIELDS)
+    for line in call("squeue", "--me", "--noheader", "--states=all", f"--Format={fields}").splitlines():
+        job_id, name, state, reason, nodes, restarts, starts = line.split("|")[: len(_QUEUE_FIELDS)]
+        yield (
+            JobState(
+                job_id,
+                state,
+                "" if reason == "None" else reason,
+                nodes,
+                int(restarts),
+                None if starts in ("N/A", "") else starts,
+            ),
+            name,
+        )
+
+
+def _from_sacct(job_ids: list[str]) -> Iterable[tuple[JobState, str]]:
+    try:
+        lines = call("sacct", "-X", "-n", "-P", "--format=JobID,JobName,State,NodeList", "-j", ",".join(job_ids))
+    except SlurmError:
+        return  # no accounting on this cluster: what squeue has forgotten is over
+    for line in lines.splitlines():
+        job_id, name, state, nodes = line.split("|")
+        yield JobState(job_id, state.split(" ")[0], nodes="" if nodes == "None assigned" else nodes), name

@@ -1,0 +1,32 @@
+"""A request to stop, by signal: training saves at the next step and leaves."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+_received = 0  # the greatest number, so that SIGTERM (the end) outweighs SIGUSR2 (a warning) and SIGINT
+
+
+class Stopped(Exception):  # noqa: N818 -- no error
+    """All processes have agreed to stop, and the training state is saved."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def listen() -> None:
+    """From now on note SIGUSR2 (Slurm's warning), SIGTERM and SIGINT instead of dying of them."""
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _note)
+
+
+def received() -> int:
+    """The number of the signal that this process got, else 0."""
+    return _received
+
+
+def _note(signum: int, _frame: FrameType | None) -> None:
+    global _received
+    _received = max(_received, signum)
