@@ -59,7 +59,7 @@ class CenterCrop(NamedTuple):
     """torchvision's Resize(round(resolution / ratio)) and CenterCrop(resolution).
 
     Equal to within one level of 255 for raw images, since torchvision rounds between rows and columns. Of a JPEG the
-    pixels differ by about one level on average: FFCV's C library takes the fast inverse transform, Pillow the exact one.
+    pixels differ by about one level on average: FFCV's C library takes the fast inverse transform, Pillow the exact.
     """
 
     ratio: float
