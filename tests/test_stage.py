@@ -1,0 +1,255 @@
+"""The training loop in this process alone: every option does what it says, and none breaks an exact restart."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from gowide_dist import load_model, load_recipe, stage
+from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.errors import RecipeError, RunError
+from gowide_dist.objectives import Labels
+from gowide_dist.pipeline import prepare, walk
+from gowide_dist.run import read_metrics
+from tests.fashion import chain, write_job, write_part
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fashion")
+    write_part(root / "idx", 240, 100)
+    encode_fashion_mnist(root / "data", root / "idx")
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run directories that take over from each other what is equal: a teacher is trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def train(data, runs, tmp_path, monkeypatch):
+    """Train stages of the tiny chain with overrides, in this process; the run."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the networks are too small for more
+    count = itertools.count()
+
+    def run(*overrides, only=("teacher",), name=None, into=None, **changes):
+        name = name or f"{tmp_path.name}-{next(count)}"
+        recipe = load_recipe(write_job(tmp_path, chain(data, **changes)), [f"name={name}", *overrides])
+        prepared = prepare(recipe, into or runs, only=only)
+        walk(prepared.run, [instance.key for instance in prepared.unfinished])
+        return prepared.run
+
+    return run
+
+
+def sha(run, key="teacher/wide"):
+    return run.stage(key).done.model_sha256
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=1"],
+        ["stages.teacher.seed=1"],
+        ["data.augment.flip=false"],
+        ["data.augment.translate=3"],
+        ["batch_size=48"],
+        ["precision=bf16"],
+        ["stages.teacher.label_smoothing=0.1"],
+        ["stages.teacher.mixup=0.2"],
+        ["stages.teacher.schedule=linear"],
+        ["stages.teacher.schedule=constant"],
+        ["stages.teacher.schedule.warmup_epochs=1"],
+        ["stages.teacher.schedule={milestones: [1]}"],
+        ["stages.teacher.optim.momentum=0.8"],
+        ["stages.teacher.optim.nesterov=true"],
+        ["stages.teacher.optim.weight_decay=0.01"],
+        ["stages.teacher.optim.clip_norm=0.5"],
+        ["stages.teacher.optim.accumulate=2"],
+        ["stages.teacher.optim.ema=0.9"],
+        ["networks.thin.zero_init_residual=true"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_option_changes_the_weights(train, overrides):
+    assert sha(train(*overrides)) != sha(train())
+
+
+def test_fp16_scales_its_loss(train):
+    """On a CPU fp16 is no faster, but it trains, and its scaled gradients leave the loss where float32 has it."""
+    half, plain = train("precision=fp16"), train()
+    assert sha(half) != sha(plain)
+    last = [read_metrics(run.stage("teacher/wide").metrics)[-1]["loss"] for run in (half, plain)]
+    assert last[0] == pytest.approx(last[1], rel=0.2)
+
+
+def test_a_factor_of_the_step_schedule_counts(train):
+    steps = "stages.teacher.schedule={milestones: [1], factor: 0.5}"
+    assert sha(train(steps)) != sha(train("stages.teacher.schedule={milestones: [1]}"))
+
+
+def test_decay_of_norms_counts(train):
+    decay = "stages.teacher.optim.weight_decay=0.01"
+    assert sha(train(decay, "stages.teacher.optim.decay_norms=false")) != sha(train(decay))
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("imitate/thin", ["stages.imitate.order=joint"]),
+        ("imitate/thin", ["stages.imitate.inputs=teacher"]),
+        ("imitate/thin", ["stages.imitate.prefix=trained"]),
+        ("imitate/thin", ["stages.imitate.classifier=fresh"]),
+        ("distill/thin", ["stages.distill.temperature=1"]),
+        ("distill/thin", ["stages.distill.labels_weight=0.5"]),
+        ("distill/thin", ["stages.distill.init=null"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_options_of_imitation_and_distillation_change_the_weights(train, key, overrides):
+    stage_name = key.partition("/")[0]
+    plain = train(only=[stage_name])  # the teacher is taken from the other run
+    assert sha(train(*overrides, only=[stage_name]), key) != sha(plain, key)
+
+
+def test_what_cannot_change_the_weights_does_not(train):
+    plain = train()
+    other = train("log_every_steps=1", "eval_every_epochs=2", "checkpoints.every_steps=2", "checkpoints.keep=1")
+    assert sha(other) == sha(plain)
+    assert other.stage("teacher/wide").done.fingerprint == plain.stage("teacher/wide").done.fingerprint
+
+
+def test_accumulation_equals_the_big_batch(train, monkeypatch):
+    """With batch norms in eval mode, for their statistics are those of a part."""
+    monkeypatch.setattr(Labels, "train", lambda self, mode=True: nn.Module.train(self, False))
+    whole = load_model(train("seed=7").path, "teacher")  # a seed of its own: nothing is taken over
+    parts = load_model(train("seed=7", "stages.teacher.optim.accumulate=4").path, "teacher")
+    first = next(whole.parameters())
+    assert not torch.equal(first, next(parts.parameters()))  # another order of additions
+    for mine, theirs in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+class PowerCut(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("teacher/wide", ["precision=fp16", "stages.teacher.optim={lr: 0.05, clip_norm: 1, ema: 0.9, accumulate: 2}"]),
+        ("teacher/wide", ["precision=bf16", "stages.teacher.mixup=0.4", "stages.teacher.optim.nesterov=true"]),
+        ("imitate/thin", ["networks.thin.channels=0.5", "networks.wide={block: bottleneck, depths: [1, 1], base: 4, "
+                          "stem: strided}", "stages.imitate.prefix=trained"]),
+        ("imitate/thin", ["stages.imitate.order=joint", "stages.imitate.inputs=teacher"]),
+        ("distill/thin", ["stages.distill.labels_weight=0.3", "stages.distill.optim.ema=0.5"]),
+    ],
+)  # fmt: skip
+def test_restarts_are_exact_with_every_option(train, monkeypatch, tmp_path, key, overrides):
+    stage_name = key.partition("/")[0]
+    undisturbed = train(*overrides, only=[stage_name])
+    save = stage.save_checkpoint
+
+    def save_and_fail(folder, state, *, step, **rest):
+        save(folder, state, step=step, **rest)
+        if step == 6:
+            raise PowerCut
+
+    again = {"only": [stage_name], "name": "cut", "into": tmp_path / "elsewhere"}
+    shutil.copytree(undisturbed.path, tmp_path / "elsewhere" / "parents")
+    shutil.rmtree(tmp_path / "elsewhere" / "parents" / "stages" / key)
+    monkeypatch.setattr(stage, "save_checkpoint", save_and_fail)
+    with pytest.raises(PowerCut):
+        train(*overrides, **again)
+    monkeypatch.setattr(stage, "save_checkpoint", save)
+    assert sha(train(*overrides, **again), key) == sha(undisturbed, key)
+
+
+def test_thin_in_all_channels(train):
+    """A student with half the channels of its teacher's blocks imitates through transforms; what is left is plain."""
+    wide = {"block": "bottleneck", "depths": [1, 1], "base": 8, "stem": "strided", "width": 2}
+    thin = {**wide, "channels": 0.5, "width": 1}
+    run = train(only=["imitate"], networks={"wide": wide, "thin": thin})
+    student = load_model(run.path, "imitate")
+    assert student.architecture.block_channels == (16, 32)
+    assert sum(parameter.numel() for parameter in student.parameters()) == student.architecture.num_parameters(10)
+    errors = [line for line in read_metrics(run.stage("imitate/thin").metrics) if line["kind"] == "val"]
+    assert errors[-1]["mse_block1"] < errors[0]["mse_block1"] * 1.05
+
+
+def test_compiled_training(train):
+    """torch.compile changes rounding alone."""
+    one = ["stages.teacher.epochs=1", "data.augment.flip=false"]
+    compiled, plain = train("compile=true", *one), train(*one)
+    assert compiled.stage("teacher/wide").done.fingerprint != plain.stage("teacher/wide").done.fingerprint
+    for mine, theirs in zip(*(load_model(run.path, "teacher").parameters() for run in (compiled, plain)), strict=True):
+        assert torch.allclose(mine, theirs, rtol=0.05, atol=1e-3)
+
+
+def test_synchronised_batch_norm_needs_gpus(train):
+    if torch.cuda.is_available():
+        assert train("sync_batch_norm=true").stage("teacher/wide").done
+    else:
+        with pytest.raises(RecipeError, match="sync_batch_norm: PyTorch has it for GPUs only"):
+            train("sync_batch_norm=true")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_public_network_is_the_teacher(train, tmp_path, suffix):
+    torch.manual_seed(0)
+    public = torchvision.models.resnet18(num_classes=10)
+    file = tmp_path / f"resnet18{suffix}"
+    if suffix == ".pth":
+        torch.save(public.state_dict(), file)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(public.state_dict(), file)
+    networks = {"wide": {"arch": "resnet18"}, "thin": {"arch": "resnet18", "width": 0.25}}
+    stages = chain(tmp_path)["stages"]
+    stages["teacher"] = {"train": "wide", "objective": "labels", "epochs": 0, "init": {"file": str(file)}}
+    run = train(only=["imitate"], networks=networks, stages=stages)
+    taken = load_model(run.path, "teacher").state_dict()
+    assert all(torch.equal(value, taken[name]) for name, value in public.state_dict().items())
+    done = run.stage("teacher/wide").done
+    assert (done.steps, done.images, done.epochs) == (0, 0, 0)
+    student = load_model(run.path, "imitate")
+    assert torch.equal(student.fc.weight, public.fc.weight)
+
+
+def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path):
+    torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "other.pth")
+    stages = {
+        "teacher": {"train": "wide", "objective": "labels", "epochs": 0, "init": {"file": str(tmp_path / "other.pth")}}
+    }
+    networks = {"wide": {"arch": "resnet18"}}
+    with pytest.raises(RunError, match=r"fc.weight is \(7, 512\) there, \(10, 512\) here; fc.bias is \(7,\) there"):
+        train(networks=networks, stages=stages)
+    (tmp_path / "other.pth").write_bytes(b"no weights")
+    with pytest.raises(RunError, match="holds no weights that can be read"):
+        train(networks=networks, stages=stages)
+    (tmp_path / "other.pth").unlink()
+    with pytest.raises(RunError, match=r"stages.teacher.init.file: .*other.pth cannot be read"):
+        train(networks=networks, stages=stages)
+
+
+def test_a_stage_seed_shares_a_teacher_between_seeds(train, capsys):
+    fixed = "stages.teacher.seed=0"
+    first = train(fixed, "seed=0", only=["imitate"])
+    second = train(fixed, "seed=1", only=["imitate"])
+    assert first.stage("teacher/wide").done.fingerprint == second.stage("teacher/wide").done.fingerprint
+    assert sha(first, "imitate/thin") != sha(second, "imitate/thin")
+
+
+def test_identity_is_readable(train):
+    run = train()
+    identity = json.loads((run.stage("teacher/wide").path / "identity.json").read_text())
+    assert identity["stage"]["optim"]["lr"] == 0.05
+    assert identity["network"]["width"] == 2.0
+    assert identity["teacher"] is None
