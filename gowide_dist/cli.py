@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+data_app = typer.Typer(help="Look after encoded datasets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 Job = Annotated[Path, typer.Argument(help="A recipe, for example jobs/demo.yaml.", metavar="JOB")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values to set by their dotted path.", metavar="[KEY=VALUE]...")
@@ -26,23 +30,101 @@ RunDir = Annotated[Path, typer.Argument(help="A run directory, for example runs/
 Runs = Annotated[Path, typer.Option(help="Folder of run directories.")]
 
 
+class DatasetKind(StrEnum):
+    """What `gowide encode` reads."""
+
+    FASHION_MNIST = "fashion-mnist"
+    CIFAR10 = "cifar10"
+    CIFAR100 = "cifar100"
+    IMAGEFOLDER = "imagefolder"
+
+
 @app.command()
 def encode(
-    dataset: Annotated[str, typer.Argument(help="fashion-mnist")],
+    dataset: Annotated[DatasetKind, typer.Argument(help="What to encode, in torchvision's layout on disk.")],
     out: Annotated[Path, typer.Option(help="Folder for train.beton, val.beton and dataset.json.")],
-    root: Annotated[Path | None, typer.Option(help="Folder with the dataset's files as they were published.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
+    write_mode: Annotated[
+        str | None,
+        typer.Option(help="raw, jpg, or the part stored as jpg, as 0.5. Default: jpg for imagefolder, else raw."),
+    ] = None,
+    quality: Annotated[int, typer.Option(help="Of JPEGs, 1 to 100.")] = 90,
+    max_side_px: Annotated[int | None, typer.Option(help="Shrink larger images to this longer side.")] = None,
+    subset: Annotated[int | None, typer.Option(help="So many training images only, of every class alike.")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Make so many training images the validation part.")] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out files that hold no whole image; see skipped.txt.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that read files; default: one a core.", min=0)] = 0,
 ) -> None:
-    """Write a dataset as FFCV files.
+    """Write a dataset as FFCV files, every image decoded once on the way.
 
-    Example: `gowide encode fashion-mnist --out data/fashion-mnist`
+    Example: `gowide encode imagefolder --root /data/imagenet --out data/imagenet --max-side-px 512`
     """
-    from gowide_dist.data.encode import encode_fashion_mnist
+    from gowide_dist.data import encode as encoders
 
-    if dataset != "fashion-mnist":
-        raise UserError(f"encode: unknown dataset '{dataset}'; valid: fashion-mnist")
-    info = encode_fashion_mnist(out, root)
+    mode = write_mode or ("jpg" if dataset is DatasetKind.IMAGEFOLDER else "raw")
+    try:
+        jpg_share = {"raw": 0.0, "jpg": 1.0}.get(mode) if mode in ("raw", "jpg") else float(mode)
+    except ValueError as error:
+        raise UserError(f"--write-mode {mode}: should be raw, jpg or a part such as 0.5") from error
+    assert jpg_share is not None
+    options = encoders.Options(jpg_share, quality, max_side_px, subset, held_out, skip_bad, workers)
+    if dataset is DatasetKind.FASHION_MNIST:
+        info = encoders.encode_fashion_mnist(out, root, options)
+    elif root is None:
+        raise UserError(f"encode {dataset.value}: give the folder of the dataset as --root")
+    else:
+        encoder = {
+            DatasetKind.CIFAR10: encoders.encode_cifar10,
+            DatasetKind.CIFAR100: encoders.encode_cifar100,
+            DatasetKind.IMAGEFOLDER: encoders.encode_image_folder,
+        }[dataset]
+        info = encoder(out, root, options)
     counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
     print_line(f"{out}: {info.source}, {counts} images in {len(info.classes)} classes")
+
+
+@data_app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that `gowide encode` wrote.", metavar="DIR")],
+) -> None:
+    """Read all of a dataset: checksums, counts, and every image decoded.
+
+    Example: `gowide data verify data/imagenet`
+    """
+    from gowide_dist.data.verify import verify_dataset
+
+    info = verify_dataset(folder)
+    counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
+    print_line(f"{folder}: whole, {counts} images in {len(info.classes)} classes")
+
+
+@app.command()
+def bench(
+    job: Job,
+    overrides: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="Another dataset than the recipe's.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The same images as class folders, for torchvision.")] = None,
+    only: Annotated[str, typer.Option(help="What to measure: loader.")] = "loader",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Measure this machine, in one run against the plain way: ratios.
+
+    Example: `gowide bench jobs/demo.yaml --only loader`
+    """
+    from gowide_dist.insight.bench import loader
+    from gowide_dist.recipe import load_recipe
+
+    recipe = load_recipe(job, overrides or [])
+    if only != "loader":
+        raise UserError(f"bench: nothing called '{only}' to measure; valid: loader")
+    resolution = recipe.data.resolution if recipe.data.augment.crop else None
+    result = loader(data or recipe.data.train.parent, images, batch_size=recipe.batch_size, resolution=resolution)
+    if as_json:
+        print_line(json.dumps({"loader": result}, indent=2))
+        return
+    print_line("loader, medians over the rounds of one run:")
+    for name, value in result.items():
+        print_line(f"  {name:20}{value}")
 
 
 @app.command()
@@ -100,18 +182,17 @@ def submit(
     """
     from gowide_dist.insight.status import graph
     from gowide_dist.launch.profile import load_profile
-    from gowide_dist.pipeline import prepare_chain, write
+    from gowide_dist.pipeline import prepare_chain, rehearse_chain, write
     from gowide_dist.recipe import load_recipe
 
     recipe, profile = load_recipe(job, overrides or []), load_profile(cluster)
+    if dry_run or test_only:
+        chain = rehearse_chain(recipe, runs, profile, only=only or [], fresh=fresh)
+        print_line("\n".join(chain.scripts() if dry_run else chain.try_out()) or "nothing to submit")
+        return
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
-    if dry_run:
-        print_line("\n\n".join(chain.scripts().values()) or f"{prepared.run.path}: nothing to submit")
-    elif test_only:
-        print_line("\n".join(f"{key}: {answer}" for key, answer in chain.try_out().items()) or "nothing to submit")
-    else:
-        write(prepared, fresh=fresh)
-        print_line(graph(prepared, {**chain.queued, **chain.submit()}))
+    write(prepared, fresh=fresh)
+    print_line(graph(prepared, {**chain.queued, **chain.submit()}))
 
 
 @app.command()

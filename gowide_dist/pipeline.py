@@ -11,7 +11,7 @@ import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,16 +112,37 @@ def prepare_chain(
     queued = {key: state.job_id for key, state in states.items() if state.is_waiting or state.is_running}
     leaving = {key: state.job_id for key, state in states.items() if state.is_leaving}
     prepared = examine(recipe, run.path.parent, only=only, fresh=fresh, in_jobs={*queued, *leaving})
+    left = [
+        instance
+        for instance in prepared.unfinished
+        if instance.key not in queued and _sibling(instance, prepared) is None
+    ]
+    return prepared, Chain(run.slurm, _jobs(left, recipe, run, profile), queued, leaving)
+
+
+def rehearse_chain(
+    recipe: Recipe, runs: Path, profile: Profile, *, only: Sequence[str] = (), fresh: bool = False
+) -> Chain:
+    """What `prepare_chain` would submit; without the data, which a rehearsal can do without, all that was selected."""
+    try:
+        return prepare_chain(recipe, runs, profile, only=only, fresh=fresh)[1]
+    except DataError as error:
+        sys.stderr.write(f"gowide: {error}; these are the jobs of a run of which nothing is finished\n")
+    run = Run(runs.absolute() / recipe.name)
+    selected = recipe.select(only) if only else recipe.instances
+    return Chain(run.slurm, _jobs(selected.values(), recipe, run, profile), {}, {})
+
+
+def _jobs(instances: Iterable[Instance], recipe: Recipe, run: Run, profile: Profile) -> tuple[Job, ...]:
+    """The instances' jobs. Raises RecipeError if the global batch cannot be shared by a job's processes."""
     jobs = []
-    for instance in prepared.unfinished:
-        if instance.key in queued or _sibling(instance, prepared):
-            continue
+    for instance in instances:
         resources = profile.resources(instance)
         for num_processes in resources.num_processes:
             recipe.check_processes(num_processes)
         worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
         jobs.append(Job(instance.key, job_names(recipe)[instance.key], instance.parents, worker, resources))
-    return prepared, Chain(run.slurm, tuple(jobs), queued, leaving)
+    return tuple(jobs)
 
 
 def job_names(recipe: Recipe) -> dict[str, str]:

@@ -51,6 +51,7 @@ class Worker:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ[ERROR_FILE_VARIABLE] = str(error_file(environment.paths.folder, environment.raw_job_id, start))
         status = importlib.import_module(self.module).main(self.arguments)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a warning that comes while Python winds up would kill it
         if status == 128 + signal.SIGUSR2:
             assert callable(queue_again)
             with contextlib.suppress(SystemExit):
@@ -123,22 +124,23 @@ class Chain:
     queued: Mapping[str, str]
     leaving: Mapping[str, str]
 
-    def scripts(self) -> dict[str, str]:
+    def scripts(self) -> list[str]:
         """The sbatch scripts as they would be submitted; ids that are not known yet read `ID_OF_stage/network`."""
         ids = {**self.queued, **{job.key: f"ID_OF_{job.key}" for job in self.jobs}}
-        return {job.key: _script(self._executor(job, ids)) for job in self.jobs}
+        return [f"{_script(self._executor(job, ids))}\n" for job in self.jobs]
 
-    def try_out(self) -> dict[str, str]:
+    def try_out(self) -> list[str]:
         """When and where Slurm would start the jobs, had they no parents. Raises SlurmError if it refuses one."""
-        answers = {}
+        answers = []
         for job in self.jobs:
             with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
                 file.write(_script(self._executor(job, {})))
                 file.flush()
                 try:
-                    answers[job.key] = " ".join(call("sbatch", "--test-only", file.name, stderr=True).split())
+                    answer = call("sbatch", "--test-only", file.name, stderr=True)
                 except SlurmError as error:
                     raise SlurmError(f"{job.key}: {error}") from error
+            answers.append(f"{job.key}: {' '.join(answer.split())}")
         return answers
 
     def submit(self) -> dict[str, str]:
@@ -228,7 +230,7 @@ def _teardown(folder: Path, retries: int) -> list[str]:
     """Queue the job again when a process crashed, hung or was killed, unless it left an error for the user to mend."""
     return [
         "status=$?",
-        f"# a process crashed, hung or was killed, and it is nothing for the user to mend: again, {retries} times at most",
+        f"# a process crashed, hung or was killed, with nothing for the user to mend: again, {retries} times at most",
         f"job={shlex.quote(str(folder))}/$SLURM_JOB_ID",
         'if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&',
         f'   [ "$(cat "${{job}}_retries" 2> /dev/null | wc -l)" -lt {retries} ]; then',

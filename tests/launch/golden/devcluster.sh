@@ -1,0 +1,183 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=1
+#SBATCH --job-name=chain:teacher/wide
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=2G
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/chain/slurm/%j_0_log.out
+#SBATCH --partition=main
+#SBATCH --requeue
+#SBATCH --signal=USR2@20
+#SBATCH --time=30
+
+# setup
+export OMP_NUM_THREADS=1
+export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=1 --cpu-bind=none PYTHON3 -u -m submitit.core._submit /shared/runs/chain/slurm
+
+
+# teardown
+status=$?
+# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+job=/shared/runs/chain/slurm/$SLURM_JOB_ID
+if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
+   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
+
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=1
+#SBATCH --dependency=afterok:ID_OF_teacher/wide
+#SBATCH --job-name=chain:imitate/thin
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=2G
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/chain/slurm/%j_0_log.out
+#SBATCH --partition=main
+#SBATCH --requeue
+#SBATCH --signal=USR2@20
+#SBATCH --time=30
+
+# setup
+export OMP_NUM_THREADS=1
+export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=1 --cpu-bind=none PYTHON3 -u -m submitit.core._submit /shared/runs/chain/slurm
+
+
+# teardown
+status=$?
+# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+job=/shared/runs/chain/slurm/$SLURM_JOB_ID
+if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
+   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
+
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=1
+#SBATCH --dependency=afterok:ID_OF_imitate/thin:ID_OF_teacher/wide
+#SBATCH --job-name=chain:distill/thin
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=2G
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/chain/slurm/%j_0_log.out
+#SBATCH --partition=main
+#SBATCH --requeue
+#SBATCH --signal=USR2@20
+#SBATCH --time=30
+
+# setup
+export OMP_NUM_THREADS=1
+export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=1 --cpu-bind=none PYTHON3 -u -m submitit.core._submit /shared/runs/chain/slurm
+
+
+# teardown
+status=$?
+# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+job=/shared/runs/chain/slurm/$SLURM_JOB_ID
+if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
+   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
+
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=1
+#SBATCH --dependency=afterok:ID_OF_distill/thin
+#SBATCH --job-name=chain:finetune/thin
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=2G
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/chain/slurm/%j_0_log.out
+#SBATCH --partition=main
+#SBATCH --requeue
+#SBATCH --signal=USR2@20
+#SBATCH --time=30
+
+# setup
+export OMP_NUM_THREADS=1
+export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=1 --cpu-bind=none PYTHON3 -u -m submitit.core._submit /shared/runs/chain/slurm
+
+
+# teardown
+status=$?
+# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+job=/shared/runs/chain/slurm/$SLURM_JOB_ID
+if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
+   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
+
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=1
+#SBATCH --job-name=chain:baseline/thin
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=2G
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/chain/slurm/%j_0_log.out
+#SBATCH --partition=main
+#SBATCH --requeue
+#SBATCH --signal=USR2@20
+#SBATCH --time=30
+
+# setup
+export OMP_NUM_THREADS=1
+export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=1 --cpu-bind=none PYTHON3 -u -m submitit.core._submit /shared/runs/chain/slurm
+
+
+# teardown
+status=$?
+# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+job=/shared/runs/chain/slurm/$SLURM_JOB_ID
+if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
+   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
+

@@ -1,0 +1,57 @@
+"""The sbatch scripts, letter by letter: what goes out to a cluster changes only on purpose."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import gowide, refused
+from tests.fashion import chain, write_job
+
+HERE = Path(__file__).parent
+CLUSTERS = HERE.parents[1] / "slurm" / "clusters"
+
+
+@pytest.fixture
+def job(tmp_path):
+    """The chain beside a plain student, on images that are not there."""
+    recipe = chain(tmp_path, batch_size=64)
+    recipe["stages"]["baseline"] = {**recipe["stages"]["teacher"], "train": "thin"}
+    return write_job(tmp_path, recipe)
+
+
+@pytest.mark.parametrize("cluster", ["gpu8", "cpu", "devcluster"])
+def test_the_scripts_of_a_chain(job, tmp_path, cluster):
+    """Delete a golden file, and it is written anew."""
+    runs = Path("/shared/runs")
+    result = gowide("submit", job, "--cluster", CLUSTERS / f"{cluster}.yaml", "--runs", runs, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "dataset.json: not found" in result.stderr
+    scripts = result.stdout.replace(sys.executable, "PYTHON")
+    golden = HERE / "golden" / f"{cluster}.sh"
+    if not golden.exists():
+        golden.write_text(scripts)
+        pytest.fail(f"{golden} was written: look at it and run the test again")
+    assert scripts == golden.read_text()
+    assert not runs.exists()
+
+
+def test_a_folder_that_other_nodes_do_not_see(job, tmp_path):
+    line = refused("submit", job, "--cluster", CLUSTERS / "gpu8.yaml", "--runs", "/tmp/runs")
+    assert "/tmp/runs/chain/slurm: /tmp is each node's own; take a folder on a file system that all nodes share" in line
+
+
+def test_processes_that_cannot_share_the_batch(job):
+    profile = CLUSTERS / "gpu8.yaml"
+    result = gowide("submit", job, "--cluster", profile, "--runs", "/shared", "--dry-run", "batch_size=40")
+    assert result.returncode == 2
+    assert "batch_size: 40 cannot be shared equally by 32 processes" in result.stderr
+
+
+def test_without_slurm(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    profile = CLUSTERS / "devcluster.yaml"
+    result = gowide("submit", job, "--cluster", profile, "--runs", tmp_path / "runs", "--test-only")
+    assert result.returncode == 2
+    line = "sbatch is not there: this is no machine of a Slurm cluster; `gowide run` trains here"
+    assert result.stderr.splitlines()[-1] == f"gowide: teacher/wide: {line}"

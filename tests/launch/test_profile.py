@@ -1,0 +1,65 @@
+import pytest
+
+from gowide_dist.errors import RecipeError
+from gowide_dist.launch.profile import Profile, load_profile
+from gowide_dist.recipe import Recipe
+from tests.fashion import chain
+
+
+def load(tmp_path, text):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    return load_profile(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nodess: 2", "unknown key 'nodess', did you mean 'nodes'?"),
+        ("nodes: 4-1", "nodes: should be a number or a range like 1-4, not '4-1'"),
+        ("nodes: 0", "nodes: should be a number or a range like 1-4, not '0'"),
+        ("stages: {teacher: {noodes: 1}}", "stages.teacher: unknown key 'noodes', did you mean 'nodes'?"),
+        ("sbatch: {time: 3}", "sbatch.time: say it with timeout_min"),
+        ("sbatch: {dependency: singleton}", "sbatch.dependency: is set by gowide submit"),
+        ("sbatch: {exclusive: false}", "sbatch.exclusive: should be text or a number"),
+        ("gpus_per_node: 2\nprocesses_per_node: 3", "there is one process per GPU"),
+        ("timeout_min: 1\nsignal_delay_s: 60", "signal_delay_s: should be less than timeout_min"),
+        ("setup: module load cuda", "setup: should be a valid tuple"),
+        ("mem_gb: -1", "mem_gb: should be greater than or equal to 1"),
+        ("partition: 3", "partition: should be a valid string"),
+        ("- partition", "should hold a mapping"),
+    ],
+)
+def test_faults_are_named_with_their_place(tmp_path, text, message):
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, text)
+    assert str(error.value).startswith(str(tmp_path / "cluster.yaml"))
+    assert message in str(error.value)
+
+
+def test_stages_override_the_profile(tmp_path):
+    profile = load(
+        tmp_path,
+        """
+nodes: 1
+gpus_per_node: 8
+environment: {NCCL_DEBUG: WARN}
+stages:
+  teacher: {nodes: 2-4, environment: {NCCL_SOCKET_IFNAME: ib0}}
+  imitate/thin: {gpus_per_node: 1}
+""",
+    )
+    instances = Recipe.model_validate(chain(tmp_path)).instances
+    teacher, imitate, distill = (
+        profile.resources(instances[key]) for key in ("teacher/wide", "imitate/thin", "distill/thin")
+    )
+    assert teacher.num_processes == [16, 24, 32]
+    assert teacher.environment == {"NCCL_DEBUG": "WARN", "NCCL_SOCKET_IFNAME": "ib0"}
+    assert imitate.num_processes == [1]
+    assert (distill.num_processes, distill.environment) == ([8], {"NCCL_DEBUG": "WARN"})
+
+
+def test_an_override_that_does_not_fit(tmp_path):
+    profile = Profile(signal_delay_s=300, timeout_min=60, stages={"teacher": {"timeout_min": 2}})
+    with pytest.raises(RecipeError, match=r"stage teacher/wide: signal_delay_s: should be less than timeout_min"):
+        profile.resources(Recipe.model_validate(chain(tmp_path)).instances["teacher/wide"])

@@ -1,0 +1,55 @@
+"""Training processes on their own: what they check, and how they stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gowide_dist import load_recipe
+from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.pipeline import prepare
+from gowide_dist.run import read_metrics
+from tests.command import GOWIDE, gowide
+from tests.fashion import chain, write_job, write_part
+
+
+@pytest.fixture
+def job(tmp_path):
+    write_part(tmp_path / "idx", 600, 200)
+    encode_fashion_mnist(tmp_path / "data", tmp_path / "idx")
+    recipe = chain(tmp_path / "data", checkpoints={"every_minutes": 10})
+    recipe["stages"]["teacher"]["epochs"] = 40
+    return write_job(tmp_path, recipe)
+
+
+def test_a_stage_whose_parent_is_not_finished(job, tmp_path):
+    """Slurm starts jobs that depend on a job that it has forgotten."""
+    run = prepare(load_recipe(job), tmp_path / "runs").run
+    result = subprocess.run(
+        [sys.executable, "-m", "gowide_dist.pipeline", run.path, "imitate/thin"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "imitate/thin: needs teacher/wide, which is not finished" in result.stderr
+    assert not run.stage("imitate/thin").path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_on_this_machine_saves_before_it_stops(job, tmp_path, number):
+    metrics = tmp_path / "runs" / "chain" / "stages" / "teacher" / "wide" / "metrics.jsonl"
+    command = ["run", job, "--nproc", "2", "--runs", tmp_path / "runs", "--only", "teacher"]
+    with subprocess.Popen([GOWIDE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(metrics)) < 5:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        printed, complaints = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert complaints == "gowide: stopped; the same command continues\n"
+    step = int(printed.split("saved at step ")[1].split(" ")[0])
+    assert f"continues at step {step}" in gowide(*command).stdout

@@ -1,0 +1,88 @@
+"""The chain as dependent jobs: in order, side by side, submitted once, cancelled when a parent fails."""
+
+import json
+
+from gowide_dist.launch.queue import read_jobs
+from tests.command import gowide, refused
+from tests.fashion import chain
+from tests.slurm.conftest import PROFILE, Submitted, until
+
+STAGES = ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
+
+
+def test_the_chain_over_two_nodes_with_two_processes_each(cluster, data, tmp_path):
+    """Cancelled in the middle and submitted again, it ends with the weights of a run under torchrun."""
+    recipe = chain(data)
+    for stage in ("teacher", "distill"):
+        recipe["stages"][stage]["epochs"] = 1
+    submitted = Submitted(cluster, tmp_path, recipe, processes_per_node=2)
+    lines = [line.split() for line in submitted.submit().splitlines()]
+    ids = {key: submitted.id(key) for key in STAGES}
+    assert [line[:3] for line in lines] == [[key, "job", ids[key]] for key in STAGES]
+    assert [line[3:-1] for line in lines] == [
+        [], ["after", "teacher/wide"], ["after", "imitate/thin,", "teacher/wide"], ["after", "distill/thin"],
+    ]  # fmt: skip
+    assert lines[0][-1] == str(submitted.run.slurm / f"{ids['teacher/wide']}_0_log.out")
+
+    submitted.finishes("teacher/wide")
+    submitted.until("imitate/thin", lambda: submitted.squeue("imitate/thin", "State") == "RUNNING", "its start")
+    rows = {row["stage"]: row for row in json.loads(gowide("status", submitted.run.path, "--json").stdout)}
+    assert [rows[key]["state"] for key in STAGES] == ["done", "running", "queued", "queued"]
+    assert rows["imitate/thin"]["where"] == "node[1-2]"
+    assert "Dependency" in rows["distill/thin"]["note"]
+    assert gowide("cancel", submitted.run.path).stdout.count("cancelled") == 3
+
+    printed = submitted.submit()
+    assert printed.splitlines()[0].split() == ["teacher/wide", "done"]
+    assert [submitted.id(key) == ids[key] for key in STAGES] == [True, False, False, False]
+    submitted.finishes("finetune/thin")
+    until(lambda: not cluster.run("squeue", "-h"), "the end of the last job")
+    assert submitted.submit().split() == [word for key in STAGES for word in (key, "done")]
+    assert "finetune/thin  done: top-1" in gowide("logs", submitted.run.path, "finetune", "-f").stdout
+
+    result = gowide("run", submitted.job, "--nproc", 4, "--runs", tmp_path / "torchrun")
+    assert result.returncode == 0, result.stderr
+    for key in STAGES:
+        here = json.loads((tmp_path / "torchrun" / "chain" / "stages" / key / "done.json").read_text())
+        assert submitted.run.stage(key).done.model_sha256 == here["model_sha256"]
+
+
+def test_a_failed_parent_cancels_its_children(cluster, data, tmp_path):
+    submitted = Submitted(cluster, tmp_path, chain(data))
+    submitted.submit("stages.teacher.optim.lr=1e30", "stages.teacher.schedule.warmup_epochs=1")
+    until(lambda: not cluster.run("squeue", "-h"), "the end of all jobs")
+    rows = {row["stage"]: row for row in json.loads(gowide("status", submitted.run.path, "--json").stdout)}
+    assert [rows[key]["state"] for key in STAGES] == ["failed", "cancelled", "cancelled", "cancelled"]
+    assert rows["teacher/wide"]["note"].startswith("teacher/wide: the loss is not finite at step")
+    assert "lower stages.teacher.optim.lr" in submitted.log("teacher/wide")
+    assert submitted.squeue("teacher/wide", "RestartCnt") == "0", "nothing that trying again could mend"
+
+
+def test_a_refused_job(cluster, data, tmp_path):
+    submitted = Submitted(cluster, tmp_path, chain(data), stages={"distill": {"partition": "nowhere"}})
+    line = refused("submit", submitted.job, "--cluster", submitted.profile, "--runs", submitted.runs)
+    assert line.startswith("distill/thin: sbatch: ")
+    assert "invalid partition specified: nowhere" in line
+    assert line.endswith("nothing was submitted")
+    until(lambda: not cluster.run("squeue", "-h"), "an empty queue")
+    assert "distill/thin" not in read_jobs(submitted.run.slurm)
+
+
+def test_only_asking(cluster, data, tmp_path):
+    submitted = Submitted(cluster, tmp_path, chain(data))
+    answers = submitted.submit("--test-only").splitlines()
+    assert [answer.split(": ")[0] for answer in answers] == STAGES
+    assert all("to start at" in answer and "on nodes node[" in answer for answer in answers)
+    submitted.profile.write_text(json.dumps({**PROFILE, "nodes": 9}))
+    line = refused(
+        "submit",
+        submitted.job,
+        "--cluster",
+        submitted.profile,
+        "--runs",
+        submitted.runs,
+        "--test-only",
+        "batch_size=63",
+    )
+    assert line == "teacher/wide: sbatch: allocation failure: Requested node configuration is not available"
+    assert not submitted.runs.exists()
