@@ -131,6 +131,23 @@ class File(Frozen):
 Reference = Annotated[str, Field(strict=True)]  # `stage` or `stage/network`
 
 
+class Ramp(Frozen):
+    """Training images that grow, from `start_px` to the data's resolution, which they first have in `until_epoch`.
+
+    Between, the side grows evenly, in steps of 32 px. Validation images always have the full resolution.
+    """
+
+    start_px: Count
+    until_epoch: Count
+
+    def side(self, epoch: int, resolution: int) -> int:
+        """Side in px of the training images of an epoch."""
+        if epoch >= self.until_epoch:
+            return resolution
+        growth = (resolution - self.start_px) * epoch / self.until_epoch
+        return min(resolution, self.start_px + 32 * round(growth / 32))
+
+
 class StageBase(Frozen):
     """What all stages have in common. One instance runs for each network in `train`."""
 
@@ -139,6 +156,7 @@ class StageBase(Frozen):
     epochs: Natural  # 0 takes the weights of `init` as they are
     optim: Optim | None = None  # needed to train
     schedule: Schedule = Schedule()
+    ramp: Ramp | None = None  # progressive resizing; needs data.augment.crop
     seed: Natural | None = None  # of this stage, where it is not the recipe's: a teacher shared by several seeds
 
     @model_validator(mode="after")
@@ -252,6 +270,7 @@ class Recipe(Frozen):
         }
         for instance in found.values():
             _check_parents(instance, found)
+            _check_ramp(instance, self.data)
         return {key: found[key] for key in _in_order({key: found[key].parents for key in found})}
 
     def select(self, stages: Iterable[str]) -> dict[str, Instance]:
@@ -356,6 +375,20 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
                 f"{place}.teacher: {instance.teacher} ({theirs.num_blocks} blocks, {theirs.stem} stem) and network "
                 f"'{instance.network_name}' ({mine.num_blocks} blocks, {mine.stem} stem) have no blocks in common"
             )
+
+
+def _check_ramp(instance: Instance, data: Data) -> None:
+    """Raises RecipeError unless images can be made to grow as the stage asks."""
+    if (ramp := instance.stage.ramp) is None:
+        return
+    if data.augment.crop is None:
+        raise RecipeError(
+            f"stages.{instance.stage_name}.ramp: resizes what data.augment.crop cuts out, which is not set"
+        )
+    if ramp.start_px > data.resolution:
+        raise RecipeError(
+            f"stages.{instance.stage_name}.ramp.start_px: {ramp.start_px} is more than the resolution {data.resolution}"
+        )
 
 
 def _in_order(parents: Mapping[str, Sequence[str]]) -> list[str]:

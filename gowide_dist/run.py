@@ -66,9 +66,12 @@ def identity(
 ) -> dict[str, Any]:
     """All that determines the result of a stage instance, and nothing of where or under which name it runs.
 
+    What has its default is left out, so that a new option does not make strangers of finished stages.
+
     Raises RunError if a file of weights cannot be read.
     """
-    stage = instance.stage.model_dump(mode="json", exclude={"train", "init", "teacher", "seed"})
+    plain: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
+    stage = instance.stage.model_dump(**plain, exclude={"train", "init", "teacher", "seed"})
     init = instance.init and fingerprints[instance.init]
     if instance.init_file:
         try:
@@ -85,9 +88,9 @@ def identity(
         "sync_batch_norm": recipe.sync_batch_norm,
         "data": {
             **data_checksums,
-            **recipe.data.model_dump(mode="json", exclude={"train", "val", "classes"}),
+            **recipe.data.model_dump(**plain, exclude={"train", "val", "classes"}),
         },
-        "network": instance.architecture.model_dump(mode="json"),
+        "network": instance.architecture.model_dump(**plain),
         "stage": stage,
         "init": init,
         "teacher": instance.teacher and fingerprints[instance.teacher],

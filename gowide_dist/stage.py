@@ -174,7 +174,8 @@ class _Training:
         steps_per_epoch = self.timeline.steps_per_epoch
         while self.step < stop:
             epoch, start = divmod(self.step, steps_per_epoch)
-            batches = self.loader.batches(epoch, start)
+            ramp, resolution = self.instance.stage.ramp, self.recipe.data.resolution
+            batches = self.loader.batches(epoch, start, ramp.side(epoch, resolution) if ramp else resolution)
             try:
                 while self.step < min(stop, (epoch + 1) * steps_per_epoch):
                     with self.meter.waiting():

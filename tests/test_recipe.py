@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gowide_dist import load_recipe
 from gowide_dist.errors import RecipeError
-from gowide_dist.recipe import Recipe
+from gowide_dist.recipe import Ramp, Recipe
 
 RECIPE = {
     "name": "small",
@@ -104,12 +104,12 @@ BAD = {
     "networks.a b={arch: resnet18}": "networks.a b: should be a name of letters, digits, '-' and '_'",
     "stages.distill.epochs=abc": "stages.distill.epochs: should be a valid integer, not 'abc'",
     "stages.distill.epochs=true": "stages.distill.epochs: should be a valid integer, not 'True'",
-    "stages.distill.epochs=0": "stages.distill.epochs: should be greater than or equal to 1, not '0'",
+    "stages.distill.epochs=-1": "stages.distill.epochs: should be greater than or equal to 0, not '-1'",
     "stages.distill.optim.lr=true": "stages.distill.optim.lr: should be a number, not true",
     "stages.distill.optim.lr=.nan": "stages.distill.optim.lr: should be a finite number, not 'nan'",
-    "stages.distill.optim=": "stages.distill.optim: should be a mapping of keys to values, not nothing",
+    "stages.distill.optim=": "stages.distill: optim is required to train",
     "stages.distill.objective=k": "stages.distill: 'objective' should be one of 'labels', 'blocks', 'kl', not 'k'",
-    "stages.distill.schedule=cosin": "stages.distill.schedule.decay: should be 'cosine', 'step' or 'constant', not 'cosin'",
+    "stages.distill.schedule=cosin": "stages.distill.schedule.decay: should be 'cosine', 'linear', 'step' or 'constant', not 'cosin'",
     "stages.distill.schedule.milestones=[3, 2]": "stages.distill.schedule: milestones should increase",
     "stages.distill.schedule.decay=step": "stages.distill.schedule: decay: step and milestones need each other",
     "stages.distill.teacher=nobody": "stages.distill.teacher: no stage 'nobody', valid: finetune, teacher, imitate, distill",
@@ -120,7 +120,6 @@ BAD = {
     "stages.imitate.init=finetune": "stages: finetune/half, finetune/quarter, imitate/half",
     "stages.imitate.train=[half, half]": "stages.imitate.train: names a network twice",
     "stages.imitate.train=[hal]": "stages.imitate.train: no network 'hal', did you mean 'half'?",
-    "stages.imitate.train=[half, quarter, shallow]": "stages.imitate.teacher: the blocks of teacher/wide write [256, 512, 1024, 2048] channels",
     "networks.half.stem=imagenet": "stages.imitate.teacher: teacher/wide (4 blocks, imagenet stem) and network 'quarter'",
     "batch_size=1.5": "batch_size: should be a valid integer, not '1.5'",
     "seed=-1": "seed: should be greater than or equal to 0, not '-1'",
@@ -130,6 +129,10 @@ BAD = {
     "seed=[": "override 'seed=[': not valid YAML in line 1",
     "seed": "override 'seed': should look like stages.distill.epochs=5",
     "..=1": "override '..=1': should look like stages.distill.epochs=5",
+    "stages.teacher.ramp={start_px: 16, until_epoch: 1}": "stages.teacher.ramp: resizes what data.augment.crop cuts out",
+    "stages.teacher.epochs=0": "stages.teacher: epochs: 0 takes the weights of init, which is missing",
+    "stages.teacher.optim=null": "stages.teacher: optim is required to train",
+    "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, inputs: teacher, prefix: trained}": "prefix: trained needs inputs: student",
     "name=../up": "name: should be a name of letters",
 }  # fmt: skip
 
@@ -174,6 +177,26 @@ def test_unreadable_files(tmp_path):
         load_recipe(tmp_path / "binary.yaml")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path)
+
+
+def test_a_student_thin_in_all_channels_has_a_teacher_too(job):
+    recipe = load_recipe(job, ["stages.imitate.train=[half, quarter, shallow]"])
+    assert recipe.instances["imitate/shallow"].parents == ("teacher/wide",)
+
+
+def test_images_that_grow():
+    ramp = Ramp(start_px=160, until_epoch=8)
+    assert [ramp.side(epoch, 224) for epoch in (0, 1, 2, 4, 6, 7, 8, 50)] == [160, 160, 160, 192, 224, 224, 224, 224]
+    assert Ramp(start_px=20, until_epoch=2).side(0, 28) == 20
+
+
+def test_parts_of_a_batch_are_equal(job):
+    recipe = load_recipe(job, ["stages.teacher.optim.accumulate=4"])
+    recipe.check_processes(2)
+    with pytest.raises(
+        RecipeError, match=r"stages.teacher.optim.accumulate: the 2 images of a process cannot be cut into 4"
+    ):
+        recipe.check_processes(4)
 
 
 def test_batches_are_shared_equally(job):

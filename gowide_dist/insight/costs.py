@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import NamedTuple
 
 from gowide_dist.recipe import BlocksStage, Instance, LabelsStage, Recipe
@@ -22,8 +23,17 @@ class MacsPerImage(NamedTuple):
 
 
 def training_macs(instance: Instance, recipe: Recipe, num_classes: int) -> MacsPerImage:
-    """The cost of training on one image, averaged over the phases of the stage."""
-    resolution, student, stage = recipe.data.resolution, instance.architecture, instance.stage
+    """The cost of training on one image, averaged over the phases and, if images grow, the epochs of the stage."""
+    stage, resolution = instance.stage, recipe.data.resolution
+    if stage.ramp is None:
+        return _training_macs_at(resolution, instance, recipe, num_classes)
+    sides = [stage.ramp.side(epoch, resolution) for epoch in range(stage.epochs)]
+    costs = [_training_macs_at(side, instance, recipe, num_classes) for side in sides]
+    return MacsPerImage(fmean(cost.student for cost in costs), fmean(cost.teacher for cost in costs))
+
+
+def _training_macs_at(resolution: int, instance: Instance, recipe: Recipe, num_classes: int) -> MacsPerImage:
+    student, stage = instance.architecture, instance.stage
     whole = student.macs(num_classes, resolution)
     if instance.teacher is None or isinstance(stage, LabelsStage):
         return MacsPerImage((1 + BACKWARD) * whole, 0)
