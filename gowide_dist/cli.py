@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gowide_dist.errors import UserError
+from gowide_dist.errors import UserError, is_full
 
 app = typer.Typer(
     help="Train deep thin image classifiers: go wide, then narrow.",
@@ -216,6 +216,7 @@ def logs(
     run: RunDir,
     stage: Annotated[str, typer.Argument(help="A stage, or stage/network.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the job is over.")] = False,
+    rank: Annotated[int, typer.Option(help="The process whose log it is.", min=0)] = 0,
 ) -> None:
     """Print what the job of a stage prints.
 
@@ -224,7 +225,7 @@ def logs(
     from gowide_dist.insight.status import logs
     from gowide_dist.run import Run
 
-    for text in logs(Run(run), stage, follow=follow):
+    for text in logs(Run(run), stage, follow=follow, rank=rank):
         sys.stdout.write(text)
         sys.stdout.flush()
 
@@ -265,6 +266,11 @@ def main() -> None:
         app()
     except UserError as error:
         sys.stderr.write(f"gowide: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        sys.stderr.write("gowide: the disk is full or the quota used up; make room, and the same command continues\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("gowide: stopped; the same command continues\n")

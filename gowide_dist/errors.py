@@ -1,5 +1,7 @@
 """Errors that the user can mend: shown as one plain line, exit status 2."""
 
+import errno
+
 
 class UserError(Exception):
     """What is wrong, where, and what to do about it, in one line."""
@@ -18,3 +20,8 @@ class DataError(UserError):
 
 class RunError(UserError):
     """A run directory holds something else than this recipe would write."""
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written for want of room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gowide_dist import stop
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
-from gowide_dist.errors import DataError, RecipeError, RunError, UserError
+from gowide_dist.errors import DataError, RecipeError, RunError, UserError, is_full
 from gowide_dist.launch.local import leave_error, torchrun
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import newest_jobs
@@ -135,6 +135,8 @@ def rehearse_chain(
 
 def _jobs(instances: Iterable[Instance], recipe: Recipe, run: Run, profile: Profile) -> tuple[Job, ...]:
     """The instances' jobs. Raises RecipeError if the global batch cannot be shared by a job's processes."""
+    for name in {*profile.stages} - {*recipe.stages} - {*recipe.instances}:
+        sys.stderr.write(f"gowide: the cluster profile's stages.{name} is no stage of recipe {recipe.name}\n")
     jobs = []
     for instance in instances:
         resources = profile.resources(instance)
@@ -309,6 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         walk(Run(given.run), given.keys)
     except UserError as error:
         leave_error(str(error))
+        return 2
+    except OSError as error:
+        if not is_full(error):
+            raise
+        leave_error(f"{given.run}: the disk is full or the quota used up; make room, and the same command continues")
         return 2
     except stop.Stopped as stopped:
         return 128 + stopped.signum

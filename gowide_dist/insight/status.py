@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ LOOK_AT_QUEUE_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage instance. `state`: done, running, queued, failed, cancelled, or absent (not begun, not submitted)."""
+    """One stage instance. `state`: done, running, queued, failed, cancelled, stopped, or absent (not begun)."""
 
     stage: str
     state: str
@@ -57,8 +58,7 @@ def _status(instance: Instance, recipe: Recipe, run: Run, job_id: str | None, jo
         return StageStatus(**common, state="running", where=writer)
     del common["images_per_s"], common["seconds_left"]
     if job is None:
-        note = "job unknown to Slurm" if job_id else ""
-        return StageStatus(**common, state="absent", note=note)
+        return StageStatus(**common, state="stopped" if common["step"] else "absent")
     if job.is_waiting:
         starts = f", starts {job.starts}" if job.starts else ""
         return StageStatus(**common, state="queued", note=f"{job.reason or job.state}{starts}")
@@ -90,7 +90,7 @@ def _writer(place: StageDir) -> str | None:
 
 
 def _why(run: Run, job: JobState) -> str:
-    """Why a job failed: what its processes left, else Slurm's word and the last line of its log."""
+    """Why a job failed: what its processes left, else Slurm's word and the last error in its log."""
     for start in range(job.restarts, -1, -1):
         if line := read_error(error_file(run.slurm, job.job_id, start)):
             return line
@@ -98,7 +98,8 @@ def _why(run: Run, job: JobState) -> str:
     if not log.exists():
         return f"{job.state}: {job.nodes or 'its node'} could not write {log}; is {run.path} on a shared file system?"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"{job.state}: {lines[-1] if lines else 'its log is empty'}"
+    errors = [line for line in lines if re.search(r"\w(Error|Exception)\b.*:", line)]
+    return f"{job.state}: {[*lines[-1:], *errors][-1] if lines else 'its log is empty'}"
 
 
 def table(rows: list[StageStatus]) -> str:
@@ -139,7 +140,7 @@ def graph(prepared: Prepared, ids: Mapping[str, str]) -> str:
     )
 
 
-def logs(run: Run, stage: str, *, follow: bool = False) -> Iterator[str]:
+def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterator[str]:
     """What a stage's newest job prints; with `follow` as it prints it, until the job is over.
 
     Raises UserError if the stage has no job or it has not printed anything.
@@ -150,7 +151,7 @@ def logs(run: Run, stage: str, *, follow: bool = False) -> Iterator[str]:
     if len(keys) != 1:
         raise RunError(f"{run.path}: name a stage that was submitted: {', '.join(ids) or 'there is none'}")
     job_id = ids[keys[0]][-1]
-    path = log_file(run.slurm, job_id)
+    path = log_file(run.slurm, job_id, rank)
     if not path.exists() and not follow:
         raise RunError(f"{path}: job {job_id} of {keys[0]} has not printed anything; `gowide status` says where it is")
     position, looked = 0, time.monotonic()

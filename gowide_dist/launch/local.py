@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -83,4 +84,5 @@ def leave_error(message: str) -> None:
     if path is None:
         sys.stderr.write(f"{message}\n")
     elif not Path(path).exists():
-        Path(path).write_text(json.dumps({"message": message}))
+        with contextlib.suppress(OSError):  # on a full disk the exit status alone says it
+            Path(path).write_text(json.dumps({"message": message}))

@@ -58,7 +58,7 @@ class Worker:
                 queue_again(signal.SIGUSR2, None)
             status = 0
         elif status == 2:
-            sys.stderr.write(f"{read_error(Path(os.environ[ERROR_FILE_VARIABLE]))}\n")
+            sys.stderr.write(f"{read_error(Path(os.environ[ERROR_FILE_VARIABLE])) or 'full disk'}\n")
         elif status == 128 + signal.SIGTERM:
             # Sent before a job is cancelled, preempted or requeued: Slurm knows which, and ends this process itself.
             time.sleep(LEFT_FOR_SLURM_S)
@@ -89,10 +89,10 @@ def error_file(folder: Path, job_id: str, start: int) -> Path:
 
 
 def read_error(path: Path) -> str | None:
-    """The line in an error file, if there is one."""
+    """The line in an error file, if there is one. On a full disk it is empty."""
     try:
         line: str = json.loads(path.read_text())["message"]
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     return line
 
