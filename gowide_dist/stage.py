@@ -25,6 +25,8 @@ from gowide_dist.run import Done, Run, StageDir, fingerprint, sha256
 from gowide_dist.stop import Stopped
 from gowide_dist.world import World
 
+DATA_BOUND = 0.3  # share of the time spent waiting for data from which on the user is told
+
 
 class TrainingError(UserError):
     """Training went wrong in a way that a change of the recipe can mend."""
@@ -89,6 +91,7 @@ class _Training:
         self.parents = {key: fingerprint(shop.identities[key]) for key in instance.parents}
         self.step = 0
         self.seconds_before = 0.0
+        self.warned_of_data = False
         self.started = self.saved = time.monotonic()
 
         # Where a stage starts: its own newest checkpoint, else the finished weights of `init`, else scratch.
@@ -212,6 +215,12 @@ class _Training:
             raise self._diverged(int(error.args[0])) from error
         values["images_per_s"] = values.pop("steps_per_s") * self.recipe.batch_size
         self.track.update(self.step, f"loss {values['loss']:.4f}")
+        if values["data_wait"] > DATA_BOUND and not self.warned_of_data:
+            self.warned_of_data = True
+            self.track.line(
+                f"{self.instance.key}  warning: {values['data_wait']:.0%} of the time is spent waiting for data; "
+                "give the processes more CPU threads, or encode smaller images"
+            )
         if self.metrics:
             epoch = self.step / self.timeline.steps_per_epoch
             self.metrics.append("train", self.step, {"epoch": epoch, "lr": rate, **values})

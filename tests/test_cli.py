@@ -1,0 +1,83 @@
+"""The command line: what it prints, and with which status it ends."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gowide_dist
+from tests.command import gowide, refused
+from tests.idx import write_fashion_mnist
+
+
+def test_encode_then_verify(tmp_path):
+    write_fashion_mnist(tmp_path / "idx", 50, 20)
+    encoded = gowide("encode", "fashion-mnist", "--root", tmp_path / "idx", "--out", tmp_path / "data", "--subset", 30)
+    assert encoded.returncode == 0, encoded.stderr
+    assert "30 train, 20 val images in 10 classes" in encoded.stdout
+    verified = gowide("data", "verify", tmp_path / "data")
+    assert verified.returncode == 0, verified.stderr
+    assert "whole, 30 train, 20 val images" in verified.stdout
+    beton = tmp_path / "data" / "train.beton"
+    beton.write_bytes(beton.read_bytes()[:-8] + b"12345678")
+    damaged = gowide("data", "verify", tmp_path / "data")
+    assert damaged.returncode == 2
+    assert damaged.stderr.splitlines()[-1].startswith("gowide: ")
+    assert "train.beton" in damaged.stderr.splitlines()[-1]
+
+
+def test_encode_an_image_folder(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(folder / "one.png")
+    arguments = ("encode", "imagefolder", "--root", tmp_path / "images")
+    assert gowide(*arguments, "--out", tmp_path / "jpg").returncode == 0
+    assert gowide(*arguments, "--out", tmp_path / "raw", "--write-mode", "raw").returncode == 0
+    encodings = [json.loads((tmp_path / name / "dataset.json").read_text())["encoding"] for name in ("jpg", "raw")]
+    assert encodings[0]["jpg_share"] == 1.0
+    assert encodings[1].get("jpg_share", 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "cifar10", "--out", "x"], "encode cifar10: give the folder of the dataset as --root"),
+        (["encode", "fashion-mnist", "--out", "x", "--root", "nowhere"], "nowhere: not found"),
+        (
+            ["encode", "fashion-mnist", "--out", "x", "--write-mode", "bmp"],
+            "--write-mode bmp: should be raw, jpg or a part",
+        ),
+        (["encode", "fashion-mnist", "--out", "x", "--quality", "0"], "quality 0: give a number from 1 to 100"),
+        (["data", "verify", "nowhere"], "nowhere/dataset.json: not found"),
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["report", "nowhere"], "nowhere: no run directory"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, arguments, message):
+    assert message in refused(*arguments, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_commands_and_options_end_with_2():
+    for arguments in (["runn"], ["run"], ["encode", "mnist", "--out", "x"], ["run", "a.yaml", "--nproc", "0"]):
+        result = gowide(*arguments)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["encode", "data verify", "run", "submit", "status", "logs", "cancel", "report", "bench"]
+)
+def test_help_gives_an_example(command):
+    shown = gowide(*command.split(), "--help")
+    assert shown.returncode == 0
+    assert f"Example: gowide {command}" in " ".join(shown.stdout.replace("│", " ").split())
+
+
+def test_the_package_offers_what_it_says():
+    assert all(hasattr(gowide_dist, name) for name in gowide_dist.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = gowide_dist.nothing
