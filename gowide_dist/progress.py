@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -29,6 +29,9 @@ class Track:
         per_thing: int = 1,
         quiet: bool = False,
     ) -> None:
+        from rich.console import Console  # slow, and not for the commands of login nodes
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._name, self._total, self._unit = name, total, unit
         self._rate_unit, self._per_thing = rate_unit or unit, per_thing
         self._start, self._done = start, start
