@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self, TypeVar
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_LINE_EVERY_S = 10.0
+BAR_EVERY_S = 0.1
+
+Item = TypeVar("Item")
 
 
 class Track:
@@ -28,15 +32,13 @@ class Track:
         rate_unit: str = "",
         per_thing: int = 1,
         quiet: bool = False,
+        stderr: bool = False,
     ) -> None:
-        from rich.console import Console  # slow, and not for the commands of login nodes
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         self._name, self._total, self._unit = name, total, unit
         self._rate_unit, self._per_thing = rate_unit or unit, per_thing
-        self._start, self._done = start, start
-        self._started = self._last_line = time.monotonic()
-        self._console = Console(quiet=quiet, highlight=False)
+        self._start = start
+        self._started = self._shown = time.monotonic()
+        self._console = Console(quiet=quiet, stderr=stderr, highlight=False, markup=False)
         self._bar: Progress | None = None
         if self._console.is_terminal and not quiet:
             self._bar = Progress(
@@ -58,22 +60,38 @@ class Track:
 
     def update(self, done: int, note: str = "") -> None:
         """`done` things are done; `note` stands behind the rate."""
-        self._done = done
         now = time.monotonic()
+        if now - self._shown < (BAR_EVERY_S if self._bar else PLAIN_LINE_EVERY_S):
+            return
+        self._shown = now
         rate = (done - self._start) * self._per_thing / max(now - self._started, 1e-9)
         note = f"{rate:,.0f} {self._rate_unit}/s{'  ' + note if note else ''}"
         if self._bar:
             self._bar.update(self._task, completed=done, note=note)
-        elif now - self._last_line >= PLAIN_LINE_EVERY_S:
-            self._last_line = now
+        else:
             left = (self._total - done) * self._per_thing / max(rate, 1e-9)
-            self._console.print(
-                f"{self._name}  {done:,}/{self._total:,} {self._unit}  {note}  {clock(left)} left", soft_wrap=True
-            )
+            self.line(f"{self._name}  {done:,}/{self._total:,} {self._unit}  {note}  {clock(left)} left")
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
-        (self._bar.console if self._bar else self._console).print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One plain line on stderr."""
+    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+
+
+def track(items: Iterable[Item], name: str, total: int, unit: str = "images") -> Iterator[Item]:
+    """Yield the items, showing on stderr how many are done, how many a second, and the time left."""
+    started = time.monotonic()
+    done = 0
+    with Track(name, total, unit, stderr=True) as shown:
+        for done, item in enumerate(items, start=1):
+            yield item
+            shown.update(done)
+    seconds = max(time.monotonic() - started, 1e-9)
+    say(f"{name}  {done:,} {unit} in {clock(seconds)}, {done / seconds:,.0f} {unit}/s")
 
 
 def clock(seconds: float) -> str:

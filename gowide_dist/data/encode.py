@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from gowide_dist.data.beton import Beton, BetonWriter, index_checksum, read_index
 from gowide_dist.data.images import BadImage, Sample, Storage, encode_sample
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
-from gowide_dist.data.progress import say, track
 from gowide_dist.data.sources import (
     Dataset,
     Images,
@@ -30,6 +29,7 @@ from gowide_dist.data.sources import (
     stratified,
 )
 from gowide_dist.errors import DataError
+from gowide_dist.progress import say, track
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 SKIPPED_FILE_NAME = "skipped.txt"

@@ -11,8 +11,8 @@ from PIL import Image
 
 from gowide_dist.data.beton import JPEG, Beton
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
-from gowide_dist.data.progress import say, track
 from gowide_dist.errors import DataError
+from gowide_dist.progress import say, track
 
 _CHUNK = 1024
 
@@ -26,7 +26,6 @@ def verify_dataset(folder: Path, workers: int | None = None) -> DatasetInfo:
     faults = [fault for split in info.splits.values() for fault in _faults(folder, split, info, workers)]
     if faults:
         raise DataError(f"{folder}: {len(faults):,} faults, listed above, the first: {faults[0]}; encode again")
-    say(f"{folder}: whole, " + ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items()))
     return info
 
 
