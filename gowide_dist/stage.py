@@ -155,7 +155,7 @@ class _Training:
             descent.load_state_dict(self.checkpoint["descent"])
         self.checkpoint = None
         trained = self.world.wrap(self.objective)
-        self._settle_gradient_buckets(trained)
+        self._settle_gradient_buckets(trained, self.recipe.batch_size // self.world.size // optim.accumulate)
         self.objective.train()
         for images, labels in self._batches(steps.stop):
             rate = learning_rate(self.step, steps, self.timeline.steps_per_epoch, optim, schedule)
@@ -278,7 +278,7 @@ class _Training:
         shutil.rmtree(self.place.checkpoints)  # a finished stage is never continued
         return done
 
-    def _settle_gradient_buckets(self, trained: nn.Module) -> None:
+    def _settle_gradient_buckets(self, trained: nn.Module, num_images: int) -> None:
         """Let DDP see one backward pass before the first step, without learning from it.
 
         After its first backward DDP reorders its buckets, and with them the order in which three or more processes add
@@ -287,9 +287,11 @@ class _Training:
         if trained is self.objective:
             return
         self.objective.eval()
-        size, side = self.recipe.batch_size // self.world.size, self.recipe.data.resolution
-        images = torch.zeros(size, 3, side, side, device=self.world.device).to(memory_format=torch.channels_last)
-        trained(images, torch.zeros(size, dtype=torch.long, device=self.world.device))["loss"].backward()
+        side, device = self.recipe.data.resolution, self.world.device
+        images = torch.zeros(num_images, 3, side, side, device=device).to(memory_format=torch.channels_last)
+        with self._autocast():
+            losses = trained(images, torch.zeros(num_images, dtype=torch.long, device=device))
+        losses["loss"].backward()
         self.objective.zero_grad()
 
     def _autocast(self) -> torch.autocast:

@@ -11,6 +11,7 @@ from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.insight.costs import spent
 from gowide_dist.pipeline import prepare, walk
 from gowide_dist.run import read_metrics
+from tests.command import gowide
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
@@ -31,6 +32,23 @@ def test_comparisons_take_as_many_student_epochs_as_the_chain(path):
         epochs = {name: spent(f"{name}/{network}", recipe, 1000, 1).epochs for name in (last, "baseline", "kd")
                   if name in recipe.stages}  # fmt: skip
         assert len(set(epochs.values())) == 1, epochs
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_rehearsed(path, tmp_path):
+    shown = gowide(
+        "submit",
+        path,
+        "--cluster",
+        JOBS.parent / "slurm/clusters/gpu8.yaml",
+        "--dry-run",
+        "--runs",
+        "/shared/runs",
+        cwd=tmp_path,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("#!/bin/bash") == len(load_recipe(path).instances)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_readings_of_the_paper():

@@ -186,7 +186,10 @@ def test_thin_in_all_channels(train):
 def test_compiled_training(train):
     """torch.compile changes rounding alone."""
     one = ["stages.teacher.epochs=1", "data.augment.flip=false"]
-    compiled, plain = train("compile=true", *one), train(*one)
+    plain = train(*one)
+    torch._dynamo.utils.counters.clear()
+    compiled = train("compile=true", *one)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert compiled.stage("teacher/wide").done.fingerprint != plain.stage("teacher/wide").done.fingerprint
     for mine, theirs in zip(*(load_model(run.path, "teacher").parameters() for run in (compiled, plain)), strict=True):
         assert torch.allclose(mine, theirs, rtol=0.05, atol=1e-3)
