@@ -98,6 +98,24 @@ def verify(
     print_line(f"{folder}: whole, {counts} images in {len(info.classes)} classes")
 
 
+@data_app.command()
+def order(
+    folder: Annotated[Path, typer.Argument(help="A folder that `gowide encode` wrote.", metavar="DIR")],
+    batch_size: Annotated[int, typer.Option(help="Of all processes together.", min=1)] = 256,
+) -> None:
+    """Say how random and how local the orders are: 8 MiB pages that a batch touches, correlation of neighbours.
+
+    Example: `gowide data order data/imagenet --batch-size 1024`
+    """
+    from gowide_dist.data.loader import describe_orders
+
+    for name, report in describe_orders(folder / "train.beton", batch_size).items():
+        print_line(
+            f"{name:13} {report['pages_per_batch']:10,.1f} of {report['pages']:,.0f} pages per batch   "
+            f"correlation of neighbours {report['adjacent_correlation']:+.4f}"
+        )
+
+
 @app.command()
 def bench(
     job: Job,

@@ -23,7 +23,7 @@ def write_part(root: Path, num_train: int, num_val: int) -> None:
             write_idx(root / name, values.reshape(shape)[:count])
 
 
-def chain(data: Path, **changes: Any) -> dict[str, Any]:
+def chain(data: Path, /, **changes: Any) -> dict[str, Any]:
     """A recipe of the whole chain with tiny networks on the files in `data`."""
     optim = {"lr": 0.05}
     return {

@@ -19,6 +19,9 @@ def test_encode_then_verify(tmp_path):
     verified = gowide("data", "verify", tmp_path / "data")
     assert verified.returncode == 0, verified.stderr
     assert "whole, 30 train, 20 val images" in verified.stdout
+    described = gowide("data", "order", tmp_path / "data", "--batch-size", 10)
+    assert [line.split()[0] for line in described.stdout.splitlines()] == ["random", "quasi-random"]
+    assert "1.0 of 1 pages per batch" in described.stdout
     beton = tmp_path / "data" / "train.beton"
     beton.write_bytes(beton.read_bytes()[:-8] + b"12345678")
     damaged = gowide("data", "verify", tmp_path / "data")

@@ -4,18 +4,21 @@ import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 from gowide_dist import load_model, load_recipe, stage
-from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.data.encode import encode_fashion_mnist, encode_image_folder
+from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.objectives import Labels
 from gowide_dist.pipeline import prepare, walk
 from gowide_dist.run import read_metrics
-from tests.fashion import chain, write_job, write_part
+from tests.fashion import SOURCE, chain, write_job, write_part
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +259,25 @@ def test_identity_is_readable(train):
     assert identity["stage"]["optim"]["lr"] == 0.05
     assert identity["network"]["width"] == 2.0
     assert identity["teacher"] is None
+
+
+def test_images_of_any_size_train_from_a_recipe(train, tmp_path, runs):
+    """A folder of JPEGs of many sizes, cropped at random and growing: far above chance."""
+    rng = np.random.default_rng(0)
+    for prefix, split, count in (("train", "train", 2400), ("t10k", "val", 400)):
+        pictures = read_idx(SOURCE / f"{prefix}-images-idx3-ubyte", 3)[:count]
+        labels = read_idx(SOURCE / f"{prefix}-labels-idx1-ubyte", 1)[:count]
+        for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            path = tmp_path / "images" / split / str(label) / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).resize(tuple(rng.integers(24, 49, 2))).save(path)
+    encode_image_folder(tmp_path / "out", tmp_path / "images")
+    files = {name: str(tmp_path / "out" / f"{name}.beton") for name in ("train", "val")}
+    crop = {"flip": True, "crop": {"scale": [0.6, 1.0]}}
+    data = {**files, "resolution": 32, "augment": crop, "center_crop": 1.0, "order": "quasi-random"}
+    stages = chain(tmp_path)["stages"]
+    stages["teacher"] |= {"epochs": 5, "ramp": {"start_px": 16, "until_epoch": 2}}
+    grown = train(data=data, stages=stages)
+    assert grown.stage("teacher/wide").done.top1 > 50
+    del stages["teacher"]["ramp"]
+    assert sha(train(data=data, stages=stages)) != sha(grown)

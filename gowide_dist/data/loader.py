@@ -21,6 +21,7 @@ from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.data.order import (
     AUGMENT_STREAM,
     epoch_key,
+    order_report,
     quasi_random_order,
     random_order,
     training_batch,
@@ -227,3 +228,13 @@ class Loader:
                 f"{self._path}: images of {sides.min()} to {sides.max()} px, but the resolution is {self._resolution}; "
                 "set it to theirs, or crop_scale and center_crop_ratio to crop and resize"
             )
+
+
+def describe_orders(beton: Path, batch_size: int) -> dict[str, dict[str, float]]:
+    """How random and how local each order of a file's samples is in its first epoch; see `order_report`."""
+    pages = Beton(beton).pages
+    orders = {
+        "random": random_order(len(pages), seed=0, epoch=0),
+        "quasi-random": quasi_random_order(pages, _WINDOW_PAGES, seed=0, epoch=0)[0],
+    }
+    return {name: order_report(order, pages, batch_size) for name, order in orders.items()}
