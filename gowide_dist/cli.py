@@ -290,9 +290,10 @@ def main() -> None:
             raise
         sys.stderr.write("gowide: the disk is full or the quota used up; make room, and the same command continues\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("gowide: stopped; the same command continues\n")
-        sys.exit(130)
+    except SystemExit as left:
+        if left.code == 130:  # what typer makes of Ctrl-C
+            sys.stderr.write("gowide: stopped; the same command continues\n")
+        raise
     except Exception as error:
         from gowide_dist.launch.local import WorkerError
 

@@ -43,9 +43,9 @@ def test_a_folder_that_other_nodes_do_not_see(job, tmp_path):
 
 def test_processes_that_cannot_share_the_batch(job):
     profile = CLUSTERS / "gpu8.yaml"
-    result = gowide("submit", job, "--cluster", profile, "--runs", "/shared", "--dry-run", "batch_size=40")
+    result = gowide("submit", job, "--cluster", profile, "--runs", "/shared", "--dry-run", "batch_size=36")
     assert result.returncode == 2
-    assert "batch_size: 40 cannot be shared equally by 32 processes" in result.stderr
+    assert "batch_size: 36 cannot be shared equally by 8 processes" in result.stderr
 
 
 def test_without_slurm(job, tmp_path, monkeypatch):

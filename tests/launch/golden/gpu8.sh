@@ -7,7 +7,7 @@
 #SBATCH --job-name=chain:teacher/wide
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mem=900G
-#SBATCH --nodes=4
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append
 #SBATCH --output=/shared/runs/chain/slurm/%j_0_log.out
