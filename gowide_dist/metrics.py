@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from gowide_dist.data.order import draw
 from gowide_dist.run import read_metrics, write_atomically
 from gowide_dist.world import World
 
@@ -67,6 +69,32 @@ class StepMeter:
         means |= {"steps_per_s": len(losses) / seconds, "data_wait": self._waited / seconds}
         self._reset(self._first_step + len(losses))
         return means
+
+
+class StreamDigest:
+    """Which samples were seen at which step, in one number: equal for any number of processes, restarts or nodes.
+
+    The sum, modulo 2^64, of a hash of (step, sample) over all that was seen.
+    """
+
+    def __init__(self, hex_digest: str = "0") -> None:
+        self._total = int(hex_digest, 16)
+        self._mine = np.uint64(0)  # of this process, since the last collection
+
+    def add(self, step: int, indices: Tensor) -> None:
+        """Count this process's samples of a step: [B] int64."""
+        key = draw(np.zeros(1, np.uint64), np.array([step], np.uint64))
+        hashes = draw(key, indices.numpy().astype(np.uint64))
+        self._mine = np.add.reduce(np.append(hashes, self._mine))
+
+    def collect(self, world: World) -> None:
+        """Add up what all processes have counted; a collective."""
+        mine = torch.from_numpy(np.array([self._mine]).view(np.int64)).to(world.device)
+        self._total = (self._total + int(world.sum(mine))) % 2**64
+        self._mine = np.uint64(0)
+
+    def __str__(self) -> str:
+        return f"{self._total:016x}"
 
 
 class MetricsLog:

@@ -60,6 +60,7 @@ class Done(BaseModel):
     epochs: int
     steps: int
     images: int  # trained on
+    stream: str  # digest of which samples were seen at which step: equal for any number of processes and restarts
     seconds: float  # over all restarts
     world_size: int
 

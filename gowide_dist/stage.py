@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gowide_dist.checkpoint import load_weights, newest_checkpoint, save_checkpoint, save_weights
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.errors import UserError
-from gowide_dist.metrics import MetricsLog, NonFiniteLossError, StepMeter, mean_over_samples
+from gowide_dist.metrics import MetricsLog, NonFiniteLossError, StepMeter, StreamDigest, mean_over_samples
 from gowide_dist.networks import ResNet, Teacher, build_network
 from gowide_dist.objectives import build_objective
 from gowide_dist.optim import Descent, MovingAverage, Timeline, learning_rate
@@ -90,6 +90,7 @@ class _Training:
         self.fingerprint = fingerprint(shop.identities[instance.key])
         self.parents = {key: fingerprint(shop.identities[key]) for key in instance.parents}
         self.step = 0
+        self.stream = StreamDigest()
         self.seconds_before = 0.0
         self.warned_of_data = False
         self.started = self.saved = time.monotonic()
@@ -116,6 +117,7 @@ class _Training:
             self.objective.load_state_dict(self.checkpoint["objective"])
             self.step = self.checkpoint["step"]
             self.seconds_before = self.checkpoint["seconds"]
+            self.stream = StreamDigest(self.checkpoint["stream"])
             if self.average:
                 self.average.load_state_dict(self.checkpoint["average"])
 
@@ -183,6 +185,7 @@ class _Training:
                 while self.step < min(stop, (epoch + 1) * steps_per_epoch):
                     with self.meter.waiting():
                         batch = next(batches)
+                    self.stream.add(self.step, batch.indices)
                     yield self.images.to_device(batch)
             finally:
                 batches.close()
@@ -213,6 +216,7 @@ class _Training:
             values = self.meter.flush(self.world)
         except NonFiniteLossError as error:
             raise self._diverged(int(error.args[0])) from error
+        self.stream.collect(self.world)
         values["images_per_s"] = values.pop("steps_per_s") * self.recipe.batch_size
         self.track.update(self.step, f"loss {values['loss']:.4f}")
         if values["data_wait"] > DATA_BOUND and not self.warned_of_data:
@@ -250,6 +254,7 @@ class _Training:
             "phase": phase,
             "step": self.step,
             "seconds": self._seconds(),
+            "stream": str(self.stream),
         }
         about = {"stage": self.instance.key, "fingerprint": self.fingerprint, "world_size": self.world.size}
         save_checkpoint(self.place.checkpoints, state, step=self.step, about=about, keep=self.recipe.checkpoints.keep)
@@ -271,6 +276,7 @@ class _Training:
             epochs=self.instance.stage.epochs,
             steps=self.step,
             images=self.step * self.recipe.batch_size,
+            stream=str(self.stream),
             seconds=self._seconds(),
             world_size=self.world.size,
         )

@@ -103,11 +103,12 @@ def test_kills_change_nothing(finished, job, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "distill/thin  continues at step 1" in result.stdout
     assert weights(run) == weights(undisturbed)
+    assert {run.stage(key).done.stream for key in STAGES} == {undisturbed.stage(key).done.stream for key in STAGES}
     for key in STAGES:
         assert what_was_measured(run, key) == what_was_measured(undisturbed, key)
 
 
-def test_three_processes_continue_exactly_too(job, tmp_path):
+def test_three_processes_continue_exactly_too(finished, job, tmp_path):
     """With three, the order in which gradients are added up could change at a restart."""
     command = ("run", job, "--nproc", 3, "--only", "teacher")
     assert gowide(*command, "--runs", tmp_path / "a").returncode == 0
@@ -117,6 +118,9 @@ def test_three_processes_continue_exactly_too(job, tmp_path):
     assert gowide(*command, "--runs", tmp_path / "b").returncode == 0
     undisturbed = Run(tmp_path / "a" / "chain").stage("teacher/wide").done
     assert run.stage("teacher/wide").done.model_sha256 == undisturbed.model_sha256
+    by_two = finished[0].stage("teacher/wide").done  # the same samples at the same steps, though rounded differently
+    assert run.stage("teacher/wide").done.stream == undisturbed.stream == by_two.stream
+    assert by_two.model_sha256 != undisturbed.model_sha256
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, job, tmp_path):

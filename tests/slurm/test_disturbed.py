@@ -99,4 +99,5 @@ def test_another_number_of_processes(cluster, long, undisturbed):
         cluster.run("scontrol", "update", "NodeName=node[2-4]", "State=RESUME")
     assert done.world_size == 1
     assert (done.steps, done.images) == (undisturbed.steps, undisturbed.images)
+    assert done.stream == undisturbed.stream
     assert abs(done.top1 - undisturbed.top1) < 15

@@ -1,0 +1,81 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gowide_dist.metrics import MetricsLog, NonFiniteLossError, StepMeter, StreamDigest, mean_over_samples
+from gowide_dist.run import read_metrics
+from gowide_dist.world import join
+
+
+@pytest.fixture
+def world():
+    with join() as alone:
+        yield alone
+
+
+def digest(world, steps, start="0"):
+    stream = StreamDigest(start)
+    for step, indices in steps:
+        stream.add(step, torch.tensor(indices))
+    stream.collect(world)
+    return str(stream)
+
+
+def test_the_digest_tells_which_samples_were_seen_when(world):
+    whole = digest(world, [(0, [5, 1, 7, 3]), (1, [2, 0, 6, 4])])
+    assert digest(world, [(0, [7, 3]), (1, [6, 4]), (0, [5, 1]), (1, [2, 0])]) == whole  # by two processes
+    assert digest(world, [(1, [2, 0, 6, 4])], start=digest(world, [(0, [5, 1, 7, 3])])) == whole  # by a restart
+    assert digest(world, [(0, [5, 1, 7, 4]), (1, [2, 0, 6, 3])]) != whole  # two samples at each other's step
+    assert digest(world, [(0, [5, 1, 7, 3]), (1, [2, 0, 6, 6])]) != whole  # one twice, one never
+
+
+def test_averages_of_an_interval(world):
+    meter = StepMeter(step=10)
+    for loss in (1.0, 2.0, 6.0):
+        with meter.waiting():
+            pass
+        meter.add({"loss": torch.tensor(loss), "kl": torch.tensor(2 * loss)})
+    values = meter.flush(world)
+    assert (values["loss"], values["kl"]) == (3.0, 6.0)
+    assert values["steps_per_s"] > 0
+    assert 0 <= values["data_wait"] <= 1
+
+
+def test_parts_of_a_batch_make_one_step(world):
+    meter = StepMeter(step=0)
+    with meter.waiting():
+        pass
+    meter.add({"loss": torch.tensor(1.0)}, 0, 2)
+    meter.add({"loss": torch.tensor(3.0)}, 1, 2)
+    assert meter.flush(world)["loss"] == 2.0
+
+
+def test_the_first_step_that_is_not_finite_is_named(world):
+    meter = StepMeter(step=100)
+    for loss in (1.0, float("nan"), float("inf")):
+        meter.add({"loss": torch.tensor(loss)})
+    with pytest.raises(NonFiniteLossError) as caught:
+        meter.flush(world)
+    assert caught.value.args == (102,)
+
+
+def test_means_weigh_every_sample_alike(world):
+    batches = [{"top1": torch.tensor([1.0, 0.0, 1.0])}, {"top1": torch.tensor([0.0])}]
+    assert mean_over_samples(batches, world) == {"top1": 0.5}
+
+
+def test_no_step_stands_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, step=0)
+    for step in (5, 10, 15):
+        log.append("train", step, {"loss": np.float64(1 / 3)})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"kind": "train", "st')  # cut off by a kill
+    log = MetricsLog(path, step=10)  # continued from a checkpoint at step 10
+    log.append("train", 15, {"loss": 0.25})
+    log.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(5, 0.333333), (10, 0.333333), (15, 0.25)]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
