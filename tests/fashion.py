@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from gowide_dist.data.encode import encode_fashion_mnist
 from tests.idx import write_idx
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
@@ -21,6 +22,13 @@ def write_part(root: Path, num_train: int, num_val: int) -> None:
             values = np.frombuffer(gzip.decompress((SOURCE / name).read_bytes()), np.uint8, offset=head)
             shape = (-1, 28, 28) if "images" in kind else (-1,)
             write_idx(root / name, values.reshape(shape)[:count])
+
+
+def encode_part(root: Path, num_train: int, num_val: int) -> Path:
+    """The first images of each part, encoded: the folder of the FFCV files."""
+    write_part(root / "idx", num_train, num_val)
+    encode_fashion_mnist(root / "data", root / "idx")
+    return root / "data"
 
 
 def chain(data: Path, /, **changes: Any) -> dict[str, Any]:

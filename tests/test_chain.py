@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from gowide_dist import load_model
-from gowide_dist.data.encode import encode_fashion_mnist
 from gowide_dist.run import Run, read_metrics
 from tests.command import gowide, killed_when, refused
-from tests.fashion import chain, write_job, write_part
+from tests.fashion import chain, encode_part, write_job
 
 STAGES = ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
 
@@ -19,10 +18,7 @@ STAGES = ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """600 training and 200 validation images: 10 steps an epoch."""
-    root = tmp_path_factory.mktemp("fashion")
-    write_part(root / "idx", 600, 200)
-    encode_fashion_mnist(root / "data", root / "idx")
-    return root / "data"
+    return encode_part(tmp_path_factory.mktemp("fashion"), 600, 200)
 
 
 @pytest.fixture(scope="session")

@@ -12,21 +12,18 @@ from PIL import Image
 from torch import nn
 
 from gowide_dist import load_model, load_recipe, stage
-from gowide_dist.data.encode import encode_fashion_mnist, encode_image_folder
+from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.objectives import Labels
 from gowide_dist.pipeline import prepare, walk
 from gowide_dist.run import read_metrics
-from tests.fashion import SOURCE, chain, write_job, write_part
+from tests.fashion import SOURCE, chain, encode_part, write_job
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("fashion")
-    write_part(root / "idx", 240, 100)
-    encode_fashion_mnist(root / "data", root / "idx")
-    return root / "data"
+    return encode_part(tmp_path_factory.mktemp("fashion"), 240, 100)
 
 
 @pytest.fixture(scope="module")

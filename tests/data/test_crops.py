@@ -12,8 +12,7 @@ from torchvision.transforms.v2 import functional
 
 from gowide_dist.data import decode
 from gowide_dist.data.beton import JPEG, Beton
-from gowide_dist.data.encode import FASHION_MNIST_ROOT, Options, encode_image_folder
-from gowide_dist.data.idx import read_idx
+from gowide_dist.data.encode import Options, encode_image_folder
 from gowide_dist.data.images import encode_jpg, read_rgb
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.data.order import order_report, quasi_random_order, random_order
@@ -251,40 +250,3 @@ def test_preflight_names_the_cause(photo_set: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DataError, match="take a smaller batch"):
         loader.preflight(num_classes=4)
     loader.close()
-
-
-def test_an_image_folder_trains_well_above_chance(tmp_path: Path):
-    """Fashion-MNIST as JPEGs of 24 to 48 px. Chance is 10 %."""
-    rng = np.random.default_rng(0)
-    for split, prefix, count in (("train", "train", 3000), ("val", "t10k", 500)):
-        pictures = read_idx(FASHION_MNIST_ROOT / f"{prefix}-images-idx3-ubyte", 3)[:count]
-        labels = read_idx(FASHION_MNIST_ROOT / f"{prefix}-labels-idx1-ubyte", 1)[:count]
-        for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-            path = tmp_path / "images" / split / str(label) / f"{index}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).resize(tuple(rng.integers(24, 49, 2))).save(path)
-    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, workers=1))
-    common = {"batch_size": 50, "resolution": 28}
-    train = Loader(tmp_path / "out" / "train.beton", train=True, crop_scale=(0.6, 1.0), flip=True, **common)
-    val = Loader(tmp_path / "out" / "val.beton", train=False, center_crop_ratio=1.0, **common)
-    torch.manual_seed(0)
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 16, 5, 2), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 5, 2), torch.nn.ReLU(),
-        torch.nn.Flatten(), torch.nn.LazyLinear(10),
-    )  # fmt: skip
-
-    def logits(batch: Batch) -> torch.Tensor:
-        return network(batch.images.permute(0, 3, 1, 2) / 255 - 0.3)
-
-    logits(next(iter(val.batches())))
-    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    for epoch in range(4):
-        for batch in train.batches(epoch):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(logits(batch), batch.labels).backward()
-            optimizer.step()
-    with torch.no_grad():
-        correct = sum(int((logits(batch).argmax(1) == batch.labels).sum()) for batch in val.batches())
-    assert correct / val.num_samples > 0.6
-    train.close()
-    val.close()

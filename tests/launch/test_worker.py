@@ -9,18 +9,15 @@ import time
 import pytest
 
 from gowide_dist import load_recipe
-from gowide_dist.data.encode import encode_fashion_mnist
 from gowide_dist.pipeline import prepare
 from gowide_dist.run import read_metrics
 from tests.command import GOWIDE, gowide
-from tests.fashion import chain, write_job, write_part
+from tests.fashion import chain, encode_part, write_job
 
 
 @pytest.fixture
 def job(tmp_path):
-    write_part(tmp_path / "idx", 600, 200)
-    encode_fashion_mnist(tmp_path / "data", tmp_path / "idx")
-    recipe = chain(tmp_path / "data", checkpoints={"every_minutes": 10})
+    recipe = chain(encode_part(tmp_path, 600, 200), checkpoints={"every_minutes": 10})
     recipe["stages"]["teacher"]["epochs"] = 15
     return write_job(tmp_path, recipe)
 

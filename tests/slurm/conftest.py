@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gowide_dist.data.encode import encode_fashion_mnist
 from gowide_dist.launch.queue import read_jobs
 from gowide_dist.run import Run, read_metrics
 from tests.command import gowide
-from tests.fashion import chain, write_job, write_part
+from tests.fashion import chain, encode_part, write_job
 
 CLUSTER = Path(__file__).parents[2] / "slurm" / "devcluster" / "cluster.sh"
 PROGRAMS = ("slurmctld", "slurmdbd", "munged", "mariadbd")
@@ -156,10 +155,7 @@ def empty_cluster(cluster):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """600 training and 200 validation images: 10 steps an epoch."""
-    root = tmp_path_factory.mktemp("fashion")
-    write_part(root / "idx", 600, 200)
-    encode_fashion_mnist(root / "data", root / "idx")
-    return root / "data"
+    return encode_part(tmp_path_factory.mktemp("fashion"), 600, 200)
 
 
 @pytest.fixture(scope="session")
