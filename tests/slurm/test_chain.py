@@ -14,31 +14,33 @@ STAGES = ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
 def test_the_chain_over_two_nodes_with_two_processes_each(cluster, data, tmp_path):
     """Cancelled in the middle and submitted again, it ends with the weights of a run under torchrun."""
     recipe = chain(data)
-    del recipe["stages"]["finetune"]
-    for stage in ("teacher", "distill"):
-        recipe["stages"][stage]["epochs"] = 1
+    recipe["stages"]["baseline"] = {**recipe["stages"]["teacher"], "train": "thin"}
+    recipe["stages"]["distill"]["epochs"] = 1
     stages = list(Recipe.model_validate(recipe).instances)
     submitted = Submitted(cluster, tmp_path, recipe, processes_per_node=2)
     lines = [line.split() for line in submitted.submit().splitlines()]
     ids = {key: submitted.id(key) for key in stages}
     assert [line[:3] for line in lines] == [[key, "job", ids[key]] for key in stages]
     assert [line[3:-1] for line in lines] == [
-        [], ["after", "teacher/wide"], ["after", "imitate/thin,", "teacher/wide"],
+        [], ["after", "teacher/wide"], ["after", "imitate/thin,", "teacher/wide"], ["after", "distill/thin"], [],
     ]  # fmt: skip
     assert lines[0][-1] == str(submitted.run.slurm / f"{ids['teacher/wide']}_0_log.out")
 
-    submitted.finishes("teacher/wide")
+    both = ("teacher/wide", "baseline/thin")
+    submitted.until(both[0], lambda: [submitted.squeue(key, "State") for key in both] == ["RUNNING"] * 2, "both beside")
+    for key in both:
+        submitted.finishes(key)
     submitted.until("imitate/thin", lambda: submitted.squeue("imitate/thin", "State") == "RUNNING", "its start")
     rows = {row["stage"]: row for row in json.loads(gowide("status", submitted.run.path, "--json").stdout)}
-    assert [rows[key]["state"] for key in stages] == ["done", "running", "queued"]
+    assert [rows[key]["state"] for key in stages] == ["done", "running", "queued", "queued", "done"]
     assert rows["imitate/thin"]["where"] == "node[1-2]"
     assert "Dependency" in rows["distill/thin"]["note"]
-    assert gowide("cancel", submitted.run.path).stdout.count("cancelled") == 2
+    assert gowide("cancel", submitted.run.path).stdout.count("cancelled") == 3
 
     printed = submitted.submit()
     assert printed.splitlines()[0].split() == ["teacher/wide", "done"]
-    assert [submitted.id(key) == ids[key] for key in stages] == [True, False, False]
-    submitted.finishes("distill/thin")
+    assert [submitted.id(key) == ids[key] for key in stages] == [True, False, False, False, True]
+    submitted.finishes("finetune/thin")
     until(lambda: not cluster.run("squeue", "-h"), "the end of the last job")
     assert submitted.submit().split() == [word for key in stages for word in (key, "done")]
     assert "distill/thin  done: top-1" in gowide("logs", submitted.run.path, "distill", "-f").stdout
