@@ -37,6 +37,7 @@ class DatasetKind(StrEnum):
     CIFAR10 = "cifar10"
     CIFAR100 = "cifar100"
     IMAGEFOLDER = "imagefolder"
+    FFCV = "ffcv"
 
 
 @app.command()
@@ -46,7 +47,7 @@ def encode(
     root: Annotated[Path | None, typer.Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
     write_mode: Annotated[
         str | None,
-        typer.Option(help="raw, jpg, or the part stored as jpg, as 0.5. Default: jpg for imagefolder, else raw."),
+        typer.Option(help="raw, jpg, or a part as jpg: 0.5. Default: imagefolder jpg, ffcv as it is, else raw."),
     ] = None,
     quality: Annotated[int, typer.Option(help="Of JPEGs, 1 to 100.")] = 90,
     max_side_px: Annotated[int | None, typer.Option(help="Shrink larger images to this longer side.")] = None,
@@ -61,12 +62,12 @@ def encode(
     """
     from gowide_dist.data import encode as encoders
 
-    mode = write_mode or ("jpg" if dataset is DatasetKind.IMAGEFOLDER else "raw")
+    mode = write_mode or {DatasetKind.IMAGEFOLDER: "jpg", DatasetKind.FFCV: "as it is"}.get(dataset, "raw")
+    named = {"raw": 0.0, "jpg": 1.0, "as it is": None}
     try:
-        jpg_share = {"raw": 0.0, "jpg": 1.0}.get(mode) if mode in ("raw", "jpg") else float(mode)
+        jpg_share = named[mode] if mode in named else float(mode)
     except ValueError as error:
         raise UserError(f"--write-mode {mode}: should be raw, jpg or a part such as 0.5") from error
-    assert jpg_share is not None
     options = encoders.Options(jpg_share, quality, max_side_px, subset, held_out, skip_bad, workers)
     if dataset is DatasetKind.FASHION_MNIST:
         info = encoders.encode_fashion_mnist(out, root, options)
@@ -77,6 +78,7 @@ def encode(
             DatasetKind.CIFAR10: encoders.encode_cifar10,
             DatasetKind.CIFAR100: encoders.encode_cifar100,
             DatasetKind.IMAGEFOLDER: encoders.encode_image_folder,
+            DatasetKind.FFCV: encoders.encode_ffcv,
         }[dataset]
         info = encoder(out, root, options)
     counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())

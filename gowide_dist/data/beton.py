@@ -30,6 +30,7 @@ _SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
 _ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _VERSION = 2
 _FIELDS = (("image", 2), ("label", 1))  # FFCV's numbers of RGBImageField and IntField
+_FIELD_TYPES: dict[int, tuple[str, np.dtype[np.void] | str]] = {2: ("image", _IMAGE), 1: ("label", "<i8")}
 _TABLE_OFFSET = _HEADER.itemsize + len(_FIELDS) * _FIELD.itemsize
 
 MAX_SIDE_PX = int(np.iinfo(np.uint16).max)
@@ -103,6 +104,58 @@ class BetonWriter:
             field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         self._file.seek(0)
         self._file.write(header.tobytes() + fields.tobytes() + samples.tobytes())
+
+
+class StoredImage(NamedTuple):
+    """Where an image lies in an FFCV file of any origin. Sides in pixels, offset and size in bytes."""
+
+    path: Path
+    mode: int
+    height: int
+    width: int
+    offset: int
+    size: int
+
+    def read(self) -> EncodedImage:
+        """The image as it lies there. Raises OSError if the file cannot be read, ValueError if it is too short."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise ValueError(f"{len(data):,} of its {self.size:,} bytes are there")
+        return EncodedImage(self.mode, self.height, self.width, data)
+
+
+def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:
+    """The images and labels of a file that any program wrote with FFCV's DatasetWriter, in the order of its samples.
+
+    Raises DataError unless it is a whole file of the format's version 2 with an image and a whole number a sample.
+    """
+    content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    broken = DataError(f"{path}: damaged, or no FFCV file of version {_VERSION}; write it again with FFCV")
+    if len(content) < _HEADER.itemsize:
+        raise broken
+    header = content[: _HEADER.itemsize].view(_HEADER)[0]
+    num_fields, num_samples, tail = int(header["num_fields"]), int(header["num_samples"]), int(header["alloc_table"])
+    start = _HEADER.itemsize + num_fields * _FIELD.itemsize
+    if header["version"] != _VERSION or not num_samples or not start < tail < len(content):
+        raise broken
+    types = content[_HEADER.itemsize : start].view(_FIELD)["type_id"].tolist()
+    if sorted(types) != sorted(_FIELD_TYPES):
+        raise DataError(f"{path}: its samples have other fields than one RGBImageField and one IntField")
+    row = np.dtype([_FIELD_TYPES[type_id] for type_id in types], align=True)
+    if start + num_samples * row.itemsize > tail or (len(content) - tail) % _ALLOCATION.itemsize:
+        raise broken
+    samples = content[start : start + num_samples * row.itemsize].view(row)
+    allocations = content[tail:].view(_ALLOCATION)
+    allocations = allocations[np.argsort(allocations["offset"])]
+    images = samples["image"]
+    places = np.searchsorted(allocations["offset"], images["offset"]).clip(max=len(allocations) - 1)
+    if (allocations["offset"][places] != images["offset"]).any():
+        raise broken
+    columns = (images["mode"], images["height"], images["width"], images["offset"], allocations["size"][places])
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [StoredImage(path, *row) for row in rows], samples["label"].astype(np.int64)
 
 
 def read_index(path: Path, num_samples: int) -> tuple[bytes, bytes]:

@@ -25,6 +25,7 @@ from gowide_dist.data.sources import (
     SplitName,
     read_cifar,
     read_fashion_mnist,
+    read_ffcv,
     read_image_folder,
     stratified,
 )
@@ -44,13 +45,14 @@ Encoding: TypeAlias = dict[str, str | int | float | bool | None]
 class Options:
     """How to encode.
 
-    jpg_share: part of the images stored as JPEG, of `quality` 1 to 100; the others are stored raw. max_side_px: larger
-    images are shrunk to it. subset: this many training images only; held_out: this many training images become the
-    validation part, and what was the validation part becomes `test`; both stratified. skip_bad: leave files out that
-    hold no whole image, and list them in skipped.txt. workers: processes that read files, by default one a core.
+    jpg_share: part of the images stored as JPEG, of `quality` 1 to 100; the others are stored raw; None, for FFCV files
+    alone, leaves every image as it is. max_side_px: larger images are shrunk to it. subset: this many training images
+    only; held_out: this many training images become the validation part, and what was the validation part becomes
+    `test`; both stratified. skip_bad: leave files out that hold no whole image, and list them in skipped.txt. workers:
+    processes that read files, by default one a core.
     """
 
-    jpg_share: float = 0.0
+    jpg_share: float | None = 0.0
     quality: int = 90
     max_side_px: int | None = None
     subset: int | None = None
@@ -60,12 +62,15 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, low, high in (("jpg_share", 0, 1), ("quality", 1, 100)):
-            if not low <= getattr(self, name) <= high:
-                raise DataError(f"{name} {getattr(self, name)}: give a number from {low} to {high}")
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise DataError(f"{name} {value}: give a number from {low} to {high}")
         for name in ("max_side_px", "subset", "held_out"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"{name} {value}: give a number above 0")
+        if self.jpg_share is None and self.max_side_px is not None:
+            raise DataError("max_side_px: stored images stay as they are unless --write-mode says how to store them")
 
     @property
     def storage(self) -> Storage:
@@ -106,11 +111,17 @@ def encode_image_folder(out: Path, root: Path, options: Options | None = None) -
     return _encode("imagefolder", out, root, options or Options(jpg_share=1.0))
 
 
+def encode_ffcv(out: Path, root: Path, options: Options | None = None) -> DatasetInfo:
+    """Take over the files that FFCV's DatasetWriter has written, by default every image as it is."""
+    return _encode("ffcv", out, root, options or Options(jpg_share=None))
+
+
 _READERS: dict[str, Callable[[Path], Dataset]] = {
     "fashion-mnist": read_fashion_mnist,
     "cifar10": partial(read_cifar, num_classes=10),
     "cifar100": partial(read_cifar, num_classes=100),
     "imagefolder": read_image_folder,
+    "ffcv": read_ffcv,
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from gowide_dist.data.beton import JPEG, MAX_SIDE_PX, RAW, EncodedImage
+from gowide_dist.data.beton import JPEG, MAX_SIDE_PX, RAW, EncodedImage, StoredImage
 from gowide_dist.data.order import draw
 
 Pixels: TypeAlias = NDArray[np.uint8]
@@ -26,30 +26,39 @@ class Sample(NamedTuple):
 
 
 class BadImage(NamedTuple):
-    """A file that holds no whole image, and why."""
+    """A file, or a place in one, that holds no whole image, and why."""
 
     path: Path
     reason: str
 
 
 class Storage(NamedTuple):
-    """How pixels are stored. jpg_share: the part of the images that become JPEG, the others stay raw."""
+    """How pixels are stored. jpg_share: the part that becomes JPEG, the others raw; None: as they lie in FFCV files."""
 
-    jpg_share: float
+    jpg_share: float | None
     quality: int
     max_side_px: int | None
 
 
-def encode_sample(source: Path | Pixels, label: int, index: int, storage: Storage) -> Sample | BadImage:
+def encode_sample(source: Path | StoredImage | Pixels, label: int, index: int, storage: Storage) -> Sample | BadImage:
     """Encode a file, or pixels [H, W] or [H, W, 3]; `index` decides which samples become JPEG."""
-    if isinstance(source, Path):
+    stored: EncodedImage | None = None
+    if isinstance(source, np.ndarray):
+        pixels = source if source.ndim == 3 else np.repeat(source[:, :, None], 3, axis=2)
+    else:
+        path = source if isinstance(source, Path) else source.path / f"sample {index}"
         try:
-            pixels = read_rgb(source.read_bytes())
+            if isinstance(source, Path):
+                pixels = read_rgb(source.read_bytes())
+            else:
+                stored = source.read()
+                pixels = decode(stored)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            return BadImage(source, " ".join(reason.replace(f"{source}", "").split()))
-    else:
-        pixels = source if source.ndim == 3 else np.repeat(source[:, :, None], 3, axis=2)
+            return BadImage(path, " ".join(reason.replace(f"{path}", "").split()))
+    if storage.jpg_share is None:
+        assert stored is not None, "only what lies in an FFCV file can stay as it is"
+        return Sample(stored, label, channel_moments(pixels))
     pixels = _shrink(pixels, storage.max_side_px)
     as_jpg = float(draw(np.zeros(1, np.uint64), np.array([index], np.uint64))[0]) / 2**64 < storage.jpg_share
     longest = max(pixels.shape[:2])
@@ -73,6 +82,18 @@ def read_rgb(content: bytes) -> Pixels:
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255 instead of scaling
             return np.repeat((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[:, :, None], 3, 2)
         return np.asarray(image.convert("RGB"))
+
+
+def decode(image: EncodedImage) -> Pixels:
+    """The pixels [H, W, 3] RGB of an image in an FFCV file. Raises OSError or ValueError if it is not whole."""
+    if image.mode == JPEG:
+        with Image.open(io.BytesIO(image.data)) as file:
+            pixels = np.asarray(file.convert("RGB"))
+    else:
+        pixels = np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
+    if pixels.shape[:2] != (image.height, image.width):
+        raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} px instead of {image.width}x{image.height}")
+    return pixels
 
 
 def encode_raw(pixels: Pixels) -> EncodedImage:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -9,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gowide_dist.data.beton import StoredImage, read_foreign
 from gowide_dist.data.idx import read_idx
 from gowide_dist.data.order import draw
 from gowide_dist.errors import DataError
@@ -22,7 +24,7 @@ FASHION_MNIST_CLASSES = (
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a split: pixels uint8 [N, H, W] or [N, H, W, 3], or paths [N]; and labels int64 [N]."""
+    """A split: pixels uint8 [N, H, W] or [N, H, W, 3], or objects [N], paths or StoredImages; labels int64 [N]."""
 
     items: NDArray[Any]
     labels: NDArray[np.int64]
@@ -128,16 +130,16 @@ def read_image_folder(root: Path) -> Dataset:
     if not train.is_dir():
         raise DataError(f"{train}: not found; images go into {root}/train/CLASS/ and {root}/val/CLASS/")
     classes = _class_names(train)
-    paths, labels = _list_images(train, classes)
-    if empty := sorted(set(range(len(classes))) - set(labels.tolist())):
+    images = _list_images(train, classes)
+    if empty := sorted(set(range(len(classes))) - set(images.labels.tolist())):
         names = ", ".join(classes[label] for label in empty[:5])
         raise DataError(f"{train}: {len(empty)} class folders without images ({names}); remove or fill them")
-    shuffled = np.argsort(draw(np.zeros(1, np.uint64), np.arange(len(labels), dtype=np.uint64)), kind="stable")
-    splits: dict[SplitName, Images] = {"train": Images(paths, labels).take(shuffled)}
+    shuffled = np.argsort(draw(np.zeros(1, np.uint64), np.arange(len(images), dtype=np.uint64)), kind="stable")
+    splits: dict[SplitName, Images] = {"train": images.take(shuffled)}
     if (root / "val").is_dir():
         if unknown := sorted(set(_class_names(root / "val")) - set(classes)):
             raise DataError(f"{root / 'val'}: class folder {unknown[0]} has no counterpart in {train}")
-        splits["val"] = Images(*_list_images(root / "val", classes))
+        splits["val"] = _list_images(root / "val", classes)
         if not len(splits["val"]):
             raise DataError(f"{root / 'val'}: no images; fill it, or remove it and give --held-out")
     return Dataset(f"image folder {root}", classes, splits)
@@ -150,7 +152,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def _list_images(folder: Path, classes: tuple[str, ...]) -> Images:
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -159,9 +161,43 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[NDArray[Any], 
             images = [Path(parent, file) for file in sorted(files) if not file.startswith(".")]
             paths += images
             labels += [label] * len(images)
-    array = np.empty(len(paths), object)
-    array[:] = paths
-    return array, np.array(labels, np.int64)
+    return _objects(paths, np.array(labels, np.int64))
+
+
+def _objects(items: Sequence[Path | StoredImage], labels: NDArray[np.int64]) -> Images:
+    array = np.empty(len(items), object)
+    for index, item in enumerate(items):
+        array[index] = item
+    return Images(array, labels)
+
+
+def read_ffcv(root: Path) -> Dataset:
+    """One file train*.beton or train*.ffcv and one val* (which may be missing), as FFCV's DatasetWriter leaves them.
+
+    Class names, which such files don't hold, are the lines of classes.txt there, or else the labels' numbers. Raises
+    DataError if a file is missing, damaged or holds something else than images with labels.
+    """
+    files = {name: _find_ffcv(root, name) for name in ("train", "val")}
+    if files["train"] is None:
+        raise DataError(f"{root}: no file train*.beton or train*.ffcv in it")
+    splits: dict[SplitName, Images] = {}
+    for name, path in (("train", files["train"]), ("val", files["val"])):
+        if path is not None:
+            splits[name] = _objects(*read_foreign(path))  # type: ignore[index]
+    highest = max(int(split.labels.max()) for split in splits.values())
+    lowest = min(int(split.labels.min()) for split in splits.values())
+    names = root / "classes.txt"
+    classes = tuple(names.read_text().splitlines() if names.exists() else map(str, range(highest + 1)))
+    if lowest < 0 or highest >= len(classes):
+        raise DataError(f"{root}: labels {lowest} to {highest}, but {len(classes):,} classes; mend {names}")
+    return Dataset(f"FFCV files in {root}", classes, splits)
+
+
+def _find_ffcv(root: Path, name: str) -> Path | None:
+    found = sorted(path for suffix in ("beton", "ffcv") for path in root.glob(f"{name}*.{suffix}"))
+    if len(found) > 1:
+        raise DataError(f"{root}: {len(found)} files for {name} ({', '.join(path.name for path in found)}); leave one")
+    return found[0] if found else None
 
 
 def stratified(labels: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
