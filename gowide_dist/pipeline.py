@@ -11,7 +11,7 @@ import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ from gowide_dist.run import Run, StageDir, fingerprint, identities, write_atomic
 
 if TYPE_CHECKING:
     from gowide_dist.networks import ResNet
+    from gowide_dist.stage import Images
+    from gowide_dist.world import World
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def examine(
     in_jobs: instances that Slurm jobs are training or will train. Raises UserError if anything does not fit.
     """
     selected = recipe.select(only) if only else recipe.instances
-    recipe, checksums = _check_data(recipe)
+    recipe, checksums = check_data(recipe)
     run = Run(runs / recipe.name)
     prepared = Prepared(recipe, run, selected, identities(recipe, checksums))
     for instance in prepared.unfinished:
@@ -95,7 +97,7 @@ def write(prepared: Prepared, *, fresh: bool = False) -> None:
             shutil.rmtree(run.stage(instance.key).path)
     run.write_recipe(prepared.recipe)
     for instance in prepared.unfinished:
-        if there := _sibling(instance, prepared):
+        if there := sibling(instance, prepared):
             _adopt(instance, there, prepared)
 
 
@@ -115,7 +117,7 @@ def prepare_chain(
     left = [
         instance
         for instance in prepared.unfinished
-        if instance.key not in queued and _sibling(instance, prepared) is None
+        if instance.key not in queued and sibling(instance, prepared) is None
     ]
     return prepared, Chain(run.slurm, _jobs(left, recipe, run, profile), queued, leaving)
 
@@ -161,41 +163,17 @@ def run_here(prepared: Prepared, num_processes: int) -> None:
 def walk(run: Run, keys: Sequence[str]) -> None:
     """Train the named instances of a run one after the other; every process of the group calls this."""
     from gowide_dist import world as worlds
-    from gowide_dist.data.loader import Loader
-    from gowide_dist.stage import Images, Workshop, train_stage
+    from gowide_dist.stage import Workshop, train_stage
 
     recipe = load_recipe(run.recipe_path)
-    recipe, checksums = _check_data(recipe)
-    info = read_dataset_info(recipe.data.train)
+    recipe, checksums = check_data(recipe)
     with worlds.join() as world:
         recipe.check_processes(world.size)
         if recipe.sync_batch_norm and world.device.type != "cuda":
             raise RecipeError("sync_batch_norm: PyTorch has it for GPUs only, and there is none; set it to false")
         if world.is_main:
             run.write_environment(_devices(world.device), world.size)
-        data, augment = recipe.data, recipe.data.augment
-        loader = functools.partial(
-            Loader,
-            batch_size=recipe.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            resolution=data.resolution,
-            num_threads=world.num_threads,
-        )
-        train = functools.partial(
-            loader,
-            data.train,
-            train=True,
-            flip=augment.flip,
-            translate=augment.translate,
-            crop_scale=augment.crop and augment.crop.scale,
-            crop_ratio=augment.crop.ratio if augment.crop else (1.0, 1.0),
-            order=data.order,
-        )
-        with contextlib.closing(loader(data.val, train=False, center_crop_ratio=data.center_crop)) as val:
-            val.preflight(len(info.classes))
-            mean, std = (_channels(values, world.device) for values in (info.mean, info.std))
-            images = Images(lambda seed: train(seed=seed), val, len(info.classes), mean, std)
+        with open_images(recipe, world) as images:
             shop = Workshop(recipe, run, world, images, identities(recipe, checksums))
             for key in keys:
                 instance = recipe.instances[key]
@@ -203,6 +181,38 @@ def walk(run: Run, keys: Sequence[str]) -> None:
                 done = run.stage(key).is_done(fingerprint(shop.identities[key])) if world.is_main else False
                 if not world.share(done):  # a job that was queued again at its very end finds it done
                     train_stage(instance, shop)
+
+
+@contextlib.contextmanager
+def open_images(recipe: Recipe, world: World) -> Iterator[Images]:
+    """This process's share of the data that a recipe names. Raises DataError if it cannot be read."""
+    from gowide_dist.data.loader import Loader
+    from gowide_dist.stage import Images
+
+    info = read_dataset_info(recipe.data.train)
+    data, augment = recipe.data, recipe.data.augment
+    loader = functools.partial(
+        Loader,
+        batch_size=recipe.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        resolution=data.resolution,
+        num_threads=world.num_threads,
+    )
+    train = functools.partial(
+        loader,
+        data.train,
+        train=True,
+        flip=augment.flip,
+        translate=augment.translate,
+        crop_scale=augment.crop and augment.crop.scale,
+        crop_ratio=augment.crop.ratio if augment.crop else (1.0, 1.0),
+        order=data.order,
+    )
+    with contextlib.closing(loader(data.val, train=False, center_crop_ratio=data.center_crop)) as val:
+        val.preflight(len(info.classes))
+        mean, std = (_channels(values, world.device) for values in (info.mean, info.std))
+        yield Images(lambda seed: train(seed=seed), val, len(info.classes), mean, std)
 
 
 def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNet:
@@ -227,7 +237,7 @@ def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNe
     return load_trained(found[0], place, recipe.data.classes).eval()
 
 
-def _check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
+def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
     """The recipe with its class count filled in, and the checksums of its files. Raises DataError if they don't fit."""
     data = recipe.data
     infos: dict[str, DatasetInfo] = {}
@@ -259,7 +269,7 @@ def _check_parents(instance: Instance, identities: Mapping[str, Mapping[str, Any
             raise RunError(f"{instance.key}: needs {parent}, which is not finished in {run.path}; submit the run again")
 
 
-def _sibling(instance: Instance, prepared: Prepared) -> StageDir | None:
+def sibling(instance: Instance, prepared: Prepared) -> StageDir | None:
     """Where another run beside this one has finished an instance with the same fingerprint."""
     mine = fingerprint(prepared.identities[instance.key])
     for path in sorted(prepared.run.path.parent.glob("*/stages/*/*/done.json")):
