@@ -1,6 +1,5 @@
 import gzip
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from gowide_dist.data.idx import read_idx
 from gowide_dist.data.images import encode_sample
 from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.errors import DataError
+from tests.command import GOWIDE
 from tests.idx import write_fashion_mnist, write_idx
 
 
@@ -92,17 +92,17 @@ def test_interruption_leaves_nothing(idx_root: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path):
-    """A limit on the size of a file stands for the disk: the system's answer to the write is as real."""
+    """On a file system of two megabytes, in a mount namespace of its own."""
     write_fashion_mnist(tmp_path / "idx", 2000, 20)
-    code = (
-        "import resource, sys; from pathlib import Path; resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, 2**22));"
-        "from gowide_dist.data.encode import encode_fashion_mnist; from gowide_dist.errors import DataError\n"
-        "try: encode_fashion_mnist(Path('out'), Path('idx'))\n"
-        "except DataError as error: sys.exit(f'told: {error}')"
+    (tmp_path / "small").mkdir()
+    script = (
+        f"mount -t tmpfs -o size=2m tmpfs small && {GOWIDE} encode fashion-mnist --root idx --out small/out;"
+        "echo status $?; ls -A small"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "told: out: cannot be written (File too large)" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["idx"]
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "gowide: small/out: cannot be written (No space left on device)" in done.stderr
+    assert done.stdout == "status 2\n"
 
 
 def test_missing_root_says_what_to_install(tmp_path: Path):

@@ -142,13 +142,11 @@ def test_bad_images_can_be_skipped(bad_root: Path, tmp_path: Path):
     assert all(line.split("\t")[1] for line in lines)
 
 
-def test_a_file_that_may_not_be_read_is_a_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refused(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "read_bytes", refused)  # permissions themselves do not hold for root
-    bad = encode_sample(tmp_path / "a.jpg", 0, 0, RAW.storage)
-    assert bad == (tmp_path / "a.jpg", "Permission denied")
+def test_a_file_that_cannot_be_read_is_a_bad_image(tmp_path: Path):
+    root = folder_of(tmp_path / "images", "one/a.png")
+    (root / "train" / "one" / "unreadable.png").symlink_to("/proc/self/mem")  # an I/O error for root too
+    with pytest.raises(DataError, match=r"unreadable\.png \(Input/output error\)"):
+        encode_image_folder(tmp_path / "out", root, Options(jpg_share=1.0, workers=1))
 
 
 def test_names_with_spaces_and_unicode_and_links(tmp_path: Path):
