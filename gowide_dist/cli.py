@@ -27,6 +27,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values to set by their dotted path.", metavar="[KEY=VALUE]...")
 ]
 RunDir = Annotated[Path, typer.Argument(help="A run directory, for example runs/demo.", metavar="RUN")]
+StageName = Annotated[str, typer.Argument(help="A stage, or stage/network.")]
 Runs = Annotated[Path, typer.Option(help="Folder of run directories.")]
 
 
@@ -234,7 +235,7 @@ def status(
 @app.command()
 def logs(
     run: RunDir,
-    stage: Annotated[str, typer.Argument(help="A stage, or stage/network.")],
+    stage: StageName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the job is over.")] = False,
     rank: Annotated[int, typer.Option(help="The process whose log it is.", min=0)] = 0,
 ) -> None:
@@ -260,6 +261,33 @@ def cancel(run: RunDir) -> None:
     from gowide_dist.run import Run
 
     print_line("\n".join(f"cancelled {job}" for job in cancel_run(Run(run))) or f"{run}: no job is queued or running")
+
+
+@app.command("eval")
+def evaluate(
+    run: RunDir,
+    stage: StageName,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder that `gowide encode` wrote, or one file of it as DIR/test.beton; default: the run's."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and confusion.csv.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
+) -> None:
+    """Measure a finished network on every validation image: accuracies, by class too, confusion, calibration.
+
+    Example: `gowide eval runs/demo finetune --out runs/demo/report/finetune`
+    """
+    from gowide_dist.insight import evaluate
+    from gowide_dist.insight.trained import open_trained
+
+    path = data / "val.beton" if data and data.suffix != ".beton" else data
+    found = evaluate.evaluate(open_trained(run, stage), path)
+    if out:
+        evaluate.write_evaluation(found, out)
+    print_line(json.dumps(evaluate.as_json(found), indent=2) if as_json else evaluate.table(found))
 
 
 @app.command()

@@ -24,7 +24,7 @@ from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import newest_jobs
 from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
 from gowide_dist.recipe import Instance, Recipe, load_recipe
-from gowide_dist.run import Run, StageDir, fingerprint, identities, write_atomically
+from gowide_dist.run import Done, Run, StageDir, fingerprint, identities, write_atomically
 
 if TYPE_CHECKING:
     from gowide_dist.networks import ResNet
@@ -223,18 +223,24 @@ def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNe
     from gowide_dist.stage import load_trained
 
     place = Run(Path(run))
-    recipe = load_recipe(place.recipe_path)
+    recipe, instance, _ = find_finished(place, stage, network)
+    assert recipe.data.classes is not None, "a run's recipe is resolved"
+    return load_trained(instance, place, recipe.data.classes).eval()
+
+
+def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Recipe, Instance, Done]:
+    """The finished instance of a stage, and its recipe. Raises UserError as `load_model` does."""
+    recipe = load_recipe(run.recipe_path)
     found = [
         instance
         for instance in recipe.instances.values()
         if instance.stage_name == stage and network in (None, instance.network_name)
     ]
     if len(found) != 1:
-        raise RunError(f"{run}: name one of its stages and networks: {', '.join(recipe.instances)}")
-    if place.stage(found[0].key).done is None:
-        raise RunError(f"{run}: {found[0].key} is not finished; run the recipe again to continue it")
-    assert recipe.data.classes is not None, "a run's recipe is resolved"
-    return load_trained(found[0], place, recipe.data.classes).eval()
+        raise RunError(f"{run.path}: name one of its stages and networks: {', '.join(recipe.instances)}")
+    if (done := run.stage(found[0].key).done) is None:
+        raise RunError(f"{run.path}: {found[0].key} is not finished; run the recipe again to continue it")
+    return recipe, found[0], done
 
 
 def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:

@@ -153,16 +153,22 @@ class StageDir:
         """Whether the stage with this fingerprint is finished here."""
         return self.done is not None and self.done.fingerprint == fingerprint and self.model.is_file()
 
-    def check_identity(self, identity: Mapping[str, Any]) -> None:
-        """Raises RunError, naming what differs, if the folder holds another training than this."""
+    def read_identity(self) -> dict[str, Any] | None:
+        """The identity of the training that claimed the folder, if one has. Raises RunError if it is damaged."""
         path = self.path / "identity.json"
         try:
-            there = _flat(json.loads(path.read_text()))
+            identity: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError:
-            return
+            return None
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: damaged; --fresh trains {self.key} again") from error
-        here = _flat(identity)
+        return identity
+
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
+        """Raises RunError, naming what differs, if the folder holds another training than this."""
+        if (claimed := self.read_identity()) is None:
+            return
+        there, here = _flat(claimed), _flat(identity)
         differs = [
             f"{key} is {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
             for key in {**there, **here}

@@ -60,8 +60,8 @@ class Loader:
     order="quasi-random" reads a window of `window_pages` pages (8 MiB each) at a time, ahead: for files larger than
     memory on slow disks.
 
-    Validation goes once through this process's part of the samples, as they are or, with center_crop_ratio, resized to
-    resolution / center_crop_ratio on the shorter side and cropped in the middle.
+    Validation goes once through this process's part of the samples, or through `samples` alone (int64 [N]), as they are
+    or, with center_crop_ratio, resized to resolution / center_crop_ratio on the shorter side and cropped in the middle.
 
     seconds_waited: how long the consumer has waited for batches, in all. memory_bytes: what the loader takes at most,
     beside the cache of the file. Raises DataError if the file is damaged, if its images do not fit, or if it cannot be
@@ -82,6 +82,7 @@ class Loader:
         crop_scale: tuple[float, float] | None = None,
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         center_crop_ratio: float | None = None,
+        samples: Indices | None = None,
         resolution: int,
         order: Literal["random", "quasi-random"] = "random",
         window_pages: int = _WINDOW_PAGES,
@@ -98,7 +99,7 @@ class Loader:
         try:
             self._beton = self._wait(self._threads.submit(partial(Beton, beton)))
             self.num_samples = len(self._beton)
-            self._validation = validation_share(self.num_samples, rank, world_size)
+            self._validation = validation_share(self.num_samples, rank, world_size) if samples is None else samples
             self.steps_per_epoch = self.num_samples // batch_size if train else -(-len(self._validation) // self._share)
             if train and not self.steps_per_epoch:
                 raise DataError(f"{beton}: {self.num_samples:,} images, fewer than one batch of {batch_size:,}")

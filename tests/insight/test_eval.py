@@ -1,0 +1,136 @@
+"""`gowide eval`: every figure against one computed the plain way."""
+
+import csv
+import json
+import shutil
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from gowide_dist import load_model
+from gowide_dist.data.loader import Loader
+from gowide_dist.errors import DataError, RunError
+from gowide_dist.insight.evaluate import NUM_BINS, Tally, evaluate, table
+from gowide_dist.insight.trained import open_trained
+from gowide_dist.run import Run
+from tests.command import gowide, refused
+from tests.fashion import encode_part
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory):
+    """300 further validation images."""
+    return encode_part(tmp_path_factory.mktemp("other"), 60, 300)
+
+
+@pytest.fixture(scope="module")
+def plain(finished_run):
+    """Logits and labels of the run's validation images: the network called as a user would."""
+    data = finished_run.path.parents[1] / "data"
+    info = json.loads((data / "dataset.json").read_text())
+    mean, std = (np.array(info[name], np.float32) for name in ("mean", "std"))
+    network = load_model(finished_run.path, "teacher")
+    with closing(Loader(data / "val.beton", batch_size=200, train=False, resolution=28)) as loader:
+        batch = next(iter(loader.batches()))
+        images = torch.from_numpy((batch.images.numpy() / np.float32(255) - mean) / std).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            return network(images)[0], batch.labels.clone()
+
+
+def test_every_figure(finished_run, plain):
+    logits, labels = plain
+    found = evaluate(open_trained(finished_run.path, "teacher"))
+    predicted = logits.argmax(1)
+    assert found.images == 200
+    assert found.top1 == pytest.approx(100 * (predicted == labels).float().mean().item())
+    assert (
+        found.top1
+        == pytest.approx(found.top1_in_training)
+        == pytest.approx(finished_run.stage("teacher/wide").done.top1)
+    )
+    assert found.top5 == pytest.approx(finished_run.stage("teacher/wide").done.top5)
+    assert found.nll == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    by_hand = np.zeros((10, 10), int)
+    for label, other in zip(labels.tolist(), predicted.tolist(), strict=True):
+        by_hand[label, other] += 1
+    assert found.confusion == by_hand.tolist()
+    assert found.per_class_images == by_hand.sum(1).tolist()
+    assert found.per_class_top1 == pytest.approx((100 * by_hand.diagonal() / by_hand.sum(1)).tolist())
+    assert found.classes[6] == "Shirt"
+
+    confidence = logits.double().softmax(1).amax(1)
+    ece = 0.0
+    for m in range(1, NUM_BINS + 1):
+        inside = (confidence > (m - 1) / NUM_BINS) & (confidence <= m / NUM_BINS)
+        if inside.any():
+            hits = (predicted == labels)[inside].double().mean()
+            ece += inside.double().mean().item() * abs(hits - confidence[inside].mean()).item()
+    assert found.ece == pytest.approx(100 * ece, rel=1e-3)
+
+
+def test_calibration_by_hand():
+    """Four images that are 80 % sure and of which three are right; one that is 100 % sure, and wrong."""
+    tally = Tally(2)
+    tally.add(torch.tensor([[np.log(4), 0.0]] * 4 + [[0.0, 900.0]]), torch.tensor([0, 0, 0, 1, 0]))
+    assert tally.ece == pytest.approx(100 * (4 * abs(0.75 - 0.8) + 1 * abs(0 - 1)) / 5)
+    assert (tally.top1, tally.top5) == (60, 100)
+    assert tally.confusion.tolist() == [[3, 1], [1, 0]]
+
+
+def test_what_is_printed_and_written(finished_run, tmp_path):
+    before = sorted(path for path in finished_run.path.rglob("*"))
+    shown = gowide("eval", finished_run.path, "baseline/basic", "--out", tmp_path / "out", "--json")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert (found["stage"], found["network"], found["images"]) == ("baseline", "basic", 200)
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == found
+    rows = list(csv.reader((tmp_path / "out" / "confusion.csv").open()))
+    assert rows[0] == ["class", *found["classes"]]
+    assert [[int(cell) for cell in row[1:]] for row in rows[1:]] == found["confusion"]
+    assert sorted(path for path in finished_run.path.rglob("*")) == before
+
+
+def test_other_images(finished_run, other_data):
+    trained = open_trained(finished_run.path, "teacher/wide")
+    own = evaluate(trained)
+    found = evaluate(trained, other_data / "val.beton")
+    assert (found.images, found.top1_in_training) == (300, None)
+    lines = table(found).splitlines()
+    assert lines[0].endswith(f"on 300 images of {other_data / 'val.beton'}")
+    assert "when it was trained" not in lines[1]
+    assert f"({own.top1:.2f} when it was trained)" in table(own)
+
+
+def test_what_does_not_fit(finished_run, other_data, tmp_path):
+    with pytest.raises(
+        RunError, match="name one of its stages and networks: teacher/wide, baseline/thin, baseline/basic"
+    ):
+        open_trained(finished_run.path, "baseline")
+    data = tmp_path / "data"
+    shutil.copytree(other_data, data)
+    info = data / "dataset.json"
+    info.write_text(info.read_text().replace("Sandal", "Clog"))
+    line = refused("eval", finished_run.path, "teacher", "--data", data)
+    known = f"other classes than teacher/wide of {finished_run.path} knows"
+    assert line == f"{data / 'val.beton'}: {known}: class 5 is 'Clog' there, 'Sandal' here"
+    info.write_text(info.read_text().replace(',\n    "Ankle boot"', "").replace("Clog", "Sandal"))
+    with pytest.raises(DataError, match="9 there, 10 here"):
+        evaluate(open_trained(finished_run.path, "teacher"), data / "val.beton")
+
+
+def test_weights_or_images_that_have_changed(finished_run, tmp_path):
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    copy = Run(tmp_path / "run")
+    weights = copy.stage("teacher/wide").model
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(RunError, match="not the weights that were trained"):
+        open_trained(copy.path, "teacher")
+    values = yaml.safe_load(copy.recipe_path.read_text())
+    values["data"]["train"] = str(encode_part(tmp_path, 60, 20) / "train.beton")
+    copy.recipe_path.write_text(yaml.safe_dump(values))
+    with pytest.raises(DataError, match="not the images that baseline/thin was trained on"):
+        open_trained(copy.path, "baseline/thin")
