@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gowide_dist.networks import ResNet, Teacher
 from gowide_dist.recipe import BlocksStage, KlStage, LabelsStage
+from gowide_dist.teacher_logits import Answers, coarsened
 from gowide_dist.transforms import linear_transform, merged
 
 
@@ -67,20 +68,22 @@ class Objective(nn.Module, ABC):
         self.student = student
 
     @abstractmethod
-    def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of each sample by name, [B] each, and the logits [B, K]."""
+    def losses(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of each sample by name, [B] each, and the logits [B, K]. `stored`: what the teacher says, if known."""
 
     def begin_phase(self, phase: int) -> None:
         """Make exactly what phase `phase` trains require gradients and, in training, move statistics."""
 
-    def forward(self, images: Tensor, labels: Tensor, step: int = 0) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, step: int = 0, stored: Answers | None = None
+    ) -> dict[str, Tensor]:
         """Losses by name, averaged over the batch; `loss` is the one to minimise. `step` keys what is random."""
-        losses, _ = self.losses(images, labels)
+        losses, _ = self.losses(images, labels, stored)
         return _means(losses)
 
-    def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def evaluate(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> dict[str, Tensor]:
         """Losses and accuracies of each sample by name, [B] each."""
-        losses, logits = self.losses(images, labels)
+        losses, logits = self.losses(images, labels, stored)
         return {**losses, **accuracy(logits, labels)}
 
     def finished(self) -> ResNet:
@@ -95,7 +98,9 @@ class Labels(Objective):
         super().__init__(student)
         self.label_smoothing, self.mixup, self.seed = label_smoothing, mixup, seed
 
-    def forward(self, images: Tensor, labels: Tensor, step: int = 0) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, step: int = 0, stored: Answers | None = None
+    ) -> dict[str, Tensor]:
         """`loss`: the cross-entropy. With mixup each image is mixed with its neighbour in this process's batch."""
         share = mixing_share(self.mixup, self.seed, step) if self.mixup else 1.0
         if share < 1.0:
@@ -106,23 +111,31 @@ class Labels(Objective):
             loss = loss + (1 - share) * cross_entropy(logits, labels.roll(1), self.label_smoothing)
         return {"loss": loss.mean()}
 
-    def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """`loss`: the plain cross-entropy."""
         logits, _ = self.student(images)
         return {"loss": cross_entropy(logits, labels)}, logits
 
 
 class Kl(Objective):
-    """Distillation of the teacher's output, mixed with cross-entropy on the labels where these have a weight."""
+    """Distillation of the teacher's output, mixed with cross-entropy on the labels where these have a weight.
 
-    def __init__(self, student: ResNet, teacher: Teacher, temperature: float = 1.0, labels_weight: float = 0.0) -> None:
+    Without a teacher, what it says of every batch must be stored.
+    """
+
+    def __init__(
+        self, student: ResNet, teacher: Teacher | None, temperature: float = 1.0, labels_weight: float = 0.0
+    ) -> None:
         super().__init__(student)
         self.teacher, self.temperature, self.labels_weight = teacher, temperature, labels_weight
 
-    def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """`loss`: (1 - labels_weight) times the KL divergence at the temperature, labels_weight times cross-entropy."""
         logits, _ = self.student(images)
-        kl = kl_divergence(logits, self.teacher.logits(images), self.temperature)
+        if stored is None:
+            assert self.teacher is not None
+            stored = Answers(self.teacher.logits(images))
+        kl = kl_divergence(coarsened(logits, stored.classes, self.temperature), stored.values, self.temperature)
         if not self.labels_weight:
             return {"loss": kl}, logits
         from_labels = cross_entropy(logits, labels)
@@ -183,7 +196,9 @@ class Blocks(Objective):
             part.train(mode)
         return self
 
-    def forward(self, images: Tensor, labels: Tensor, step: int = 0) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, step: int = 0, stored: Answers | None = None
+    ) -> dict[str, Tensor]:
         """`loss`: the sum of the errors of the blocks that are trained on, `mse_block1` and so on from the bottom."""
         targets = self.teacher.blocks(images, self._targets.stop)
         errors = {}
@@ -200,7 +215,7 @@ class Blocks(Objective):
                     errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
         return _means(_with_sum(errors))
 
-    def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """The error of every block when the student runs on its own, and `loss`, their sum."""
         errors = {}
         x = images
@@ -229,12 +244,11 @@ class Blocks(Objective):
 def build_objective(
     stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None, seed: int
 ) -> Objective:
-    """The objective that a stage of the recipe describes, over `student`."""
+    """The objective that a stage of the recipe describes, over `student`. No teacher: its logits are stored."""
     match stage:
         case LabelsStage():
             return Labels(student, stage.label_smoothing, stage.mixup, seed)
         case KlStage():
-            assert teacher is not None
             return Kl(student, teacher, stage.temperature, stage.labels_weight)
         case BlocksStage():
             assert teacher is not None

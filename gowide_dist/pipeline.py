@@ -23,7 +23,7 @@ from gowide_dist.launch.local import leave_error, torchrun
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import newest_jobs
 from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
-from gowide_dist.recipe import Instance, Recipe, load_recipe
+from gowide_dist.recipe import Instance, KlStage, Recipe, load_recipe
 from gowide_dist.run import Done, Run, StageDir, fingerprint, identities, write_atomically
 
 if TYPE_CHECKING:
@@ -265,6 +265,9 @@ def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
     if infos["train"].classes != infos["val"].classes:
         raise DataError(f"data: {data.train} and {data.val} have different classes; encode both parts together")
     classes = len(infos["train"].classes)
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, KlStage) and stage.top_k and stage.top_k >= classes:
+            raise RecipeError(f"stages.{name}.top_k: {stage.top_k} of {classes} classes; leave it out to keep all")
     return recipe.model_copy(update={"data": data.model_copy(update={"classes": classes})}), checksums
 
 

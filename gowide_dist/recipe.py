@@ -56,6 +56,7 @@ class Data(Frozen):
     augment: Augment = Augment()
     center_crop: Annotated[Fraction, Field(gt=0)] | None = None  # side of a validation crop over the shorter side
     order: Literal["random", "quasi-random"] = "random"  # quasi-random: for files larger than memory
+    seed: Natural | None = None  # of order and augmentation, where it is not the stage's: one stream for several seeds
 
 
 class Widened(Frozen):
@@ -203,6 +204,14 @@ class KlStage(StageBase):
     teacher: Reference
     temperature: Positive = 1.0
     labels_weight: Fraction = 0.0  # part of the cross-entropy; the KL divergence has the rest
+    teacher_logits: Literal["live", "stored"] = "live"  # stored: once for all stages with this teacher and this stream
+    top_k: Count | None = None  # of stored logits: the best classes, the others' mass in one number; default: all
+
+    @model_validator(mode="after")
+    def _check_top_k(self) -> KlStage:
+        if self.top_k and self.teacher_logits == "live":
+            raise ValueError("top_k: needs teacher_logits: stored; a live teacher gives all classes")
+        return self
 
 
 Stage = Annotated[LabelsStage | BlocksStage | KlStage, Field(discriminator="objective")]
@@ -224,6 +233,7 @@ class Instance(NamedTuple):
     stage: LabelsStage | BlocksStage | KlStage
     architecture: Architecture
     seed: int
+    data_seed: int  # of the stream: order and augmentation
     init: str | None
     init_file: Path | None
     teacher: str | None
@@ -332,12 +342,14 @@ class Recipe(Frozen):
                 init = self._parent(f"stages.{name}.init", stage.init, prefer=network)
             if isinstance(stage, BlocksStage | KlStage):
                 teacher = self._parent(f"stages.{name}.teacher", stage.teacher, prefer=None)
+            seed = self.seed if stage.seed is None else stage.seed
             yield Instance(
                 name,
                 network,
                 stage,
                 self.architectures[network],
-                seed=self.seed if stage.seed is None else stage.seed,
+                seed=seed,
+                data_seed=seed if self.data.seed is None else self.data.seed,
                 init=init,
                 init_file=stage.init.file if isinstance(stage.init, File) else None,
                 teacher=teacher,

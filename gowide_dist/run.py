@@ -41,6 +41,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Whether this process is the only one inside for this lock file."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
@@ -92,7 +104,8 @@ def identity(
         "sync_batch_norm": recipe.sync_batch_norm,
         "data": {
             **data_checksums,
-            **recipe.data.model_dump(**plain, exclude={"train", "val", "classes"}),
+            **recipe.data.model_dump(**plain, exclude={"train", "val", "classes", "seed"}),
+            **({"seed": instance.data_seed} if instance.data_seed != instance.seed else {}),
         },
         "network": instance.architecture.model_dump(**plain),
         "stage": stage,
@@ -237,6 +250,11 @@ class Run:
     def recipe_path(self) -> Path:
         """The resolved recipe."""
         return self.path / "recipe.yaml"
+
+    @property
+    def teacher_logits(self) -> Path:
+        """Folder of the logits that teachers have given, which all runs beside this one share."""
+        return self.path.parent / "teacher_logits"
 
     @property
     def slurm(self) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from gowide_dist.networks import ResNet, Teacher, build_network
 from gowide_dist.objectives import build_objective
 from gowide_dist.optim import Descent, MovingAverage, Timeline, learning_rate
 from gowide_dist.progress import Track, clock
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Instance, KlStage, Recipe
 from gowide_dist.run import Done, Run, StageDir, fingerprint, sha256
 from gowide_dist.stop import Stopped
+from gowide_dist.teacher_logits import Answers, Layout, Source, TeacherLogits, stored_logits
 from gowide_dist.world import World
 
 DATA_BOUND = 0.3  # share of the time spent waiting for data from which on the user is told
@@ -49,6 +51,21 @@ class Images:
         return pixels.float().sub_(self.mean).div_(self.std), batch.labels.to(device, non_blocking=True)
 
 
+class Examples(NamedTuple):
+    """A batch on the device: images [B, 3, H, H], labels [B], and the teacher's answers where they are stored."""
+
+    images: Tensor
+    labels: Tensor
+    stored: Answers | None
+
+    def chunk(self, parts: int) -> list[Examples]:
+        """The batch in equal parts."""
+        stored = self.stored.chunk(parts) if self.stored else [None] * parts
+        return [
+            Examples(*part) for part in zip(self.images.chunk(parts), self.labels.chunk(parts), stored, strict=True)
+        ]
+
+
 @dataclass(frozen=True)
 class Workshop:
     """What all stages of a run train with."""
@@ -67,7 +84,10 @@ def train_stage(instance: Instance, shop: Workshop) -> Done:
     is no number.
     """
     place = shop.run.stage(instance.key)
-    with closing(shop.images.train(instance.seed)) as loader, place.lock() if shop.world.is_main else nullcontext():
+    with (
+        closing(shop.images.train(instance.data_seed)) as loader,
+        place.lock() if shop.world.is_main else nullcontext(),
+    ):
         if shop.world.is_main:
             place.claim(shop.identities[instance.key])
         loader.preflight(shop.images.num_classes)
@@ -100,10 +120,11 @@ class _Training:
         student = build_network(instance.architecture, shop.images.num_classes)
         if start := instance.init_file or (instance.init and shop.run.stage(instance.init).model):
             load_weights(start, student)
-        teacher = None
-        if instance.teacher:
-            wide = load_trained(shop.recipe.instances[instance.teacher], shop.run, shop.images.num_classes)
-            teacher = Teacher(self._placed(wide), compiled=self.recipe.compile)
+        teacher = self.stored = None
+        if isinstance(instance.stage, KlStage) and instance.stage.teacher_logits == "stored":
+            self.stored = self._stored_logits(instance.stage, shop)
+        elif instance.teacher:
+            teacher = self._teacher(shop)
         self.objective = build_objective(instance.stage, self._placed(student), teacher, instance.seed)
         if self.recipe.compile:
             student.compile_blocks()
@@ -159,13 +180,13 @@ class _Training:
         trained = self.world.wrap(self.objective)
         self._settle_gradient_buckets(trained, self.recipe.batch_size // self.world.size // optim.accumulate)
         self.objective.train()
-        for images, labels in self._batches(steps.stop):
+        for batch in self._batches(steps.stop):
             rate = learning_rate(self.step, steps, self.timeline.steps_per_epoch, optim, schedule)
-            parts = list(zip(images.chunk(optim.accumulate), labels.chunk(optim.accumulate), strict=True))
-            for index, part in enumerate(parts):
+            parts = batch.chunk(optim.accumulate)
+            for index, (images, labels, stored) in enumerate(parts):
                 with self.world.gradients_apart(trained, index + 1 < len(parts)):
                     with self._autocast():
-                        losses = trained(*part, self.step)
+                        losses = trained(images, labels, self.step, stored)
                     descent.backward(losses["loss"] / len(parts))
                 self.meter.add(losses, index, len(parts))
             descent.step(rate)
@@ -174,21 +195,37 @@ class _Training:
             self.step += 1
             self._after_step(phase, rate, descent)
 
-    def _batches(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, stop: int) -> Iterator[Examples]:
         """The data stream from the current step to step `stop`, on the device."""
         steps_per_epoch = self.timeline.steps_per_epoch
+        share = self.recipe.batch_size // self.world.size
         while self.step < stop:
             epoch, start = divmod(self.step, steps_per_epoch)
-            ramp, resolution = self.instance.stage.ramp, self.recipe.data.resolution
-            batches = self.loader.batches(epoch, start, ramp.side(epoch, resolution) if ramp else resolution)
-            try:
+            with closing(self._epoch(epoch, start)) as batches:
                 while self.step < min(stop, (epoch + 1) * steps_per_epoch):
                     with self.meter.waiting():
                         batch = next(batches)
                     self.stream.add(self.step, batch.indices)
-                    yield self.images.to_device(batch)
-            finally:
-                batches.close()
+                    stored = self.stored.train(self._row(self.step), share) if self.stored else None
+                    yield self._examples(batch, stored)
+
+    def _epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        """The batches of an epoch from its step `start` on, in the resolution of the epoch."""
+        ramp, resolution = self.instance.stage.ramp, self.recipe.data.resolution
+        return self.loader.batches(epoch, start, ramp.side(epoch, resolution) if ramp else resolution)
+
+    def _row(self, step: int) -> int:
+        """Place in the stream of this process's first image of a step."""
+        return step * self.recipe.batch_size + self.world.rank * (self.recipe.batch_size // self.world.size)
+
+    def _validation(self) -> Iterator[Examples]:
+        """This process's share of the validation images."""
+        for batch in self.images.val.batches():
+            first, count = int(batch.indices[0]), len(batch.indices)
+            yield self._examples(batch, self.stored.val(first, count) if self.stored else None)
+
+    def _examples(self, batch: Batch, stored: Answers | None) -> Examples:
+        return Examples(*self.images.to_device(batch), stored.to(self.world.device) if stored else None)
 
     def _after_step(self, phase: int, rate: float, descent: Descent) -> None:
         """Record, evaluate and save where they are due. All processes come to the same decisions."""
@@ -235,8 +272,7 @@ class _Training:
         with self._averaged(), torch.inference_mode(), self._autocast():
             self.world.share_buffers(self.objective)
             results = mean_over_samples(
-                (self.objective.evaluate(*self.images.to_device(batch)) for batch in self.images.val.batches()),
-                self.world,
+                (self.objective.evaluate(*examples) for examples in self._validation()), self.world
             )
         self.objective.train()
         results = {name: 100 * value if name in ("top1", "top5") else value for name, value in results.items()}
@@ -295,10 +331,47 @@ class _Training:
         self.objective.eval()
         side, device = self.recipe.data.resolution, self.world.device
         images = torch.zeros(num_images, 3, side, side, device=device).to(memory_format=torch.channels_last)
+        labels = torch.zeros(num_images, dtype=torch.long, device=device)
+        examples = Examples(images, labels, self.stored.train(0, num_images).to(device) if self.stored else None)
         with self._autocast():
-            losses = trained(images, torch.zeros(num_images, dtype=torch.long, device=device))
+            losses = trained(examples.images, examples.labels, 0, examples.stored)
         losses["loss"].backward()
         self.objective.zero_grad()
+
+    def _stored_logits(self, stage: KlStage, shop: Workshop) -> TeacherLogits:
+        """The teacher's logits for the stream of this stage; the teacher is loaded only if they are not there yet."""
+        identity = shop.identities[self.instance.key]
+        temperature = stage.temperature if stage.top_k else 1.0  # all classes serve every temperature
+        about = {
+            "format": 1,
+            **{name: identity[name] for name in ("teacher", "batch_size", "precision", "compile")},
+            "data": {**identity["data"], "seed": self.instance.data_seed},
+            **stage.model_dump(mode="json", include={"epochs", "ramp", "top_k"}),
+            "temperature": temperature,
+        }
+        layout = Layout(
+            stage.epochs,
+            self.loader.steps_per_epoch * self.recipe.batch_size,
+            self.images.val.num_samples,
+            self.images.num_classes,
+            stage.top_k,
+            temperature,
+        )
+        teacher = functools.cache(lambda: self._teacher(shop))
+
+        def ask(batches: Iterator[Batch]) -> Iterator[Tensor]:
+            for batch in batches:
+                with self._autocast():
+                    logits = teacher().logits(self.images.to_device(batch)[0])
+                yield logits
+
+        source = Source(lambda epoch: ask(self._epoch(epoch)), lambda: ask(self.images.val.batches()))
+        return stored_logits(shop.run.teacher_logits, about, layout, source, self.world, self.instance.key)
+
+    def _teacher(self, shop: Workshop) -> Teacher:
+        assert self.instance.teacher
+        wide = load_trained(shop.recipe.instances[self.instance.teacher], shop.run, shop.images.num_classes)
+        return Teacher(self._placed(wide), compiled=self.recipe.compile)
 
     def _autocast(self) -> torch.autocast:
         dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]

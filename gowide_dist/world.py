@@ -84,6 +84,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """The values [B, ...] of all processes, equal in shape, one after the other: [size * B, ...]."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
     def share(self, value: Value) -> Value:
         """The main process's value, on every process."""
         if self.size == 1:

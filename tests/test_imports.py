@@ -17,7 +17,7 @@ FLOORS = [
     ["stage"],
     ["objectives"],
     ["transforms"],
-    ["networks", "optim", "checkpoint", "metrics"],
+    ["networks", "optim", "checkpoint", "metrics", "teacher_logits"],
     ["data"],
     ["run"],
     ["recipe", "world"],
