@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from gowide_dist import mirror
 from gowide_dist.data.order import draw
 from gowide_dist.run import read_metrics, write_atomically
 from gowide_dist.world import World
@@ -98,25 +99,39 @@ class StreamDigest:
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard's event files. Lines after `step` are of a lost continuation and are dropped."""
+    """`metrics.jsonl`, TensorBoard's event files and, if it is asked for, Weights & Biases.
+
+    Lines after `step` are of a lost continuation and are dropped. A line's `seconds` count the training up to it, over
+    restarts and without what was lost at them. TensorBoard has scalars such as train/loss and val/top1 over steps.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
+        there = read_metrics(path)
+        kept = [line for line in there if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._opened = time.monotonic() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         self._file = path.open("a")
-        self._board = SummaryWriter(path.with_name("tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(path.with_name("tensorboard"), purge_step=step + 1, flush_secs=10)
+        self._mirror = mirror.open_mirror(path.parent, there, kept)
 
     def append(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write one line of `kind` train or val."""
         rounded = {name: _significant(value) for name, value in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **rounded}) + "\n")
+        seconds = round(time.monotonic() - self._opened, 3)
+        line = {"kind": kind, "step": step, **rounded, "seconds": seconds}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(f"{name}/{kind}", value, step)
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._mirror:
+            self._mirror.log(line)
 
     def close(self) -> None:
         """Write what is buffered."""
         self._file.close()
         self._board.close()
+        if self._mirror:
+            self._mirror.close()
 
 
 def mean_over_samples(batches: Iterable[dict[str, Tensor]], world: World) -> dict[str, float]:

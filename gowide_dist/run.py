@@ -181,7 +181,7 @@ class StageDir:
         """Raises RunError, naming what differs, if the folder holds another training than this."""
         if (claimed := self.read_identity()) is None:
             return
-        there, here = _flat(claimed), _flat(identity)
+        there, here = flat(claimed), flat(identity)
         differs = [
             f"{key} is {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
             for key in {**there, **here}
@@ -309,23 +309,25 @@ def code_version() -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; none if it is not there. A last line cut off by a kill is left out."""
+    """The lines of a metrics file; none if it is not there. What is damaged, or cut off by a kill, is left out."""
     lines: list[dict[str, Any]] = []
     if path.exists():
-        for text in path.read_text().splitlines():
+        for text in path.read_text(errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except ValueError:
-                break
+                continue
+            if isinstance(line, dict) and {"kind", "step"} <= line.keys():
+                lines.append(line)
     return lines
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted paths to values, as text."""
-    flat: dict[str, str] = {}
+    found: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = json.dumps(value)
-    return flat
+            found[f"{prefix}{key}"] = json.dumps(value)
+    return found

@@ -42,7 +42,8 @@ def weights(run):
 def what_was_measured(run, key):
     lines = read_metrics(run.stage(key).metrics)
     return [
-        {name: value for name, value in line.items() if name not in ("images_per_s", "data_wait")} for line in lines
+        {name: value for name, value in line.items() if name not in ("images_per_s", "data_wait", "seconds")}
+        for line in lines
     ]
 
 

@@ -18,7 +18,7 @@ FLOORS = [
     ["objectives"],
     ["transforms"],
     ["networks", "optim", "checkpoint", "metrics", "teacher_logits"],
-    ["data"],
+    ["data", "mirror"],
     ["run"],
     ["recipe", "world"],
     ["architecture"],

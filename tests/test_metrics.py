@@ -79,3 +79,31 @@ def test_no_step_stands_twice(tmp_path):
     log.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(5, 0.333333), (10, 0.333333), (15, 0.25)]
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_the_clock_goes_on_where_the_kept_lines_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"kind": "train", "step": step, "loss": 1.0, "seconds": seconds} for step, seconds in ((5, 60), (10, 90))]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    log = MetricsLog(path, step=5)
+    log.append("train", 10, {"loss": 0.5})
+    log.close()
+    assert 60 <= read_metrics(path)[-1]["seconds"] < 90
+
+
+def test_scalars_for_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0)
+    for step in (5, 10, 15):
+        log.append("train", step, {"epoch": step / 10, "loss": 1 / step})
+    log.close()
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=10)
+    log.append("train", 15, {"epoch": 1.5, "loss": 0.25})
+    log.append("val", 15, {"epoch": 1.5, "top1": 80.0})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["train/epoch", "train/loss", "val/epoch", "val/top1"]
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([0.2, 0.1, 0.25])
+    assert [(event.step, event.value) for event in events.Scalars("val/top1")] == [(15, 80.0)]
