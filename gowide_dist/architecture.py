@@ -42,6 +42,11 @@ class Conv(NamedTuple):
         return self.in_channels * self.out_channels * self.kernel**2 * self.side_px**2
 
     @property
+    def num_outputs(self) -> int:
+        """Numbers that it writes for one image."""
+        return self.out_channels * self.side_px**2
+
+    @property
     def num_parameters(self) -> int:
         """Weights, with the scale and shift of the batch norm that follows."""
         return self.in_channels * self.out_channels * self.kernel**2 + 2 * self.out_channels
@@ -133,10 +138,23 @@ class Architecture(Frozen):
             return sum(blocks[: num_blocks + 1])
         return sum(blocks) + self.block_channels[-1] * num_classes
 
-    def num_parameters(self, num_classes: int) -> int:
-        """Trainable parameters."""
-        convs = sum(conv.num_parameters for convs in self._convs(resolution=32) for conv in convs)
-        return convs + (self.block_channels[-1] + 1) * num_classes
+    def num_parameters(self, num_classes: int, num_blocks: int | None = None) -> int:
+        """Trainable parameters. With `num_blocks` only the stem and the first so many blocks count."""
+        blocks = [sum(conv.num_parameters for conv in convs) for convs in self._convs(resolution=32)]
+        if num_blocks is not None:
+            return sum(blocks[: num_blocks + 1])
+        return sum(blocks) + (self.block_channels[-1] + 1) * num_classes
+
+    def num_activations(self, resolution: int, num_blocks: int | None = None) -> int:
+        """Numbers that a training step keeps of one image for its backward pass, about: two for each that a convolution
+        writes, its own and that of the batch norm and activation after it. With `num_blocks` as in `macs`.
+        """
+        blocks = [sum(2 * conv.num_outputs for conv in convs) for convs in self._convs(resolution)]
+        return sum(blocks if num_blocks is None else blocks[: num_blocks + 1])
+
+    def largest_activation(self, resolution: int) -> int:
+        """Numbers in the largest output of a convolution, of one image."""
+        return max(conv.num_outputs for convs in self._convs(resolution) for conv in convs)
 
     def _stem_side(self, resolution: int) -> int:
         _, stride, pool = STEMS[self.stem]

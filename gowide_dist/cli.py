@@ -185,6 +185,53 @@ def run(
 
 
 @app.command()
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    cluster: Annotated[Path | None, typer.Option(help="A cluster profile; default: the cores of this machine.")] = None,
+    runs: Runs = Path("runs"),
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default as of run.", min=1)] = None,
+    images: Annotated[int | None, typer.Option(help="Training images, where they are not encoded.", min=1)] = None,
+    classes: Annotated[int | None, typer.Option(help="Classes, where the images are not encoded.", min=1)] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a few real steps of each stage here.")] = False,
+    scale: Annotated[bool, typer.Option("--scale", help="Simulate 1 to 64 nodes of the profile's kind.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a recipe costs before anything is spent: FLOPs, memory, hours, requeues, and what looks wrong.
+
+    Without a profile the hours are this machine's, by its cores; with --measure by a few real steps.
+
+    Example: `gowide plan jobs/imagenet_rn50.yaml --cluster slurm/clusters/gpu8.yaml`
+    """
+    from gowide_dist.insight import plan as plans
+    from gowide_dist.launch.local import default_num_processes
+    from gowide_dist.launch.profile import load_profile
+    from gowide_dist.recipe import load_recipe
+
+    recipe, profile = load_recipe(job, overrides or []), load_profile(cluster) if cluster else None
+    if scale:
+        assumptions, rows = plans.scale(recipe, plans.data_size(recipe, images, classes), profile)
+        if as_json:
+            simulated = [row._asdict() for row in rows]
+            print_line(json.dumps({"assumptions": assumptions, "nodes": simulated}, indent=2))
+        else:
+            print_line(plans.scale_table(assumptions, rows))
+        return
+    if measure and profile:
+        raise UserError("plan: --measure times this machine; leave out --cluster, or run it in a job there")
+    num_processes = nproc or default_num_processes()
+    measured = None
+    if measure:
+        from gowide_dist.insight.measure import measure as time_stages
+
+        measured = time_stages(recipe, list(recipe.instances.values()), num_processes)
+    result = plans.plan(
+        recipe, runs, profile=profile, num_processes=num_processes, images=images, classes=classes, measured=measured
+    )
+    print_line(json.dumps(result.as_json(), indent=2) if as_json else plans.table(result))
+
+
+@app.command()
 def submit(
     job: Job,
     cluster: Annotated[Path, typer.Option(help="A cluster profile, for example slurm/clusters/gpu8.yaml.")],

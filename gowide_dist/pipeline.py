@@ -11,7 +11,7 @@ import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -321,20 +321,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Exit status 2 for a UserError, which is left for the launcher to show; 128 and the signal's number if it was told
     to stop, and has saved.
     """
-    stop.listen()
     parser = argparse.ArgumentParser(prog="python -m gowide_dist.pipeline")
     parser.add_argument("run", type=Path)
     parser.add_argument("keys", nargs="+", metavar="STAGE/NETWORK")
     given = parser.parse_args(arguments)
+    return work(functools.partial(walk, Run(given.run), given.keys), given.run)
+
+
+def work(task: Callable[[], None], place: Path) -> int:
+    """Do a launched process's task; its exit status, as `main` says. `place`: where it writes."""
+    stop.listen()
     try:
-        walk(Run(given.run), given.keys)
+        task()
     except UserError as error:
         leave_error(str(error))
         return 2
     except OSError as error:
         if not is_full(error):
             raise
-        leave_error(f"{given.run}: the disk is full or the quota used up; make room, and the same command continues")
+        leave_error(f"{place}: the disk is full or the quota used up; make room, and the same command continues")
         return 2
     except stop.Stopped as stopped:
         return 128 + stopped.signum

@@ -60,7 +60,7 @@ def test_every_room_has_its_floor():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "pipeline", "recipe", "run", "insight.report", "launch.local", "launch.slurm", "launch.queue", "launch.profile", "insight.status", "data.info"]
+    "module", ["cli", "pipeline", "recipe", "run", "insight.report", "launch.local", "launch.slurm", "launch.queue", "launch.profile", "insight.status", "insight.plan", "insight.simulate", "data.info"]
 )  # fmt: skip
 def test_login_nodes_import_no_torch(module):
     code = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import fmean
 from typing import NamedTuple
 
-from gowide_dist.recipe import BlocksStage, Instance, LabelsStage, Recipe
+from gowide_dist.architecture import Architecture
+from gowide_dist.recipe import BlocksStage, Instance, Recipe
 
 BACKWARD = 2  # a backward pass costs two forward passes: gradients of inputs, and of weights
 
@@ -13,8 +15,14 @@ BACKWARD = 2  # a backward pass costs two forward passes: gradients of inputs, a
 class MacsPerImage(NamedTuple):
     """Multiply-adds for one training image: of the student, forward and backward, and of the teacher."""
 
-    student: float
+    forward: float
+    backward: float
     teacher: float
+
+    @property
+    def student(self) -> float:
+        """Without the teacher's."""
+        return self.forward + self.backward
 
     @property
     def total(self) -> float:
@@ -25,35 +33,121 @@ class MacsPerImage(NamedTuple):
 def training_macs(instance: Instance, recipe: Recipe, num_classes: int) -> MacsPerImage:
     """The cost of training on one image, averaged over the phases and, if images grow, the epochs of the stage."""
     stage, resolution = instance.stage, recipe.data.resolution
-    if stage.ramp is None:
-        return _training_macs_at(resolution, instance, recipe, num_classes)
-    sides = [stage.ramp.side(epoch, resolution) for epoch in range(stage.epochs)]
-    costs = [_training_macs_at(side, instance, recipe, num_classes) for side in sides]
-    return MacsPerImage(fmean(cost.student for cost in costs), fmean(cost.teacher for cost in costs))
+    sides = [stage.ramp.side(epoch, resolution) for epoch in range(stage.epochs)] if stage.ramp else [resolution]
+    costs = [_training_macs_at(side, instance, recipe, num_classes) for side in sides or [resolution]]
+    return MacsPerImage(*(fmean(values) for values in zip(*costs, strict=True)))
 
 
 def _training_macs_at(resolution: int, instance: Instance, recipe: Recipe, num_classes: int) -> MacsPerImage:
     student, stage = instance.architecture, instance.stage
-    whole = student.macs(num_classes, resolution)
-    if instance.teacher is None or isinstance(stage, LabelsStage):
-        return MacsPerImage((1 + BACKWARD) * whole, 0)
-    teacher = recipe.instances[instance.teacher].architecture
+    teacher = recipe.instances[instance.teacher].architecture if instance.teacher else None
     if not isinstance(stage, BlocksStage):
-        return MacsPerImage((1 + BACKWARD) * whole, teacher.macs(num_classes, resolution))
-    num_blocks = student.num_blocks
-    upto = [student.macs(num_classes, resolution, index) for index in range(1, num_blocks + 1)]
-    teacher_upto = [teacher.macs(num_classes, resolution, index) for index in range(1, num_blocks + 1)]
+        whole = student.macs(num_classes, resolution)
+        return MacsPerImage(whole, BACKWARD * whole, teacher.macs(num_classes, resolution) if teacher else 0)
+    assert teacher is not None
+    forward, trained, theirs = [], [], []
+    for phase in phases(stage, student):
+        upto = [
+            student.macs(num_classes, resolution, index) for index in (phase.runs_from, phase.trains_from, phase.stop)
+        ]
+        bottom, first, top = (0 if index == 0 else macs for index, macs in zip(phase[:3], upto, strict=True))
+        forward.append(top - bottom)
+        trained.append(top - first)
+        theirs.append(teacher.macs(num_classes, resolution, phase.stop))
+    return MacsPerImage(fmean(forward), BACKWARD * fmean(trained), fmean(theirs))
+
+
+class Phase(NamedTuple):
+    """What a phase of imitation runs: the blocks from `runs_from` to before `stop`; it trains those from `trains_from`.
+
+    The stem belongs to block 0.
+    """
+
+    runs_from: int
+    trains_from: int
+    stop: int
+
+
+def phases(stage: BlocksStage, student: Architecture) -> list[Phase]:
+    """The phases of an imitation, equally long."""
     if stage.order == "joint":
-        return MacsPerImage((1 + BACKWARD) * upto[-1], teacher_upto[-1])
-    below = [0, *upto[:-1]]
-    mine = [top - bottom for top, bottom in zip(upto, below, strict=True)]
-    if stage.inputs == "teacher":
-        trained = [(1 + BACKWARD) * block for block in mine]
-    elif stage.prefix == "trained":
-        trained = [(1 + BACKWARD) * top for top in upto]
-    else:
-        trained = [bottom + (1 + BACKWARD) * block for bottom, block in zip(below, mine, strict=True)]
-    return MacsPerImage(sum(trained) / num_blocks, sum(teacher_upto) / num_blocks)
+        return [Phase(0, 0, student.num_blocks)]
+    return [
+        Phase(
+            index if stage.inputs == "teacher" else 0,
+            0 if stage.prefix == "trained" else index,
+            index + 1,
+        )
+        for index in range(student.num_blocks)
+    ]
+
+
+def validation_macs(instance: Instance, recipe: Recipe, num_classes: int) -> int:
+    """Multiply-adds for one validation image, which student and teacher answer as a whole."""
+    networks = [instance.architecture]
+    if instance.teacher:
+        networks.append(recipe.instances[instance.teacher].architecture)
+    return sum(network.macs(num_classes, recipe.data.resolution) for network in networks)
+
+
+class Memory(NamedTuple):
+    """Bytes that a training process needs, by what needs them.
+
+    weights: 4 bytes a parameter. gradients and momentum: 4 each, of the parameters that a phase trains. average: 4, if
+    there is a moving average. activations: what the backward pass needs of the images that a process takes at a time
+    (`Architecture.num_activations`), 4 bytes each or 2 in bf16 and fp16. teacher: its weights, three times its largest
+    output, and the block outputs that are imitated. images: as bytes, and as the numbers that the network takes.
+    loader: decoded batches that wait, in the host's memory. libraries: of PyTorch with all that it loads, about.
+    """
+
+    weights: int
+    gradients: int
+    momentum: int
+    average: int
+    activations: int
+    teacher: int
+    images: int
+    loader: int
+    libraries: int = 500_000_000
+
+    @property
+    def device(self) -> int:
+        """On the device: all but what the loader holds."""
+        return sum(self) - self.loader
+
+
+def memory_per_process(instance: Instance, recipe: Recipe, num_classes: int, share: int, num_threads: int) -> Memory:
+    """The memory of one process, which takes `share` images of each batch and decodes them in `num_threads` threads."""
+    student, stage, side = instance.architecture, instance.stage, recipe.data.resolution
+    size = 4 if recipe.precision == "float32" else 2
+    optim = stage.optim
+    at_once = share // (optim.accumulate if optim else 1)
+    trained, kept, targets = student.num_parameters(num_classes), student.num_activations(side), 0
+    if isinstance(stage, BlocksStage):
+        parts = phases(stage, student)
+        trained = max(_of_blocks(phase, lambda count: student.num_parameters(num_classes, count)) for phase in parts)
+        kept = max(_of_blocks(phase, lambda count: student.num_activations(side, count)) for phase in parts)
+    teacher = recipe.instances[instance.teacher].architecture if instance.teacher else None
+    if teacher and isinstance(stage, BlocksStage):
+        outputs = zip(teacher.block_channels, teacher.block_sides(side), strict=True)
+        targets = sum(channels * block_side**2 for channels, block_side in outputs)
+    answers = at_once * size * (3 * teacher.largest_activation(side) + targets) if teacher else 0
+    pixels = 3 * side**2
+    return Memory(
+        weights=4 * student.num_parameters(num_classes),
+        gradients=4 * trained if stage.epochs else 0,
+        momentum=4 * trained if optim and optim.momentum else 0,
+        average=4 * student.num_parameters(num_classes) if optim and optim.ema else 0,
+        activations=size * at_once * kept if stage.epochs else 0,
+        teacher=(4 * teacher.num_parameters(num_classes) if teacher else 0) + answers,
+        images=share * pixels * (1 + 4),
+        loader=2 * (num_threads + 3) * share * pixels,  # of training and of validation
+    )
+
+
+def _of_blocks(phase: Phase, upto: Callable[[int], int]) -> int:
+    """Of the blocks that a phase trains; `upto` counts the stem and the first so many blocks."""
+    return upto(phase.stop) - (upto(phase.trains_from) if phase.trains_from else 0)
 
 
 class Spent(NamedTuple):

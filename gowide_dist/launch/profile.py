@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from gowide_dist.recipe import Instance
-from gowide_dist.schema import Count, Frozen, Natural, read_yaml, validate
+from gowide_dist.schema import Count, Fraction, Frozen, Natural, NonNegative, Positive, read_yaml, validate
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
 # What sbatch options are called here; to say a thing in two places is refused.
@@ -39,6 +39,34 @@ def _as_option(value: Any) -> Any:
     return value if value is True else _as_text(value)
 
 
+class Device(Frozen):
+    """What one process of a job computes with, for `gowide plan`: assumptions until they are measured.
+
+    tflops: dense, at the recipe's precision, a multiply and an add counted as two operations. GB are 10^9 bytes.
+    """
+
+    name: Text
+    tflops: Positive
+    efficiency: Annotated[Fraction, Field(gt=0)] = 0.3  # the part of it that training reaches
+    memory_gb: Positive | None = None
+    images_per_s_per_cpu: Positive | None = None  # that a CPU decodes and augments
+    within_node_gb_s: Positive = 300.0  # that a device sends to the next one of its node
+    between_nodes_gb_s: Positive = 25.0  # that a node sends to the next one
+    overlap: Fraction = 0.8  # the part of the gradients' way that the backward pass can hide
+    write_gb_s: Positive = 1.0  # of a checkpoint
+    start_s: NonNegative = 60.0  # from the start of a job to its first step
+
+    @property
+    def flops(self) -> float:
+        """Operations a second that training reaches."""
+        return 1e12 * self.tflops * self.efficiency
+
+
+def this_machine(num_cores: int, memory_gb: float | None = None) -> Device:
+    """So many cores of a machine that no profile describes: 64 GFLOP/s each, two AVX2 units at 2 GHz."""
+    return Device(name=f"{num_cores} CPU cores", tflops=0.064 * num_cores, efficiency=0.3, memory_gb=memory_gb)
+
+
 class Settings(Frozen):
     """What one job asks for. In a profile's `stages` only what differs is said."""
 
@@ -59,6 +87,7 @@ class Settings(Frozen):
     retries: Natural = 3  # how often a job is queued again after a process crashed, hung or was killed
     setup: tuple[Text, ...] = ()  # shell lines before the processes start
     environment: dict[Text, Annotated[str, BeforeValidator(_as_text)]] = Field(default_factory=dict)
+    device: Device | None = None  # for `gowide plan`
     # Any further option of sbatch, by its long name without the dashes; `true` for one without a value.
     sbatch: dict[Text, Annotated[str | Literal[True], BeforeValidator(_as_option)]] = Field(default_factory=dict)
 

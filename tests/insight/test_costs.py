@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from gowide_dist import load_recipe
-from gowide_dist.insight.costs import spent, training_macs
+from gowide_dist.insight.costs import spent, training_macs, validation_macs
 from tests.fashion import chain
 
 IMAGES = 1000
@@ -25,17 +25,19 @@ def test_by_hand(recipe):
     one, both = (thin.macs(10, 28, blocks) for blocks in (1, 2))
     wide_one, wide_both = (wide.macs(10, 28, blocks) for blocks in (1, 2))
     whole, wide_whole = thin.macs(10, 28), wide.macs(10, 28)
-    assert training_macs(plain.instances["teacher/wide"], plain, 10) == (3 * wide_whole, 0)
-    assert training_macs(plain.instances["distill/thin"], plain, 10) == (3 * whole, wide_whole)
+    assert training_macs(plain.instances["teacher/wide"], plain, 10) == (wide_whole, 2 * wide_whole, 0)
+    assert training_macs(plain.instances["distill/thin"], plain, 10) == (whole, 2 * whole, wide_whole)
     by_hand = {  # bottom-up: the mean of a phase on the first block and one on the second
-        (): ((3 * one + one + 3 * (both - one)) / 2, (wide_one + wide_both) / 2),
-        (("inputs", "teacher"),): (3 * both / 2, (wide_one + wide_both) / 2),
-        (("prefix", "trained"),): ((3 * one + 3 * both) / 2, (wide_one + wide_both) / 2),
-        (("order", "joint"), ("inputs", "teacher")): (3 * both, wide_both),
+        (): ((one + both) / 2, (2 * one + 2 * (both - one)) / 2, (wide_one + wide_both) / 2),
+        (("inputs", "teacher"),): (both / 2, 2 * both / 2, (wide_one + wide_both) / 2),
+        (("prefix", "trained"),): ((one + both) / 2, (2 * one + 2 * both) / 2, (wide_one + wide_both) / 2),
+        (("order", "joint"), ("inputs", "teacher")): (both, 2 * both, wide_both),
     }
     for options, expected in by_hand.items():
         changed = recipe(**dict(options))
         assert training_macs(changed.instances["imitate/thin"], changed, 10) == expected
+    assert validation_macs(plain.instances["teacher/wide"], plain, 10) == wide_whole
+    assert validation_macs(plain.instances["imitate/thin"], plain, 10) == whole + wide_whole
 
 
 def test_what_a_chain_has_spent(recipe):

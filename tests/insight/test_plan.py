@@ -1,0 +1,228 @@
+"""What a recipe will cost. Numbers worked out by hand from the networks' multiply-adds, which have tests of their own."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from gowide_dist import build_network, load_recipe
+from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.errors import DataError, UserError
+from gowide_dist.insight.costs import memory_per_process
+from gowide_dist.insight.plan import data_size, plan, scale, table
+from gowide_dist.launch.profile import Device, Profile
+from gowide_dist.pipeline import check_data
+from gowide_dist.run import Done, Run, fingerprint, identities
+from tests.command import gowide, refused
+from tests.fashion import chain, write_job, write_part
+
+ROOT = Path(__file__).parents[2]
+IMAGES, VAL = 180, 60
+SLOW = Device(name="abacus", tflops=1e-5, efficiency=0.5, start_s=30)  # 5 MFLOP/s
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("plan")
+    write_part(root / "idx", IMAGES, VAL)
+    encode_fashion_mnist(root / "data", root / "idx")
+    return root / "data"
+
+
+@pytest.fixture
+def job(data, tmp_path):
+    return write_job(tmp_path, chain(data))
+
+
+def on(recipe, tmp_path, **profile):
+    return plan(recipe, tmp_path / "runs", profile=Profile(**{"device": SLOW, "timeout_min": 10**6, **profile}))
+
+
+def test_hours_by_hand(job, tmp_path):
+    recipe = load_recipe(job)
+    thin, wide = (recipe.architectures[name].macs(10, 28) for name in ("thin", "wide"))
+    result = on(recipe, tmp_path, processes_per_node=2)
+    teacher, imitate, distill, finetune = result.stages
+    # 2 epochs of 180 images at 3 x wide, 2 passes of 60 at 1 x wide; 2 operations each; two processes of 5 MFLOP/s
+    seconds = 2 * (2 * IMAGES * 3 * wide + 2 * VAL * wide) / 1e7
+    assert teacher.hours == pytest.approx((30 + seconds) / 3600)
+    assert teacher.device_hours == pytest.approx(2 * teacher.hours)
+    seconds = 2 * (2 * IMAGES * (3 * thin + wide) + 2 * VAL * (thin + wide)) / 1e7
+    assert distill.hours == pytest.approx((30 + seconds) / 3600)
+    assert (distill.images, distill.steps, distill.batch_per_process) == (360, 6, 30)
+    assert distill.macs == (thin, 2 * thin, wide)
+    assert result.longest_path == ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
+    assert result.longest_hours == pytest.approx(teacher.hours + imitate.hours + distill.hours + finetune.hours)
+    assert "multiply-adds counted once" in result.assumptions["FLOPs"]
+
+
+def test_requeues_by_hand(job, tmp_path):
+    recipe = load_recipe(job)
+    seconds = 3600 * on(recipe, tmp_path).stages[0].hours  # with 30 s to start
+    limit_s = 180
+    teacher = on(recipe, tmp_path, timeout_min=3, signal_delay_s=20).stages[0]
+    assert teacher.requeues == -(-(seconds - limit_s) // (limit_s - 50))  # each loses 20 s before and 30 s after
+    assert teacher.hours * 3600 == pytest.approx(seconds + 30 * teacher.requeues)
+
+
+def test_gpus_wait_for_data(job, tmp_path):
+    recipe = load_recipe(job)
+    slow_cpus = SLOW.model_copy(update={"images_per_s_per_cpu": 0.5, "tflops": 1.0})
+    result = on(recipe, tmp_path, gpus_per_node=2, cpus_per_task=3, device=slow_cpus)
+    # 2 epochs of 180 and 2 passes of 60 images at 2 x 3 x 0.5 images a second
+    assert result.stages[0].hours * 3600 == pytest.approx(30 + (2 * IMAGES + 2 * VAL) / 3)
+    assert any(line.startswith("teacher/wide: a GPU could take") and "decode 2:" in line for line in result.warnings)
+    assert any("60 images on 2 GPUs are 30 each, fewer than 32" in line for line in result.warnings)
+
+
+def test_memory_by_hand(job, tmp_path):
+    recipe = load_recipe(job, ["stages.distill.optim.ema=0.9", "stages.distill.optim.accumulate=3"])
+    thin, wide = recipe.architectures["thin"], recipe.architectures["wide"]
+    memory = memory_per_process(recipe.instances["distill/thin"], recipe, 10, share=30, num_threads=2)
+    weights = 4 * thin.num_parameters(10)
+    assert (memory.weights, memory.gradients, memory.momentum, memory.average) == (weights,) * 4
+    # what convolutions write, by hand: the stem 4 x 14^2; a unit of 4 planes, 2 inside, at 14; one of 8 and 4 at 7
+    outputs = 4 * 196 + (2 + 2 + 16 + 16) * 196 + 4 * 196 + 4 * 49 + 32 * 49 + 32 * 49
+    assert memory.activations == 10 * 4 * 2 * outputs
+    assert memory.teacher == 4 * wide.num_parameters(10) + 10 * 4 * 3 * 16 * 196
+    assert memory.images == 30 * 3 * 28 * 28 * 5
+    assert memory.loader == 2 * 5 * 30 * 3 * 28 * 28
+    imitate = memory_per_process(recipe.instances["imitate/thin"], recipe, 10, share=30, num_threads=2)
+    assert imitate.gradients == 4 * (thin.num_parameters(10, 2) - thin.num_parameters(10, 1))  # the larger block
+    little = SLOW.model_copy(update={"memory_gb": 0.001})
+    warnings = on(recipe, tmp_path, device=little).warnings
+    assert sum("of it the teacher's, but abacus has" in line for line in warnings) == 2
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_activations_are_what_autograd_keeps(arch):
+    network = build_network({"arch": arch, "width": 0.5}, 10)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.zeros(2, 3, 64, 64))
+    weights = sum(4 * parameter.numel() for parameter in network.parameters())
+    estimated = 2 * 4 * network.architecture.num_activations(64)
+    assert sum(kept.values()) - weights == pytest.approx(estimated, rel=0.2)
+
+
+def test_what_is_done_and_what_is_left(job, tmp_path):
+    recipe, checksums = check_data(load_recipe(job))
+    known = identities(recipe, checksums)
+    run = Run(tmp_path / "runs" / recipe.name)
+    teacher, imitate = run.stage("teacher/wide"), run.stage("imitate/thin")
+    for place in (teacher, imitate):
+        place.claim(known[place.key])
+    teacher.model.write_bytes(b"weights")
+    teacher.finish(
+        Done(
+            stage="teacher", network="wide", fingerprint=fingerprint(known["teacher/wide"]), parents={},
+            model_sha256="", top1=1, top5=1, epochs=2, steps=6, images=360, stream="0", seconds=1, world_size=1,
+        )
+    )  # fmt: skip
+    about = {"step": 3, "fingerprint": fingerprint(known["imitate/thin"])}
+    (imitate.checkpoints / "step-000000003.json").write_text(json.dumps(about))
+    before = sorted(tmp_path.rglob("*"))
+    stages = {row["stage"]: row for row in json.loads(plan_json(job, tmp_path))["stages"]}
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (stages["teacher/wide"]["state"], stages["teacher/wide"]["hours"]) == ("done", 0)
+    assert (stages["imitate/thin"]["state"], stages["imitate/thin"]["steps_left"]) == ("from step 3", 3)
+    assert (stages["distill/thin"]["state"], stages["distill/thin"]["steps_left"]) == ("to do", 6)
+    sibling = json.loads(plan_json(job, tmp_path, "name=other"))["stages"][0]
+    assert sibling["state"] == f"done in {run.path}"
+
+
+def plan_json(job, tmp_path, *more):
+    result = gowide("plan", job, "--runs", tmp_path / "runs", "--json", *more)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_it_needs_no_torch(job):
+    code = (
+        "import sys; from gowide_dist.cli import app\n"
+        "try: app()\n"
+        "finally: print('loaded:', *sorted({'torch', 'numba', 'ffcv', 'submitit'} & set(sys.modules)))"
+    )
+    for options in (["--nproc", "1"], ["--scale"]):
+        command = [sys.executable, "-c", code, "plan", str(job), *options]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert shown.splitlines()[-1] == "loaded:"
+        assert "hours" in shown
+
+
+def test_data_that_is_not_there_yet(tmp_path):
+    values = chain(tmp_path / "soon")
+    job = write_job(tmp_path, values)
+    assert "or tell the plan how large it will be with --images N --classes K" in refused("plan", job)
+    told = json.loads(plan_json(job, tmp_path, "--images", "600", "--classes", "7"))
+    assert told["stages"][0]["images"] == 1200
+    assert told["data"]["classes"] == 7
+    recipe = load_recipe(ROOT / "jobs" / "imagenet_rn50.yaml", ["data.train=away/imagenet/train.beton"])
+    assert data_size(recipe)[:4] == (1_281_167, 50_000, 1000, True)
+    with pytest.raises(DataError, match="batch_size: 60 is more than the 59 training images"):
+        plan(load_recipe(job), tmp_path, images=59, classes=2)
+
+
+def test_imagenet_on_gpus(tmp_path):
+    recipe = load_recipe(ROOT / "jobs" / "imagenet_rn50.yaml", ["data.train=away/imagenet/train.beton"])
+    profile = Profile(gpus_per_node=8, cpus_per_task=12, timeout_min=600, signal_delay_s=2,
+                      device=Device(name="A100", tflops=312, efficiency=0.2, memory_gb=4))  # fmt: skip
+    result = plan(recipe, tmp_path, profile=profile)
+    text = table(result)
+    assert result.stages[0].total_macs == pytest.approx(3 * 37.1e9 * 90 * 1_281_024, rel=0.01)
+    assert "teacher/wide: needs about" in text and "optim.accumulate=" in text
+    assert "a validation pass takes" in text
+    assert "distill/full, distill/half, distill/quarter: " in text
+    assert "take 4.1 GB (50 epochs x 1,281,024 images x 64 bytes)" in text
+    unsaved = recipe.model_copy(update={"checkpoints": recipe.checkpoints.model_copy(update={"every_minutes": None})})
+    assert "without checkpoints in between" in table(plan(unsaved, tmp_path, profile=profile))
+    assumptions, rows = scale(recipe, data_size(recipe))
+    assert [row.num_nodes for row in rows] == [1, 2, 4, 8, 16, 32]
+    assert all(a.hours > b.hours and a.efficiency > b.efficiency for a, b in pairwise(rows))
+    assert "32 nodes are the most" in assumptions["batch"]
+
+
+def test_mistakes_are_one_line(job, tmp_path):
+    gpus = tmp_path / "gpus.yaml"
+    gpus.write_text("gpus_per_node: 4\n")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("device: {name: x, tflops: fast}\n")
+    for arguments, message in [
+        (["nowhere.yaml"], "nowhere.yaml: no such file"),
+        ([job, "stages.distil.epochs=2"], "did you mean 'distill'?"),
+        ([job, "--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        ([job, "--cluster", gpus], "does not say how fast its GPUs are"),
+        ([job, "--cluster", wrong], "device.tflops: should be a valid number"),
+        ([job, "--nproc", 7], "batch_size: 60 cannot be shared equally by 7 processes"),
+        ([job, "--measure", "--cluster", "slurm/clusters/cpu.yaml"], "cpu.yaml: no such file"),
+        ([job, "--scale", "batch_size=4"], "batch_size: 4 images are fewer than the 8 devices of a node"),
+    ]:
+        assert message in refused("plan", *arguments, cwd=tmp_path)
+    with pytest.raises(UserError, match="leave out --cluster"):
+        raise UserError(refused("plan", job, "--measure", "--cluster", ROOT / "slurm/clusters/cpu.yaml"))
+
+
+def test_measured(data, tmp_path):
+    """Real steps in two processes; files only where they are temporary."""
+    job = write_job(tmp_path, chain(data))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = ("plan", job, "--measure", "--nproc", 2, "--runs", tmp_path / "runs", "--json")
+    result = gowide(*command, env={"TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    planned = json.loads(result.stdout)
+    assert all(stage["hours"] > 0 and stage["num_processes"] == 2 for stage in planned["stages"])
+    assert planned["start_hours"] > 0
+    assert "distill/thin:" in result.stderr and "s a step" in result.stderr
+    assert "top-1" not in result.stdout + result.stderr
+    assert sorted(tmp_path.iterdir()) == [job, scratch]
+    assert not list(scratch.glob("gowide-*"))
