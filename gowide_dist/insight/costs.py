@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from gowide_dist.architecture import Architecture
-from gowide_dist.recipe import BlocksStage, Instance, Recipe
+from gowide_dist.recipe import BlocksStage, Instance, KlStage, LabelsStage, Recipe, StageBase
 
 BACKWARD = 2  # a backward pass costs two forward passes: gradients of inputs, and of weights
 
@@ -55,6 +55,20 @@ def _training_macs_at(resolution: int, instance: Instance, recipe: Recipe, num_c
         trained.append(top - first)
         theirs.append(teacher.macs(num_classes, resolution, phase.stop))
     return MacsPerImage(fmean(forward), BACKWARD * fmean(trained), fmean(theirs))
+
+
+def with_teacher(instance: Instance) -> Instance:
+    """The costs of the first student that needs answers which are then stored: those with a live teacher."""
+    if not isinstance(instance.stage, KlStage):
+        return instance
+    return instance._replace(stage=instance.stage.model_copy(update={"teacher_logits": "live", "top_k": None}))
+
+
+def without_teacher(instance: Instance) -> Instance:
+    """The costs of a student for whom the answers are stored: those of training on labels."""
+    kept = instance.stage.model_dump(include=set(StageBase.model_fields))
+    stage = LabelsStage.model_validate({**kept, "objective": "labels", "init": None})
+    return instance._replace(stage=stage, teacher=None)
 
 
 class Phase(NamedTuple):

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import BaseModel
 
 from gowide_dist.data.info import check_split
-from gowide_dist.insight.costs import phases, training_macs
+from gowide_dist.insight.costs import phases, training_macs, with_teacher, without_teacher
 from gowide_dist.launch.local import torchrun
 from gowide_dist.launch.profile import this_machine
 from gowide_dist.pipeline import check_data, open_images, work
 from gowide_dist.progress import say
-from gowide_dist.recipe import BlocksStage, Checkpoints, Instance, Recipe, load_recipe
+from gowide_dist.recipe import BlocksStage, Checkpoints, Instance, KlStage, Recipe, load_recipe
 from gowide_dist.run import Run, fingerprint, identities, read_metrics, write_atomically
 
 if TYPE_CHECKING:
@@ -86,17 +86,24 @@ def kind(instance: Instance, recipe: Recipe) -> str:
     )
 
 
+def variants(instance: Instance) -> list[Instance]:
+    """What is timed of a stage: with stored answers, the student that asks for them, and those that find them."""
+    if isinstance(instance.stage, KlStage) and instance.stage.teacher_logits == "stored":
+        return [with_teacher(instance), without_teacher(instance)]
+    return [instance]
+
+
 def measure(recipe: Recipe, instances: Sequence[Instance], num_processes: int) -> Measured:
     """Time each kind among the instances. Raises UserError if the data does not fit or a network cannot be trained."""
     recipe.check_processes(num_processes)
     check_data(recipe)
     kinds = {kind(instance, recipe): instance for instance in instances if instance.stage.epochs}
     with tempfile.TemporaryDirectory(prefix="gowide-measure-") as folder:
-        run = Run(Path(folder))
+        run = Run(Path(folder) / "run")
         run.write_recipe(recipe)
         keys = [instance.key for instance in kinds.values()]
         say(f"timing a few steps of {', '.join(keys) or 'nothing'} in {num_processes} processes")
-        arguments = [folder, str(time.time()), *keys]
+        arguments = [str(run.path), str(time.time()), *keys]
         torchrun("gowide_dist.insight.measure", arguments, num_processes)
         return Measured.model_validate_json((run.path / "measured.json").read_bytes())
 
@@ -110,11 +117,10 @@ def time_kinds(run: Run, launched: float, keys: Sequence[str]) -> None:
     timings = {}
     with worlds.join() as world, open_images(recipe, world) as images:
         start_seconds = time.time() - launched
-        for key in keys:
-            instance = recipe.instances[key]
+        for instance in (variant for key in keys for variant in variants(recipe.instances[key])):
             if timing := _time(instance, recipe, run, world, images, identities(recipe, checksums)):
                 timings[kind(instance, recipe)] = timing
-                say(f"{key}: {timing.step:.4f} s a step, {timing.validation:.4f} s a validation batch")
+                say(f"{instance.key}: {timing.step:.4f} s a step, {timing.validation:.4f} s a validation batch")
         if world.is_main:
             measured = Measured(kinds=timings, start_seconds=start_seconds, memory_bytes=_memory_bytes(world))
             write_atomically(run.path / "measured.json", measured.model_dump_json())

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.errors import DataError, UserError
-from gowide_dist.insight.costs import MacsPerImage, Memory, memory_per_process, training_macs, validation_macs
+from gowide_dist.insight.costs import (
+    MacsPerImage,
+    Memory,
+    memory_per_process,
+    training_macs,
+    validation_macs,
+    with_teacher,
+    without_teacher,
+)
 from gowide_dist.insight.simulate import Cluster, Simulated, Work, longest_path, restarts, simulate
 from gowide_dist.launch.profile import Device, Profile, Resources, this_machine
 from gowide_dist.pipeline import Prepared, check_data, sibling
@@ -36,7 +44,7 @@ KNOWN = {
 }
 JPEGS_PER_S_PER_CPU = 800.0  # of 500 px, decoded, cropped to 224 px: README, `gowide bench --only loader`
 FEW_IMAGES_PER_GPU = 32  # below, GPUs idle and batch norms see few images
-STORED_TOP_K = 16  # of ImageNet's classes, a value and a class of 2 bytes each
+STORED_TOP_K = 10  # suggested where there are more than a hundred classes
 NODES = (1, 2, 4, 8, 16, 32, 64)
 SCALED = Profile(gpus_per_node=8, cpus_per_task=12, timeout_min=1440,
                  device=Device(name="GPU", tflops=312, efficiency=0.2, memory_gb=80))  # fmt: skip
@@ -176,7 +184,12 @@ def plan(
     here = _this_machine(num_processes)
     stages = []
     warnings: list[str] = []
+    stored = {_stream(recipe.instances[key]) for key, state in progress.items() if isinstance(state, str)}
     for instance in recipe.instances.values():
+        if isinstance(instance.stage, KlStage) and instance.stage.teacher_logits == "stored":
+            stream = _stream(instance)
+            instance = without_teacher(instance) if stream in stored else with_teacher(instance)
+            stored.add(stream)
         resources = profile.resources(instance) if profile else here
         device = _device(resources, profile is not None)
         stage = _plan_stage(instance, recipe, size, resources, device, progress.get(instance.key), measured)
@@ -304,7 +317,7 @@ def _plan_stage(
         hours=hours,
         device_hours=hours * num_processes,
         requeues=again,
-        parents=instance.parents,
+        parents=recipe.instances[instance.key].parents,
     )
 
 
@@ -427,31 +440,45 @@ def _stored_logits(
 ) -> list[str]:
     """Where several students ask one teacher about the same stream: what storing its answers would save."""
     groups: dict[tuple[Any, ...], list[StagePlan]] = {}
-    for stage in stages:
-        instance = recipe.instances[stage.stage]
-        if isinstance(instance.stage, KlStage) and stage.epochs:
-            stream = (instance.teacher, instance.seed, stage.epochs, instance.stage.ramp)
-            groups.setdefault(stream, []).append(stage)
+    for planned in stages:
+        if isinstance(recipe.instances[planned.stage].stage, KlStage) and planned.epochs:
+            groups.setdefault(_stream(recipe.instances[planned.stage]), []).append(planned)
     found = []
-    for (teacher, *_), students in groups.items():
+    for students in groups.values():
         instance = recipe.instances[students[0].stage]
+        stage = instance.stage
+        assert isinstance(stage, KlStage)
         resources = profile.resources(instance) if profile else here
         device = _device(resources, profile is not None)
-        part = students[0].macs.teacher / students[0].macs.total
-        once = students[0].images * 2 * students[0].macs.teacher / device.flops / 3600
-        num_bytes = students[0].images * (4 * STORED_TOP_K if size.classes > STORED_TOP_K else 2 * size.classes)
+        macs = training_macs(with_teacher(instance), recipe, size.classes)
+        images, count = students[0].images, len(students)
+        once = images * 2 * macs.teacher / device.flops / 3600
+        top_k = stage.top_k or (STORED_TOP_K if stage.teacher_logits == "live" and size.classes > 100 else None)
+        row = 2 * (top_k + 1) + (2 if size.classes <= 2**15 else 4) * top_k if top_k else 2 * size.classes
+        kept = f"{top_k} best" if top_k else f"all {size.classes}"
+        rows = f"{stage.epochs} epochs x {images // stage.epochs:,} images x {row} bytes"
+        file = f"{_gb(images * row)} ({rows}, {kept} classes)"
         names = ", ".join(student.stage for student in students)
-        pays = (
-            f"stored once, they save {(len(students) - 1) * once:,.3g} of {len(students) * once:,.3g} device hours"
-            if len(students) > 1
-            else f"stored, they save {once:,.3g} device hours for each further student or seed"
-        )
-        found.append(
-            f"{names}: {part:.0%} of a step is {teacher}'s answers; {pays} and take {_gb(num_bytes)} "
-            f"({students[0].epochs} epochs x {students[0].images // students[0].epochs:,} images x "
-            f"{num_bytes // students[0].images} bytes); it pays from two students on"
-        )
+        if stage.teacher_logits == "stored":
+            found.append(
+                f"{names}: {instance.teacher}'s answers are stored once, {file}; "
+                f"that saves {(count - 1) * once:,.3g} of {count * once:,.3g} device hours"
+            )
+        else:
+            saved = f"{(count - 1) * once:,.3g} of {count * once:,.3g} device hours" if count > 1 else "nothing yet"
+            found.append(
+                f"{names}: {macs.teacher / macs.total:.0%} of a step is {instance.teacher}'s answers; "
+                f"teacher_logits: stored would save {saved}, {once:,.3g} for each further student or seed of the same "
+                f"stream, for {file}"
+            )
     return found
+
+
+def _stream(instance: Instance) -> tuple[Any, ...]:
+    """Equal for stages that ask one teacher about the same images, and keep as much of its answers."""
+    stage = instance.stage
+    kept = (stage.top_k, stage.temperature if stage.top_k else None) if isinstance(stage, KlStage) else ()
+    return (stage.objective, instance.teacher, instance.data_seed, stage.epochs, stage.ramp, *kept)
 
 
 def _assumptions(

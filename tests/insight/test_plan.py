@@ -60,6 +60,20 @@ def test_hours_by_hand(job, tmp_path):
     assert "multiply-adds counted once" in result.assumptions["FLOPs"]
 
 
+def test_stored_answers_are_asked_for_once(data, tmp_path):
+    values = chain(data)
+    values["stages"]["distill"]["teacher_logits"] = "stored"
+    values["stages"]["again"] = {**values["stages"]["distill"], "labels_weight": 0.5}
+    result = on(load_recipe(write_job(tmp_path, values)), tmp_path)
+    stages = {stage.stage: stage for stage in result.stages}
+    wide = stages["teacher/wide"].macs.forward
+    assert (stages["distill/thin"].macs.teacher, stages["again/thin"].macs.teacher) == (wide, 0)
+    assert stages["again/thin"].parents == ("imitate/thin", "teacher/wide")
+    once = 2 * IMAGES * 2 * wide / 5e6 / 3600
+    assert f"that saves {once:,.3g} of {2 * once:,.3g} device hours" in result.notes[0]
+    assert "(2 epochs x 180 images x 20 bytes, all 10 classes)" in result.notes[0]
+
+
 def test_requeues_by_hand(job, tmp_path):
     recipe = load_recipe(job)
     seconds = 3600 * on(recipe, tmp_path).stages[0].hours  # with 30 s to start
@@ -182,7 +196,7 @@ def test_imagenet_on_gpus(tmp_path):
     assert "teacher/wide: needs about" in text and "optim.accumulate=" in text
     assert "a validation pass takes" in text
     assert "distill/full, distill/half, distill/quarter: " in text
-    assert "take 4.1 GB (50 epochs x 1,281,024 images x 64 bytes)" in text
+    assert "2.69 GB (50 epochs x 1,281,024 images x 42 bytes, 10 best classes)" in text
     unsaved = recipe.model_copy(update={"checkpoints": recipe.checkpoints.model_copy(update={"every_minutes": None})})
     assert "without checkpoints in between" in table(plan(unsaved, tmp_path, profile=profile))
     assumptions, rows = scale(recipe, data_size(recipe))
