@@ -1,0 +1,48 @@
+"""The documentation's examples, for tests that run them as they stand there."""
+
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+
+from gowide_dist.data.encode import Options, encode_image_folder
+from tests.data.conftest import write_image_folder
+from tests.fashion import encode_part
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def fenced_blocks(page: Path, language: str) -> list[str]:
+    """The contents of a Markdown page's ```language blocks, in order."""
+    return re.findall(rf"^```{re.escape(language)}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's bash blocks, without comments."""
+    lines = [line.partition(" #")[0].strip() for block in fenced_blocks(page, "bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def make_sandbox(folder: Path) -> None:
+    """A folder like a clone of this repository, where training takes seconds.
+
+    The recipes on Fashion-MNIST read its first 600 images and train each stage for an epoch; `photos` is an ImageFolder.
+    """
+    for name in ("jobs", "slurm"):
+        shutil.copytree(ROOT / name, folder / name)
+    small = encode_part(folder / "small", 600, 200)
+    for name in ("demo", "fashion_mnist"):
+        path = folder / "jobs" / f"{name}.yaml"
+        recipe = yaml.safe_load(path.read_text())
+        recipe["data"] |= {part: f"small/data/{part}.beton" for part in ("train", "val")}
+        recipe["batch_size"] = 60
+        for stage in recipe["stages"].values():
+            stage["epochs"] = 1
+            stage.get("schedule", {}).pop("warmup_epochs", None)
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert small == folder / "small" / "data"
+    write_image_folder(folder / "photos", 80, 20)
+    encode_image_folder(folder / "data" / "mine", folder / "photos", Options(jpg_share=1.0))
