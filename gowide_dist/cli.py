@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gowide_dist.errors import UserError, is_full
+from gowide_dist.errors import InternalError, UserError, is_full
 
 app = typer.Typer(
     help="Train deep thin image classifiers: go wide, then narrow.",
@@ -338,6 +338,28 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: RunDir,
+    stage: StageName,
+    to: Annotated[Path, typer.Option(help="Folder for the files; a new or empty one, or of the same export.")],
+    int8: Annotated[bool, typer.Option(help="Also write model.int8.onnx.")] = True,
+    images: Annotated[
+        int | None, typer.Option(help="Compare on so many validation images; default: all.", min=1)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print export.json.")] = False,
+) -> None:
+    """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX, and compare and time them.
+
+    Example: `gowide export runs/demo finetune --to exports/demo`
+    """
+    from gowide_dist.insight import export
+    from gowide_dist.insight.trained import open_trained
+
+    report = export.export(open_trained(run, stage), to, int8=int8, images=images)
+    print_line(json.dumps(report, indent=2) if as_json else export.table(report))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run directory, for example runs/demo.")]) -> None:
     """Print the table of results of a run and write it, with the loss plot, to its report/ folder.
 
@@ -371,10 +393,6 @@ def main() -> None:
         if left.code == 130:  # what typer makes of Ctrl-C
             sys.stderr.write("gowide: stopped; the same command continues\n")
         raise
-    except Exception as error:
-        from gowide_dist.launch.local import WorkerError
-
-        if not isinstance(error, WorkerError):
-            raise
+    except InternalError as error:
         sys.stderr.write(f"gowide: {error}\n")
         sys.exit(1)

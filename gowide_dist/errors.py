@@ -1,13 +1,17 @@
-"""Errors that the user can mend: shown as one plain line, exit status 2."""
+"""Errors that are shown as one plain line."""
 
 import errno
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do about it, in one line."""
+    """What the user can mend: what is wrong, where, and what to do about it, in one line. Exit status 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class InternalError(Exception):
+    """What the user cannot mend, in one line. Exit status 1."""
 
 
 class RecipeError(UserError):

@@ -72,7 +72,8 @@ def test_unknown_commands_and_options_end_with_2():
 
 
 @pytest.mark.parametrize(
-    "command", ["encode", "data verify", "run", "submit", "status", "logs", "cancel", "eval", "report", "bench"]
+    "command",
+    ["encode", "data verify", "run", "submit", "status", "logs", "cancel", "eval", "export", "report", "bench"],
 )
 def test_help_gives_an_example(command):
     shown = gowide(*command.split(), "--help")

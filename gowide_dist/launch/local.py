@@ -12,12 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gowide_dist.errors import UserError
+from gowide_dist.errors import InternalError, UserError
 
 ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker leaves the error that the launcher shows
 
 
-class WorkerError(Exception):
+class WorkerError(InternalError):
     """A worker process ended in a way that the user cannot mend; it has said why."""
 
 

@@ -33,8 +33,8 @@ def plain(finished_run):
     data = finished_run.path.parents[1] / "data"
     info = json.loads((data / "dataset.json").read_text())
     mean, std = (np.array(info[name], np.float32) for name in ("mean", "std"))
-    network = load_model(finished_run.path, "teacher")
-    with closing(Loader(data / "val.beton", batch_size=200, train=False, resolution=28)) as loader:
+    network = load_model(finished_run.path, "finetune")
+    with closing(Loader(data / "val.beton", batch_size=1000, train=False, resolution=28)) as loader:
         batch = next(iter(loader.batches()))
         images = torch.from_numpy((batch.images.numpy() / np.float32(255) - mean) / std).permute(0, 3, 1, 2)
         with torch.inference_mode():
@@ -43,16 +43,16 @@ def plain(finished_run):
 
 def test_every_figure(finished_run, plain):
     logits, labels = plain
-    found = evaluate(open_trained(finished_run.path, "teacher"))
+    found = evaluate(open_trained(finished_run.path, "finetune"))
     predicted = logits.argmax(1)
-    assert found.images == 200
+    assert found.images == 1000
     assert found.top1 == pytest.approx(100 * (predicted == labels).float().mean().item())
     assert (
         found.top1
         == pytest.approx(found.top1_in_training)
-        == pytest.approx(finished_run.stage("teacher/wide").done.top1)
+        == pytest.approx(finished_run.stage("finetune/thin").done.top1)
     )
-    assert found.top5 == pytest.approx(finished_run.stage("teacher/wide").done.top5)
+    assert found.top5 == pytest.approx(finished_run.stage("finetune/thin").done.top5)
     assert found.nll == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     by_hand = np.zeros((10, 10), int)
     for label, other in zip(labels.tolist(), predicted.tolist(), strict=True):
@@ -86,7 +86,7 @@ def test_what_is_printed_and_written(finished_run, tmp_path):
     shown = gowide("eval", finished_run.path, "baseline/basic", "--out", tmp_path / "out", "--json")
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)
-    assert (found["stage"], found["network"], found["images"]) == ("baseline", "basic", 200)
+    assert (found["stage"], found["network"], found["images"]) == ("baseline", "basic", 1000)
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == found
     rows = list(csv.reader((tmp_path / "out" / "confusion.csv").open()))
     assert rows[0] == ["class", *found["classes"]]
@@ -95,7 +95,7 @@ def test_what_is_printed_and_written(finished_run, tmp_path):
 
 
 def test_other_images(finished_run, other_data):
-    trained = open_trained(finished_run.path, "teacher/wide")
+    trained = open_trained(finished_run.path, "finetune/thin")
     own = evaluate(trained)
     found = evaluate(trained, other_data / "val.beton")
     assert (found.images, found.top1_in_training) == (300, None)
@@ -107,28 +107,28 @@ def test_other_images(finished_run, other_data):
 
 def test_what_does_not_fit(finished_run, other_data, tmp_path):
     with pytest.raises(
-        RunError, match="name one of its stages and networks: teacher/wide, baseline/thin, baseline/basic"
+        RunError, match="name one of its stages and networks: finetune/thin, baseline/thin, baseline/basic"
     ):
         open_trained(finished_run.path, "baseline")
     data = tmp_path / "data"
     shutil.copytree(other_data, data)
     info = data / "dataset.json"
     info.write_text(info.read_text().replace("Sandal", "Clog"))
-    line = refused("eval", finished_run.path, "teacher", "--data", data)
-    known = f"other classes than teacher/wide of {finished_run.path} knows"
+    line = refused("eval", finished_run.path, "finetune", "--data", data)
+    known = f"other classes than finetune/thin of {finished_run.path} knows"
     assert line == f"{data / 'val.beton'}: {known}: class 5 is 'Clog' there, 'Sandal' here"
     info.write_text(info.read_text().replace(',\n    "Ankle boot"', "").replace("Clog", "Sandal"))
     with pytest.raises(DataError, match="9 there, 10 here"):
-        evaluate(open_trained(finished_run.path, "teacher"), data / "val.beton")
+        evaluate(open_trained(finished_run.path, "finetune"), data / "val.beton")
 
 
 def test_weights_or_images_that_have_changed(finished_run, tmp_path):
     shutil.copytree(finished_run.path, tmp_path / "run")
     copy = Run(tmp_path / "run")
-    weights = copy.stage("teacher/wide").model
+    weights = copy.stage("finetune/thin").model
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(RunError, match="not the weights that were trained"):
-        open_trained(copy.path, "teacher")
+        open_trained(copy.path, "finetune")
     values = yaml.safe_load(copy.recipe_path.read_text())
     values["data"]["train"] = str(encode_part(tmp_path, 60, 20) / "train.beton")
     copy.recipe_path.write_text(yaml.safe_dump(values))

@@ -1,0 +1,208 @@
+"""`gowide export`: other programs' answers against the network's own, on real images."""
+
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import closing
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torchvision
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from gowide_dist import load_model, load_recipe
+from gowide_dist.cli import main
+from gowide_dist.data.loader import Loader
+from gowide_dist.errors import RunError, UserError
+from gowide_dist.insight import export
+from gowide_dist.insight.trained import open_trained
+from gowide_dist.pipeline import prepare, walk
+from gowide_dist.run import sha256
+from tests.command import gowide, refused
+from tests.docs import DOCS, fenced_blocks
+from tests.fashion import write_job
+
+PAGE = DOCS / "export.md"
+
+
+@pytest.fixture(scope="module")
+def exported(finished_run):
+    """The export that the documentation makes, and what making it printed."""
+    root = finished_run.path.parents[1]
+    for line in fenced_blocks(PAGE, "bash")[0].splitlines():
+        shown = gowide(*line.split()[1:], cwd=root, env={"OMP_NUM_THREADS": "1"})
+        assert shown.returncode == 0, shown.stderr
+    return root / "exports" / "demo", shown.stdout
+
+
+@pytest.fixture(scope="module")
+def val(finished_run):
+    """The validation images, uint8 [1000, 28, 28, 3], and their labels."""
+    beton = finished_run.path.parents[1] / "data" / "val.beton"
+    with closing(Loader(beton, batch_size=1000, train=False, resolution=28)) as loader:
+        batch = next(iter(loader.batches()))
+        return batch.images.numpy().copy(), batch.labels.numpy().copy()
+
+
+def torch_logits(run, stage, images, network=None):
+    """Logits of the network as a user calls it."""
+    info = json.loads((run.path.parents[1] / "data" / "dataset.json").read_text())
+    mean, std = (np.array(info[name], np.float32) for name in ("mean", "std"))
+    pixels = torch.from_numpy((images / np.float32(255) - mean) / std).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        return load_model(run.path, stage, network)(pixels)[0].numpy()
+
+
+def onnx_logits(path, images):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": images})[0]
+
+
+@pytest.mark.parametrize("num_images", [1, 3, 64])
+def test_all_answer_as_the_network(finished_run, exported, val, num_images):
+    folder, _ = exported
+    images = val[0][:num_images]
+    expected = torch_logits(finished_run, "finetune", images)
+    assert expected.shape == (num_images, 10)
+    assert np.abs(onnx_logits(folder / "model.onnx", images) - expected).max() < 1e-4
+    program = torch.export.load(folder / "model.pt2").module()
+    with torch.inference_mode():
+        assert np.abs(program(torch.from_numpy(images)).numpy() - expected).max() < 1e-4
+    assert (
+        load_file(folder / "model.safetensors").keys() == load_model(finished_run.path, "finetune").state_dict().keys()
+    )
+
+
+def test_the_figures(finished_run, exported, val):
+    folder, printed = exported
+    report, config = (json.loads((folder / name).read_text()) for name in ("export.json", "config.json"))
+    done = finished_run.stage("finetune/thin").done
+    images, labels = val
+    assert report["validation"]["images"] == 1000
+    assert report["calibration"]["images"] == 512
+    files = report["files"]
+    assert {path.name for path in folder.iterdir()} == {"config.json", "export.json", *files}
+    assert all(file["sha256"] == sha256(folder / name) for name, file in files.items())
+    assert done.model_sha256 == config["model_sha256"] == report["model_sha256"] == files["model.safetensors"]["sha256"]
+    for name in ("model.onnx", "model.int8.onnx"):
+        best = onnx_logits(folder / name, images).argmax(1)
+        assert files[name]["top1"] == pytest.approx(100 * (best == labels).mean(), abs=0.11)
+        assert name in printed
+    assert report["pytorch"]["top1"] == pytest.approx(done.top1) == pytest.approx(config["top1"])
+    for name in ("model.onnx", "model.pt2"):
+        assert 0 < files[name]["largest_logit_difference"] < 1e-4
+        assert files[name]["top1_agreement"] == 100
+    assert done.top1 - files["model.int8.onnx"]["top1"] <= 1
+    assert 90 < files["model.int8.onnx"]["top1_agreement"] <= 100
+    for row in (report["pytorch"], files["model.pt2"], files["model.onnx"], files["model.int8.onnx"]):
+        assert 0 < row["latency_ms"]["1"] < row["latency_ms"]["64"]
+    assert (config["classes"][6], config["fingerprint"]) == ("Shirt", done.fingerprint)
+    assert config["torchvision"] is None
+
+
+def test_files_tell_nothing_of_this_machine(exported):
+    folder, _ = exported
+    for path in folder.glob("model.*"):
+        assert str(DOCS.parent).encode() not in path.read_bytes()
+        assert sys.prefix.encode() not in path.read_bytes()
+
+
+def test_the_examples_of_the_documentation(finished_run, exported, val, tmp_path):
+    (tmp_path / "exports").mkdir()
+    shutil.copytree(exported[0], tmp_path / "exports" / "demo")
+    for name, image in zip(("one.png", "two.png"), val[0], strict=False):
+        Image.fromarray(image).save(tmp_path / name)
+    best = torch_logits(finished_run, "finetune", val[0][:2]).argmax(1)
+    classes = json.loads((exported[0] / "config.json").read_text())["classes"]
+    blocks = fenced_blocks(PAGE, "python")
+    assert len(blocks) == 2
+    for block in blocks:
+        code = f"import sys; sys.modules['gowide_dist'] = None\n{block}"
+        shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert shown.returncode == 0, shown.stderr
+        assert [line.split("  ")[0] for line in shown.stdout.splitlines()] == [classes[label] for label in best]
+
+
+def test_the_same_again_and_what_is_there(finished_run, exported, tmp_path, capsys):
+    trained = open_trained(finished_run.path, "finetune")
+    folder = tmp_path / "export"
+    first = export.export(trained, folder, int8=False, images=64)
+    assert first["validation"]["images"] == 64
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert set(times) == {"config.json", "export.json", "model.safetensors", "model.pt2", "model.onnx"}
+    assert export.export(trained, folder, int8=False, images=64) == first
+    assert capsys.readouterr().err.endswith(f"{folder}: already exported; nothing to do\n")
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    assert list(tmp_path.iterdir()) == [folder]
+
+    with pytest.raises(RunError, match="holds something else than an export of these weights"):
+        export.export(open_trained(finished_run.path, "baseline/basic"), folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    line = refused("export", finished_run.path, "finetune", "--to", tmp_path / "mine")
+    assert line.startswith(f"{tmp_path / 'mine'}: holds something else")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_another_architecture_and_a_loss_that_is_told(finished_run, val, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "INT8_MAY_LOSE", -100.0)
+    export.export(open_trained(finished_run.path, "baseline/basic"), tmp_path / "export", images=32)
+    assert "warning: model.int8.onnx loses " in capsys.readouterr().err
+    expected = torch_logits(finished_run, "baseline", val[0][:32], "basic")
+    assert np.abs(onnx_logits(tmp_path / "export" / "model.onnx", val[0][:32]) - expected).max() < 1e-4
+
+
+def test_a_public_network(finished_run, val, tmp_path):
+    """torchvision builds and loads what is exported, if it has the architecture."""
+    theirs = torchvision.models.resnet18(num_classes=10)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    values = yaml.safe_load(finished_run.recipe_path.read_text())
+    values["networks"] = {"public": {"arch": "resnet18"}}
+    take = {"train": "public", "objective": "labels", "epochs": 0, "init": {"file": str(tmp_path / "weights.pth")}}
+    prepared = prepare(load_recipe(write_job(tmp_path, {**values, "stages": {"take": take}})), tmp_path / "runs")
+    walk(prepared.run, ["take/public"])
+    trained = open_trained(prepared.run.path, "take")
+    export.export(trained, tmp_path / "export", int8=False, images=8)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    build = getattr(torchvision.models, config["torchvision"]["model"])
+    network = build(**config["torchvision"]["arguments"]).eval()
+    network.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"))
+    mean, std = (torch.tensor(config["normalise"][name])[:, None, None] for name in ("mean", "std"))
+    images = val[0][:8]
+    with torch.inference_mode():
+        expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std).numpy()
+    assert np.abs(onnx_logits(tmp_path / "export" / "model.onnx", images) - expected).max() < 1e-4
+
+
+def test_a_file_that_does_not_agree_is_not_left(finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "LOGITS_TOLERANCE", 0.0)
+    command = [
+        "gowide",
+        "export",
+        finished_run.path,
+        "finetune",
+        "--to",
+        tmp_path / "export",
+        "--no-int8",
+        "--images",
+        8,
+    ]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("gowide: model.")
+    assert "from PyTorch's on 8 validation images, 0 is allowed; nothing was written" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_packages(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"export needs onnxruntime: pip install .*'\.\[export\]'"):
+        export.export(open_trained(finished_run.path, "finetune"), tmp_path / "export")
