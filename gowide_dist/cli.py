@@ -371,6 +371,31 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory, for exampl
     print_line(write_report(Run(run)))
 
 
+@app.command()
+def doctor(
+    runs: Runs = Path("runs"),
+    cluster: Annotated[Path | None, typer.Option(help="A cluster profile that you want to use.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say whether this machine can do it: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk; and how to mend what can't.
+
+    Ends with status 1 if anything is bad. It takes up to a minute.
+
+    Example: `gowide doctor --cluster slurm/clusters/gpu8.yaml`
+    """
+    from gowide_dist.insight.doctor import BAD, examine
+
+    findings = []
+    for finding in examine(runs, cluster):
+        findings.append(finding)
+        if not as_json:
+            print_line(str(finding))
+    if as_json:
+        print_line(json.dumps([finding._asdict() for finding in findings], indent=2))
+    if any(finding.state == BAD for finding in findings):
+        raise typer.Exit(1)
+
+
 def print_line(text: str) -> None:
     """Write to standard output as it is."""
     sys.stdout.write(f"{text}\n")

@@ -23,12 +23,12 @@ class WorkerError(InternalError):
 
 def default_num_processes() -> int:
     """One process per GPU; without GPUs one per two cores, each with two threads."""
-    if gpus := _num_gpus():
+    if gpus := num_gpus():
         return gpus
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def _num_gpus() -> int:
+def num_gpus() -> int:
     """GPUs of this machine, without importing torch."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return len(
