@@ -27,7 +27,29 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values to set by their dotted path.", metavar="[KEY=VALUE]...")
 ]
 RunDir = Annotated[Path, typer.Argument(help="A run directory, for example runs/demo.", metavar="RUN")]
-StageName = Annotated[str, typer.Argument(help="A stage, or stage/network.")]
+
+
+def complete_stage(context: typer.Context, incomplete: str) -> list[str]:
+    """For the shell: the stages of the recipe or run that stands on the command line."""
+    from gowide_dist.recipe import load_recipe
+
+    given = [context.params.get("job"), context.params.get("run"), *context.args]  # args: before an option's value
+    paths = [Path(str(word)) for word in given if word]
+    if not paths:
+        return []
+    path = paths[0]
+    try:
+        recipe = load_recipe(path / "recipe.yaml" if path.is_dir() else path)
+    except UserError:
+        return []
+    return [name for name in (*recipe.stages, *recipe.instances) if name.startswith(incomplete)]
+
+
+StageName = Annotated[str, typer.Argument(help="A stage, or stage/network.", autocompletion=complete_stage)]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="A stage, with all that it needs; may be repeated.", autocompletion=complete_stage),
+]
 Runs = Annotated[Path, typer.Option(help="Folder of run directories.")]
 
 
@@ -156,7 +178,7 @@ def run(
         int | None, typer.Option(help="Processes; default: the GPUs, else one per two cores.", min=1)
     ] = None,
     runs: Runs = Path("runs"),
-    only: Annotated[list[str] | None, typer.Option(help="A stage, with all that it needs; may be repeated.")] = None,
+    only: Only = None,
     fresh: Annotated[bool, typer.Option(help="Forget what another recipe has left in this run's folder.")] = False,
 ) -> None:
     """Train all stages of a recipe on this machine, or what is left of them, and print the table of results.
@@ -237,7 +259,7 @@ def submit(
     cluster: Annotated[Path, typer.Option(help="A cluster profile, for example slurm/clusters/gpu8.yaml.")],
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
-    only: Annotated[list[str] | None, typer.Option(help="A stage, with all that it needs; may be repeated.")] = None,
+    only: Only = None,
     fresh: Annotated[bool, typer.Option(help="Forget what another recipe has left in this run's folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts, and do nothing.")] = False,
     test_only: Annotated[bool, typer.Option("--test-only", help="Ask Slurm whether it would take the jobs.")] = False,

@@ -1,14 +1,23 @@
 """The command line: what it prints, and with which status it ends."""
 
 import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 import gowide_dist
-from tests.command import gowide, refused
+from gowide_dist.cli import app
+from tests.command import GOWIDE, LIMIT_S, gowide, refused
 from tests.idx import write_fashion_mnist
+
+DEMO = Path(__file__).parents[1] / "jobs" / "demo.yaml"
 
 
 def test_encode_then_verify(tmp_path):
@@ -71,14 +80,52 @@ def test_unknown_commands_and_options_end_with_2():
         assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["encode", "data verify", "run", "submit", "status", "logs", "cancel", "eval", "export", "report", "bench"],
-)
-def test_help_gives_an_example(command):
-    shown = gowide(*command.split(), "--help")
+def commands(command, *words):
+    """All commands under a command, with the words that call them."""
+    if not hasattr(command, "commands"):
+        yield " ".join(words), command
+    else:
+        for name, below in command.commands.items():
+            yield from commands(below, *words, name)
+
+
+def test_every_help_gives_an_example():
+    found = dict(commands(typer.main.get_command(app)))
+    assert {"run", "plan", "doctor", "data verify"} < set(found)
+    for words, command in found.items():
+        assert f"Example: `gowide {words}" in command.help, words
+    shown = gowide("plan", "--help")
     assert shown.returncode == 0
-    assert f"Example: gowide {command}" in " ".join(shown.stdout.replace("│", " ").split())
+    assert "Example: gowide plan jobs/" in " ".join(shown.stdout.replace("│", " ").split())
+
+
+def completed(*words):
+    """What the shell offers for the last word."""
+    line = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    return gowide(env={"_GOWIDE_COMPLETE": "complete_bash", **line}).stdout.split()
+
+
+def test_the_shell_completes():
+    assert "complete_bash" in gowide(env={"_GOWIDE_COMPLETE": "source_bash"}).stdout
+    assert completed("gowide", "pl") == ["plan"]
+    assert completed("gowide", "run", str(DEMO), "--only", "dis") == ["distill", "distill/thin"]
+    assert completed("gowide", "run", "nowhere.yaml", "--only", "dis") == []
+
+
+def test_ctrl_c_while_encoding(tmp_path):
+    """As a terminal sends it: to all processes of the command."""
+    command = [GOWIDE, "encode", "fashion-mnist", "--out", tmp_path / "data"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + LIMIT_S
+        while not (tmp_path / ".data.partial" / "train.beton").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        complaints = process.communicate(timeout=LIMIT_S)[1]
+    assert process.returncode == 130
+    assert complaints.splitlines()[-1] == "gowide: stopped; the same command continues"
+    assert "Traceback" not in complaints
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_package_offers_what_it_says():
