@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 APT_PACKAGES := g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev dataset-fashion-mnist \
-	slurm-wlm slurmdbd munge mariadb-server
+	slurm-wlm slurmdbd munge mariadb-server chromium
 SETUP := .venv/.setup-done
 
 help:

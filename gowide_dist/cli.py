@@ -382,15 +382,26 @@ def export(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run directory, for example runs/demo.")]) -> None:
-    """Print the table of results of a run and write it, with the loss plot, to its report/ folder.
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, finished or not.", metavar="RUN...")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: report/ of the first run.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Latency, and agreement with the teacher, once a network.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the results of a run and write report.html, one page with all pictures, with CSV and PNG files beside it.
 
-    Example: `gowide report runs/demo`
+    Of several runs, write runs.html: mean and spread over those that differ only in their seed, and how far each
+    stage is above the baseline.
+
+    Example: `gowide report runs/fashion_mnist runs/fashion_mnist-1`
     """
-    from gowide_dist.insight.report import write_report
+    from gowide_dist.insight.report import report
     from gowide_dist.run import Run
 
-    print_line(write_report(Run(run)))
+    text, data = report([Run(path) for path in runs], measured=measure, out=out)
+    print_line(json.dumps(data, indent=2) if as_json else text)
 
 
 @app.command()

@@ -1,0 +1,195 @@
+"""The report, on runs that were trained: its numbers against the models, its page in a browser."""
+
+import csv
+import json
+import shutil
+from statistics import mean, stdev
+
+import pytest
+import torch
+
+from gowide_dist import load_model, load_recipe
+from gowide_dist.insight import compare
+from gowide_dist.insight.report import report, write_report
+from gowide_dist.insight.results import Standing, times, view
+from gowide_dist.insight.trained import open_trained
+from gowide_dist.pipeline import prepare, walk
+from gowide_dist.run import Run
+from tests.command import gowide, refused
+from tests.fashion import write_job
+from tests.insight.browser import look_at
+
+
+@pytest.fixture(scope="module")
+def runs(finished_run, tmp_path_factory):
+    """The chain under the same teacher with two seeds, imitation and distillation beside as many plain epochs."""
+    found = []
+    recipe = load_recipe(finished_run.recipe_path).model_dump(mode="json")
+    optim = {"lr": 0.05}
+    recipe["stages"]["teacher"]["seed"] = 0
+    recipe["data"]["seed"] = 0
+    recipe["stages"] |= {
+        "imitate": {"train": "thin", "objective": "blocks", "teacher": "teacher", "epochs": 2, "optim": optim},
+        "distill": {
+            "train": "thin", "init": "imitate", "objective": "kl", "teacher": "teacher", "epochs": 1, "optim": optim
+        },
+        "baseline": {**recipe["stages"]["baseline"], "train": "thin", "epochs": 3},
+    }  # fmt: skip
+    place = tmp_path_factory.mktemp("several")
+    for seed in (0, 1):
+        job = write_job(place, {**recipe, "name": f"chain-{seed}", "seed": seed})
+        prepared = prepare(load_recipe(job), finished_run.path.parent)
+        walk(prepared.run, [instance.key for instance in prepared.unfinished])
+        found.append(prepared.run)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reported(runs, tmp_path_factory):
+    """The first run, measured: it, what was printed, and the data."""
+    text, data = report(runs[:1])
+    return runs[0], text, data
+
+
+@pytest.fixture
+def copy(runs, tmp_path):
+    shutil.copytree(runs[0].path, tmp_path / "copy")
+    return Run(tmp_path / "copy")
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_agreement_and_latency_are_of_the_finished_networks(reported):
+    run, text, data = reported
+    found = {f"{row['stage']}/{row['network']}": row for row in data["results"]}
+    trained = open_trained(run.path, "teacher")
+    images = trained.validation_images(trained.recipe.data.val)
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (trained.info.mean, trained.info.std))
+    pixels = torch.cat([batch.images.clone() for batch in images.batches()]).permute(0, 3, 1, 2).float()
+    images.close()
+    with torch.inference_mode():
+        answers = {
+            stage: load_model(run.path, stage)((pixels - mean) / std)[0].argmax(dim=1)
+            for stage in ("teacher", "distill")
+        }
+    share = 100 * (answers["teacher"] == answers["distill"]).double().mean()
+    assert found["distill/thin"]["agreement"] == pytest.approx(float(share), abs=0.51)  # one of 200, by rounding
+    assert found["teacher/wide"]["agreement"] is None
+    assert all(0 < row["latency_ms_1"] < row["latency_ms_64"] for row in found.values())
+    assert f"{found['distill/thin']['agreement']:.2f}" in text
+    written = rows(run.report / "results.csv")
+    assert [float(row["top1"]) for row in written] == [row["top1"] for row in data["results"]]
+    assert all((run.report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+               for name in ("loss", "accuracy", "cost", "time", "imitate-thin"))  # fmt: skip
+
+
+def test_what_was_measured_is_kept(reported, capfd):
+    run, text, _ = reported
+    before = (run.report / "measured.json").stat().st_mtime_ns
+    assert report([run])[0] == text == write_report(run)
+    assert (run.report / "measured.json").stat().st_mtime_ns == before
+    assert capfd.readouterr().err == ""
+
+
+def test_without_its_data(copy):
+    recipe = copy.recipe_path.read_text().replace("val.beton", "gone.beton")
+    copy.recipe_path.write_text(recipe)
+    (copy.report / "measured.json").unlink(missing_ok=True)
+    text, data = report([copy])
+    assert "distill/thin: not measured:" in text
+    assert "gone.beton" in data["not_measured"]["distill/thin"]
+    assert all(row["agreement"] is None and row["latency_ms_1"] > 0 for row in data["results"])
+    assert "gone.beton" in (copy.report / "report.html").read_text()
+
+
+def test_where_the_time_went(runs):
+    instance = view(runs[0]).standings["distill/thin"].instance
+    train = {"kind": "train", "epoch": 1, "images_per_s": 100.0, "data_wait": 0.25}
+    lines = [
+        {**train, "step": 10, "seconds": 12.0},  # 1,000 images: 10 s
+        {"kind": "val", "epoch": 1, "step": 10, "seconds": 15.0},
+        {**train, "step": 20, "seconds": 26.0},  # 1 s between
+    ]
+    spent = times(Standing(instance, None, lines), batch_size=100)
+    assert (spent.compute, spent.data, spent.validation, spent.between, spent.rest) == (15, 5, 3, 1, 2)
+    old = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    spent = times(Standing(instance, None, old), batch_size=100)
+    assert (spent.compute, spent.data, spent.validation, spent.between) == (15, 5, None, None)
+    for key, spent in view(runs[0]).times.items():
+        assert sum(spent[:5]) == pytest.approx(spent.total, rel=0.02), key
+        assert spent.validation > 0
+
+
+def test_a_run_in_progress(copy):
+    place = copy.stage("distill/thin")
+    (place.path / "done.json").unlink()
+    lines = place.metrics.read_text().splitlines()
+    place.metrics.write_text("\n".join([lines[0], '{"kind": "tr', '"words"', lines[1]]) + '\n{"kin')
+    text = write_report(copy)
+    assert "3 of 4 stages done" in text
+    epoch = json.loads(lines[1])["epoch"]
+    assert f"distill/thin: epoch {epoch:.2f} of 1" in text
+    assert f"distill/thin: epoch {epoch:.2f} of 1" in (copy.report / "report.html").read_text()
+
+
+def test_a_run_that_has_only_begun(copy):
+    shutil.rmtree(copy.path / "stages")
+    shutil.rmtree(copy.report, ignore_errors=True)
+    text = write_report(copy)
+    assert "0 of 4 stages done" in text
+    assert text.count("not begun") == 4
+    assert "No stage is finished yet" in (copy.report / "report.html").read_text()
+
+
+def test_several_seeds(runs, tmp_path):
+    result = gowide("report", *[run.path for run in runs], "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    done = {key: [run.stage(key).done.top1 for run in runs] for key in ("distill/thin", "baseline/thin")}
+    difference = [a - b for a, b in zip(done["distill/thin"], done["baseline/thin"], strict=True)]
+    found = {row["stage"]: row for row in rows(tmp_path / "runs.csv")}
+    assert found["teacher"]["top1_n"] == "1"  # shared
+    assert found["imitate"]["minus_baseline_n"] == ""  # fewer epochs
+    assert found["distill"]["top1_n"] == found["distill"]["minus_baseline_n"] == "2"
+    assert float(found["distill"]["top1_mean"]) == pytest.approx(mean(done["distill/thin"]), abs=1e-4)
+    assert float(found["distill"]["minus_baseline_mean"]) == pytest.approx(mean(difference), abs=1e-4)
+    assert float(found["distill"]["minus_baseline_sd"]) == pytest.approx(stdev(difference), abs=1e-4)
+    line = next(line for line in result.stdout.splitlines() if line.startswith("| distill"))
+    shown = f"{mean(done['distill/thin']):.2f} ± {stdev(done['distill/thin']):.2f}"
+    assert shown in line
+    assert shown in (tmp_path / "runs.html").read_text()
+    assert "(seeds 0, 1)" in result.stdout
+
+
+def test_runs_that_differ_in_more(runs, finished_run, tmp_path):
+    text, data = report([*runs, finished_run], out=tmp_path)
+    assert [len(group["runs"]) for group in data["groups"]] == [2, 1]
+    assert "| stages.baseline.epochs" in text
+    assert "stages.baseline.epochs" in (tmp_path / "runs.html").read_text()
+
+
+def test_the_same_twice_is_refused(runs, copy):
+    line = refused("report", runs[0].path, copy.path)
+    assert "the same recipe and seed" in line
+    assert compare.spread([]) is None
+    assert compare.spread([1.0]).sd is None
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_page_in_a_browser(reported, runs, tmp_path, several):
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    _, data = report(runs if several else runs[:1], out=tmp_path / "report")
+    page = tmp_path / "report" / ("runs.html" if several else "report.html")
+    seen, asked = look_at(page, [1280, 390], chromium, tmp_path / "chromium")
+    assert set(asked) <= {"/wrapper.html", f"/{page.name}", "/favicon.ico"}
+    numbers = [f"{row['top1']:.2f}" for run in data.get("runs", [data]) for row in run["results"]]
+    for width, shown in seen.items():
+        assert len(shown["pictures"]) == (2 if several else 8), width
+        assert all(natural > 0 and drawn > 200 for natural, drawn in shown["pictures"]), width
+        assert shown["overflow"] <= 0, width
+        assert [name for name in shown["asked"] if not name.startswith("data:")] == []
+        assert all(number in shown["text"] for number in numbers)
+        assert "not measured" not in shown["text"].split("Where the time went")[0] or several
