@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from gowide_dist.errors import RunError
-from gowide_dist.run import write_atomically
+from gowide_dist.run import sha256, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +37,25 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, about: di
         old.unlink()
 
 
-def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest whole state, on the CPU, if there is any."""
-    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+def whole_checkpoints(folder: Path) -> list[int]:
+    """The steps whose states are there and undamaged, oldest first."""
+    whole = []
+    for path in sorted(folder.glob("step-*.pt")):
         try:
             about = json.loads(path.with_suffix(".json").read_text())
-            content = path.read_bytes()
-        except (OSError, ValueError):
+            if sha256(path) == about["sha256"]:
+                whole.append(int(about["step"]))
+            else:
+                log.warning("%s: damaged, passed over", path)
+        except (OSError, ValueError, KeyError):
             log.warning("%s: incomplete, passed over", path)
-            continue
-        if hashlib.sha256(content).hexdigest() != about.get("sha256"):
-            log.warning("%s: damaged, passed over", path)
-            continue
-        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        return state
-    return None
+    return whole
+
+
+def load_checkpoint(folder: Path, step: int) -> dict[str, Any]:
+    """The state after `step` steps, on the CPU."""
+    state: dict[str, Any] = torch.load(folder / f"step-{step:09d}.pt", map_location="cpu", weights_only=True)
+    return state
 
 
 def save_weights(path: Path, network: nn.Module) -> None:

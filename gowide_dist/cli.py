@@ -180,10 +180,14 @@ def run(
     runs: Runs = Path("runs"),
     only: Only = None,
     fresh: Annotated[bool, typer.Option(help="Forget what another recipe has left in this run's folder.")] = False,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Train the networks of a stage one after the other: takes less memory.")
+    ] = False,
 ) -> None:
     """Train all stages of a recipe on this machine, or what is left of them, and print the table of results.
 
-    Stop it whenever you like: the same command continues.
+    Stop it whenever you like: the same command continues. The networks of a stage (`train: [half, quarter]`) train
+    together, on one data stream and one teacher's answers, with the weights that each would have alone.
 
     Example: `gowide run jobs/demo.yaml --nproc 2 stages.finetune.epochs=5`
     """
@@ -202,7 +206,7 @@ def run(
         )
     else:
         print_line(f"{prepared.run.path}: all {total} stages are done, nothing to train")
-    run_here(prepared, num_processes)
+    run_here(prepared, num_processes, apart=apart)
     print_line(write_report(prepared.run))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from gowide_dist import mirror
 from gowide_dist.data.order import draw
 from gowide_dist.run import read_metrics, write_atomically
 from gowide_dist.world import World
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class NonFiniteLossError(Exception):
@@ -134,9 +137,9 @@ class MetricsLog:
             self._mirror.close()
 
 
-def mean_over_samples(batches: Iterable[dict[str, Tensor]], world: World) -> dict[str, float]:
+def mean_over_samples(batches: Iterable[dict[Name, Tensor]], world: World) -> dict[Name, float]:
     """Means over all samples of all processes of per-sample values by name, [B] each; a collective."""
-    names: list[str] = []
+    names: list[Name] = []
     sums: Tensor | None = None
     for values in batches:
         names = list(values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from gowide_dist.run import Done, Run, StageDir, fingerprint, identities, write_
 
 if TYPE_CHECKING:
     from gowide_dist.networks import ResNet
-    from gowide_dist.stage import Images
+    from gowide_dist.stage import Images, Workshop
     from gowide_dist.world import World
 
 
@@ -154,16 +155,21 @@ def job_names(recipe: Recipe) -> dict[str, str]:
     return {key: f"{recipe.name}:{key}" for key in recipe.instances}
 
 
-def run_here(prepared: Prepared, num_processes: int) -> None:
-    """Train all unfinished stages under torchrun."""
+def run_here(prepared: Prepared, num_processes: int, *, apart: bool = False) -> None:
+    """Train all unfinished stages under torchrun. apart: as in `walk`."""
     if left := prepared.unfinished:
-        torchrun("gowide_dist.pipeline", [str(prepared.run.path), *(instance.key for instance in left)], num_processes)
+        arguments = [str(prepared.run.path), *(instance.key for instance in left), *(["--apart"] if apart else [])]
+        torchrun("gowide_dist.pipeline", arguments, num_processes)
 
 
-def walk(run: Run, keys: Sequence[str]) -> None:
-    """Train the named instances of a run one after the other; every process of the group calls this."""
+def walk(run: Run, keys: Sequence[str], *, apart: bool = False) -> None:
+    """Train the named instances of a run, stage after stage; every process of the group calls this.
+
+    Instances of one stage that follow each other train together, on one data stream and one teacher's answers, or with
+    `apart` one after the other, which takes less memory and gives the same weights.
+    """
     from gowide_dist import world as worlds
-    from gowide_dist.stage import Workshop, train_stage
+    from gowide_dist.stage import Workshop, train_together
 
     recipe = load_recipe(run.recipe_path)
     recipe, checksums = check_data(recipe)
@@ -175,12 +181,14 @@ def walk(run: Run, keys: Sequence[str]) -> None:
             run.write_environment(_devices(world.device), world.size)
         with open_images(recipe, world) as images:
             shop = Workshop(recipe, run, world, images, identities(recipe, checksums))
-            for key in keys:
-                instance = recipe.instances[key]
-                _check_parents(instance, shop.identities, run)
-                done = run.stage(key).is_done(fingerprint(shop.identities[key])) if world.is_main else False
-                if not world.share(done):  # a job that was queued again at its very end finds it done
-                    train_stage(instance, shop)
+            for _, team in itertools.groupby(keys, lambda key: key if apart else recipe.instances[key].stage_name):
+                instances = [recipe.instances[key] for key in team]
+                for instance in instances:
+                    _check_parents(instance, shop.identities, run)
+                # a job that was queued again at its very end finds its instance done
+                left = [instance.key for instance in instances if not _is_done(instance, shop)]
+                if left := world.share(left):
+                    train_together([recipe.instances[key] for key in left], shop)
 
 
 @contextlib.contextmanager
@@ -278,6 +286,10 @@ def _check_parents(instance: Instance, identities: Mapping[str, Mapping[str, Any
             raise RunError(f"{instance.key}: needs {parent}, which is not finished in {run.path}; submit the run again")
 
 
+def _is_done(instance: Instance, shop: Workshop) -> bool:
+    return shop.run.stage(instance.key).is_done(fingerprint(shop.identities[instance.key]))
+
+
 def sibling(instance: Instance, prepared: Prepared) -> StageDir | None:
     """Where another run beside this one has finished an instance with the same fingerprint."""
     mine = fingerprint(prepared.identities[instance.key])
@@ -324,8 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gowide_dist.pipeline")
     parser.add_argument("run", type=Path)
     parser.add_argument("keys", nargs="+", metavar="STAGE/NETWORK")
+    parser.add_argument("--apart", action="store_true", help="one instance after the other")
     given = parser.parse_args(arguments)
-    return work(functools.partial(walk, Run(given.run), given.keys), given.run)
+    return work(functools.partial(walk, Run(given.run), given.keys, apart=given.apart), given.run)
 
 
 def work(task: Callable[[], None], place: Path) -> int:

@@ -73,7 +73,7 @@ class Done(BaseModel):
     steps: int
     images: int  # trained on
     stream: str  # digest of which samples were seen at which step: equal for any number of processes and restarts
-    seconds: float  # over all restarts
+    seconds: float  # over all restarts; of students that trained together, each has an equal share
     world_size: int
 
 

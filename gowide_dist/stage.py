@@ -1,37 +1,33 @@
-"""The training loop: the one for every objective, device and number of processes."""
+"""The training loop: the one for every objective, device and number of processes, and for several students at once."""
 
 from __future__ import annotations
 
 import functools
-import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.checkpoint import load_weights, newest_checkpoint, save_checkpoint, save_weights
+from gowide_dist.checkpoint import load_weights, whole_checkpoints
 from gowide_dist.data.loader import Batch, Loader
-from gowide_dist.errors import UserError
-from gowide_dist.metrics import MetricsLog, NonFiniteLossError, StepMeter, StreamDigest, mean_over_samples
+from gowide_dist.metrics import mean_over_samples
 from gowide_dist.networks import ResNet, Teacher, build_network
 from gowide_dist.objectives import build_objective
-from gowide_dist.optim import Descent, MovingAverage, Timeline, learning_rate
+from gowide_dist.optim import learning_rate
 from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance, KlStage, Recipe
-from gowide_dist.run import Done, Run, StageDir, fingerprint, sha256
+from gowide_dist.run import Done, Run
 from gowide_dist.stop import Stopped
+from gowide_dist.student import Examples, Student, autocast
 from gowide_dist.teacher_logits import Answers, Layout, Source, TeacherLogits, stored_logits
 from gowide_dist.world import World
 
 DATA_BOUND = 0.3  # share of the time spent waiting for data from which on the user is told
-
-
-class TrainingError(UserError):
-    """Training went wrong in a way that a change of the recipe can mend."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +47,6 @@ class Images:
         return pixels.float().sub_(self.mean).div_(self.std), batch.labels.to(device, non_blocking=True)
 
 
-class Examples(NamedTuple):
-    """A batch on the device: images [B, 3, H, H], labels [B], and the teacher's answers where they are stored."""
-
-    images: Tensor
-    labels: Tensor
-    stored: Answers | None
-
-    def chunk(self, parts: int) -> list[Examples]:
-        """The batch in equal parts."""
-        stored = self.stored.chunk(parts) if self.stored else [None] * parts
-        return [
-            Examples(*part) for part in zip(self.images.chunk(parts), self.labels.chunk(parts), stored, strict=True)
-        ]
-
-
 @dataclass(frozen=True)
 class Workshop:
     """What all stages of a run train with."""
@@ -78,20 +59,44 @@ class Workshop:
 
 
 def train_stage(instance: Instance, shop: Workshop) -> Done:
-    """Train one stage instance to its end, from wherever it stands; a collective of all processes.
+    """`train_together` with one instance."""
+    (done,) = train_together([instance], shop)
+    return done
 
-    Raises RunError if the folder is another training's or another process is writing it, TrainingError on a loss that
+
+def train_together(instances: Sequence[Instance], shop: Workshop) -> list[Done]:
+    """Train instances of one stage that see the same images to their end, from wherever they stand; a collective.
+
+    One data stream and one teacher feed them all; each ends with the bits that it would have alone. They start at the
+    newest step that all of them have saved. Where there is none, those ahead of the others train apart.
+
+    Raises RunError if a folder is another training's or another process is writing it, TrainingError on a loss that
     is no number.
     """
-    place = shop.run.stage(instance.key)
-    with (
-        closing(shop.images.train(instance.data_seed)) as loader,
-        place.lock() if shop.world.is_main else nullcontext(),
-    ):
+    assert len({(instance.stage_name, instance.data_seed) for instance in instances}) == 1
+    with ExitStack() as stack:
+        loader = stack.enter_context(closing(shop.images.train(instances[0].data_seed)))
         if shop.world.is_main:
-            place.claim(shop.identities[instance.key])
+            for place in (shop.run.stage(instance.key) for instance in instances):
+                stack.enter_context(place.lock())
+                place.claim(shop.identities[place.key])
         loader.preflight(shop.images.num_classes)
-        return _Training(instance, shop, place, loader).run()
+        done: dict[str, Done] = {}
+        for start, keys in shop.world.share(_starts(instances, shop.run) if shop.world.is_main else []):
+            team = [instance for instance in instances if instance.key in keys]
+            done |= _Training(team, start, shop, loader).run()
+        return [done[instance.key] for instance in instances]
+
+
+def _starts(instances: Sequence[Instance], run: Run) -> list[tuple[int, list[str]]]:
+    """The steps to start from, and which instances do."""
+    saved = {i.key: whole_checkpoints(run.stage(i.key).checkpoints) or [0] for i in instances}
+    if common := set.intersection(*map(set, saved.values())):
+        return [(max(common), list(saved))]
+    starts = defaultdict(list)
+    for key, steps in saved.items():
+        starts[max(steps)].append(key)
+    return list(starts.items())
 
 
 def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
@@ -102,98 +107,91 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
 
 
 class _Training:
-    """One stage instance while it trains."""
+    """Students of one stage while they train, all at the same step."""
 
-    def __init__(self, instance: Instance, shop: Workshop, place: StageDir, loader: Loader) -> None:
-        self.instance, self.place, self.loader = instance, place, loader
+    def __init__(self, instances: Sequence[Instance], start: int, shop: Workshop, loader: Loader) -> None:
+        self.shop, self.loader, self.step = shop, loader, start
         self.recipe, self.world, self.images = shop.recipe, shop.world, shop.images
-        self.fingerprint = fingerprint(shop.identities[instance.key])
-        self.parents = {key: fingerprint(shop.identities[key]) for key in instance.parents}
-        self.step = 0
-        self.stream = StreamDigest()
-        self.seconds_before = 0.0
+        first = instances[0]
+        self.stage, self.name = first.stage, first.key
+        if len(instances) > 1:
+            self.name = f"{first.stage_name}/{{{','.join(instance.network_name for instance in instances)}}}"
         self.warned_of_data = False
-        self.started = self.saved = time.monotonic()
+        self.saved = self.counted = time.monotonic()
+        self.stored = None
+        if isinstance(self.stage, KlStage) and self.stage.teacher_logits == "stored":
+            self.stored = self._stored_logits(first, self.stage)
+        self.teacher: Teacher | None = None
+        self.students = [self._student(instance) for instance in instances]
+        self.timeline = self.students[0].timeline
+        for student in self.students:
+            self.stream = student.begin(start)  # the same for all
 
-        # Where a stage starts: its own newest checkpoint, else the finished weights of `init`, else scratch.
+    def _student(self, instance: Instance) -> Student:
+        """Where a stage starts: its own newest checkpoint, else the finished weights of `init`, else scratch."""
+        shop = self.shop
         torch.manual_seed(instance.seed)
-        student = build_network(instance.architecture, shop.images.num_classes)
+        network = build_network(instance.architecture, self.images.num_classes)
         if start := instance.init_file or (instance.init and shop.run.stage(instance.init).model):
-            load_weights(start, student)
-        teacher = self.stored = None
-        if isinstance(instance.stage, KlStage) and instance.stage.teacher_logits == "stored":
-            self.stored = self._stored_logits(instance.stage, shop)
-        elif instance.teacher:
-            teacher = self._teacher(shop)
-        self.objective = build_objective(instance.stage, self._placed(student), teacher, instance.seed)
+            load_weights(start, network)
+        if instance.teacher and not self.stored:
+            wide = self._load_teacher(instance)  # every time: what is drawn afterwards is as if it trained alone
+            self.teacher = self.teacher or self._teacher(wide)
+        objective = build_objective(instance.stage, self._placed(network), self.teacher, instance.seed)
         if self.recipe.compile:
-            student.compile_blocks()
+            network.compile_blocks()
         if self.recipe.sync_batch_norm:
-            self.objective = nn.SyncBatchNorm.convert_sync_batchnorm(self.objective)  # type: ignore[no-untyped-call]
-        self.timeline = Timeline(self.loader.steps_per_epoch, instance.stage.epochs, self.objective.num_phases)
-        optim = instance.stage.optim
-        self.average = MovingAverage(self.objective, optim.ema) if optim and optim.ema else None
-        self.checkpoint = newest_checkpoint(place.checkpoints)
-        if self.checkpoint:
-            self.objective.load_state_dict(self.checkpoint["objective"])
-            self.step = self.checkpoint["step"]
-            self.seconds_before = self.checkpoint["seconds"]
-            self.stream = StreamDigest(self.checkpoint["stream"])
-            if self.average:
-                self.average.load_state_dict(self.checkpoint["average"])
+            objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
+        return Student(
+            instance, objective, shop.run.stage(instance.key), shop.identities, shop.recipe, shop.world,
+            self.loader.steps_per_epoch,
+        )  # fmt: skip
 
-    def run(self) -> Done:
+    def run(self) -> dict[str, Done]:
         """Train the steps that are left, evaluate, write the weights."""
         total = self.timeline.total_steps
         self.track = Track(
-            self.instance.key, total, "steps", start=self.step,
+            self.name, total, "steps", start=self.step,
             rate_unit="images", per_thing=self.recipe.batch_size, quiet=not self.world.is_main,
         )  # fmt: skip
-        self.metrics = MetricsLog(self.place.metrics, self.step) if self.world.is_main else None
-        self.meter = StepMeter(self.step)
         with self.track:
             if self.step:
-                self.track.line(f"{self.instance.key}  continues at step {self.step:,} of {total:,}")
+                self.track.line(f"{self.name}  continues at step {self.step:,} of {total:,}")
             for phase in range(self.timeline.num_phases):
                 if self.step < self.timeline.phase(phase).stop:
                     self._train_phase(phase)
             results = self._evaluate()
-        done = self.world.share(self._finish(results) if self.world.is_main else None)
-        assert done is not None
-        self.track.line(
-            f"{self.instance.key}  done: top-1 {done.top1:.2f} %, top-5 {done.top5:.2f} %, "
-            f"{done.epochs} epochs in {clock(done.seconds)}"
-        )
-        return done
+        self._count_seconds()
+        found: dict[str, Done] = {}
+        for student, result in zip(self.students, results, strict=True):
+            key = student.instance.key
+            done = self.world.share(student.finish(self.step, result, self.stream) if self.world.is_main else None)
+            assert done is not None
+            found[key] = done
+            self.track.line(
+                f"{key}  done: top-1 {done.top1:.2f} %, top-5 {done.top5:.2f} %, "
+                f"{done.epochs} epochs in {clock(done.seconds)}"
+            )
+        return found
 
     def _train_phase(self, phase: int) -> None:
         """Train from the current step to the end of `phase`."""
         steps = self.timeline.phase(phase)
-        optim, schedule = self.instance.stage.optim, self.instance.stage.schedule
+        optim, schedule = self.stage.optim, self.stage.schedule
         assert optim is not None, "a stage that trains has an optim"
-        self.world.share_buffers(self.objective)  # blocks frozen from now on must answer alike on every process
-        self.objective.begin_phase(phase)
-        descent = Descent(self.objective, optim, scaled=self.recipe.precision == "fp16")
-        if self.checkpoint and self.checkpoint["phase"] == phase:
-            descent.load_state_dict(self.checkpoint["descent"])
-        self.checkpoint = None
-        trained = self.world.wrap(self.objective)
-        self._settle_gradient_buckets(trained, self.recipe.batch_size // self.world.size // optim.accumulate)
-        self.objective.train()
+        blank = self._blank(self.recipe.batch_size // self.world.size // optim.accumulate)
+        for student in self.students:
+            student.begin_phase(phase, blank)
         for batch in self._batches(steps.stop):
             rate = learning_rate(self.step, steps, self.timeline.steps_per_epoch, optim, schedule)
-            parts = batch.chunk(optim.accumulate)
-            for index, (images, labels, stored) in enumerate(parts):
-                with self.world.gradients_apart(trained, index + 1 < len(parts)):
-                    with self._autocast():
-                        losses = trained(images, labels, self.step, stored)
-                    descent.backward(losses["loss"] / len(parts))
-                self.meter.add(losses, index, len(parts))
-            descent.step(rate)
-            if self.average:
-                self.average.update()
+            for index, part in enumerate(batch.chunk(optim.accumulate)):
+                with self.teacher.answering_once() if self.teacher else nullcontext():
+                    for student in self.students:
+                        student.learn(part, self.step, index, optim.accumulate)
+            for student in self.students:
+                student.descend(rate)
             self.step += 1
-            self._after_step(phase, rate, descent)
+            self._after_step(phase, rate)
 
     def _batches(self, stop: int) -> Iterator[Examples]:
         """The data stream from the current step to step `stop`, on the device."""
@@ -203,20 +201,18 @@ class _Training:
             epoch, start = divmod(self.step, steps_per_epoch)
             with closing(self._epoch(epoch, start)) as batches:
                 while self.step < min(stop, (epoch + 1) * steps_per_epoch):
-                    with self.meter.waiting():
+                    with ExitStack() as waiting:
+                        for student in self.students:
+                            waiting.enter_context(student.meter.waiting())
                         batch = next(batches)
                     self.stream.add(self.step, batch.indices)
-                    stored = self.stored.train(self._row(self.step), share) if self.stored else None
-                    yield self._examples(batch, stored)
+                    row = self.step * self.recipe.batch_size + self.world.rank * share
+                    yield self._examples(batch, self.stored.train(row, share) if self.stored else None)
 
     def _epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch from its step `start` on, in the resolution of the epoch."""
-        ramp, resolution = self.instance.stage.ramp, self.recipe.data.resolution
+        ramp, resolution = self.stage.ramp, self.recipe.data.resolution
         return self.loader.batches(epoch, start, ramp.side(epoch, resolution) if ramp else resolution)
-
-    def _row(self, step: int) -> int:
-        """Place in the stream of this process's first image of a step."""
-        return step * self.recipe.batch_size + self.world.rank * (self.recipe.batch_size // self.world.size)
 
     def _validation(self) -> Iterator[Examples]:
         """This process's share of the validation images."""
@@ -227,7 +223,14 @@ class _Training:
     def _examples(self, batch: Batch, stored: Answers | None) -> Examples:
         return Examples(*self.images.to_device(batch), stored.to(self.world.device) if stored else None)
 
-    def _after_step(self, phase: int, rate: float, descent: Descent) -> None:
+    def _blank(self, num_images: int) -> Examples:
+        """Black images with labels, in the shape of a part of a batch."""
+        side, device = self.recipe.data.resolution, self.world.device
+        images = torch.zeros(num_images, 3, side, side, device=device).to(memory_format=torch.channels_last)
+        stored = self.stored.train(0, num_images).to(device) if self.stored else None
+        return Examples(images, torch.zeros(num_images, dtype=torch.long, device=device), stored)
+
+    def _after_step(self, phase: int, rate: float) -> None:
         """Record, evaluate and save where they are due. All processes come to the same decisions."""
         recipe, step, total = self.recipe, self.step, self.timeline.total_steps
         epoch, rest = divmod(step, self.timeline.steps_per_epoch)
@@ -242,110 +245,63 @@ class _Training:
         if self.world.is_main and step < total:
             every_minutes = recipe.checkpoints.every_minutes
             if save_due or (every_minutes and time.monotonic() - self.saved > 60 * every_minutes):
-                self._save(phase, descent)
+                self._count_seconds()
+                for student in self.students:
+                    student.save(step, self.stream)
+                self.saved = time.monotonic()
         if signum:
-            self.track.line(f"{self.instance.key}  saved at step {step:,} of {total:,}: told to stop")
+            self.track.line(f"{self.name}  saved at step {step:,} of {total:,}: told to stop")
             raise Stopped(signum)
 
     def _record(self, rate: float) -> None:
         """Write the averages since the last record; a collective. Raises TrainingError on a loss that is no number."""
-        try:
-            values = self.meter.flush(self.world)
-        except NonFiniteLossError as error:
-            raise self._diverged(int(error.args[0])) from error
+        values = [student.record(self.step, rate) for student in self.students]
         self.stream.collect(self.world)
-        values["images_per_s"] = values.pop("steps_per_s") * self.recipe.batch_size
-        self.track.update(self.step, f"loss {values['loss']:.4f}")
-        if values["data_wait"] > DATA_BOUND and not self.warned_of_data:
+        self.track.update(self.step, "loss " + ", ".join(f"{value['loss']:.4f}" for value in values))
+        if (waited := values[0]["data_wait"]) > DATA_BOUND and not self.warned_of_data:
             self.warned_of_data = True
             self.track.line(
-                f"{self.instance.key}  warning: {values['data_wait']:.0%} of the time is spent waiting for data; "
+                f"{self.name}  warning: {waited:.0%} of the time is spent waiting for data; "
                 "give the processes more CPU threads, or encode smaller images"
             )
-        if self.metrics:
-            epoch = self.step / self.timeline.steps_per_epoch
-            self.metrics.append("train", self.step, {"epoch": epoch, "lr": rate, **values})
 
-    def _evaluate(self) -> dict[str, float]:
-        """Means over the validation set of the objective's losses and of the accuracies (in %); a collective."""
-        self.objective.eval()
-        with self._averaged(), torch.inference_mode(), self._autocast():
-            self.world.share_buffers(self.objective)
-            results = mean_over_samples(
-                (self.objective.evaluate(*examples) for examples in self._validation()), self.world
-            )
-        self.objective.train()
-        results = {name: 100 * value if name in ("top1", "top5") else value for name, value in results.items()}
-        if self.metrics:
-            self.metrics.append("val", self.step, {"epoch": self.step / self.timeline.steps_per_epoch, **results})
+    def _evaluate(self) -> list[dict[str, float]]:
+        """Each student's means over the validation set: its losses, and accuracies in %; a collective."""
+        with ExitStack() as stack:
+            for student in self.students:
+                student.objective.eval()
+                stack.enter_context(student.averaged())
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(autocast(self.recipe, self.world))
+            for student in self.students:
+                self.world.share_buffers(student.objective)
+            means = mean_over_samples((self._judged(examples) for examples in self._validation()), self.world)
+        results = []
+        for index, student in enumerate(self.students):
+            student.objective.train()
+            mine = {name: value for (whose, name), value in means.items() if whose == index}
+            results.append({name: 100 * mine[name] if name in ("top1", "top5") else mine[name] for name in mine})
+            student.record_evaluation(self.step, results[-1])
         return results
 
-    def _save(self, phase: int, descent: Descent) -> None:
-        if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
-            raise self._diverged(self.step)
-        state = {
-            "objective": self.objective.state_dict(),
-            "descent": descent.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
-            "phase": phase,
-            "step": self.step,
-            "seconds": self._seconds(),
-            "stream": str(self.stream),
-        }
-        about = {"stage": self.instance.key, "fingerprint": self.fingerprint, "world_size": self.world.size}
-        save_checkpoint(self.place.checkpoints, state, step=self.step, about=about, keep=self.recipe.checkpoints.keep)
-        self.saved = time.monotonic()
+    def _judged(self, examples: Examples) -> dict[tuple[int, str], Tensor]:
+        """Losses and accuracies of each sample, [B] each, by student and name."""
+        with self.teacher.answering_once() if self.teacher else nullcontext():
+            return {
+                (index, name): values
+                for index, student in enumerate(self.students)
+                for name, values in student.objective.evaluate(*examples).items()
+            }
 
-    def _finish(self, results: Mapping[str, float]) -> Done:
-        assert self.metrics is not None
-        self.metrics.close()
-        with self._averaged():
-            save_weights(self.place.model, self.objective.finished())
-        done = Done(
-            stage=self.instance.stage_name,
-            network=self.instance.network_name,
-            fingerprint=self.fingerprint,
-            parents=self.parents,
-            model_sha256=sha256(self.place.model),
-            top1=results["top1"],
-            top5=results["top5"],
-            epochs=self.instance.stage.epochs,
-            steps=self.step,
-            images=self.step * self.recipe.batch_size,
-            stream=str(self.stream),
-            seconds=self._seconds(),
-            world_size=self.world.size,
-        )
-        self.place.finish(done)
-        shutil.rmtree(self.place.checkpoints)  # a finished stage is never continued
-        return done
-
-    def _settle_gradient_buckets(self, trained: nn.Module, num_images: int) -> None:
-        """Let DDP see one backward pass before the first step, without learning from it.
-
-        After its first backward DDP reorders its buckets, and with them the order in which three or more processes add
-        up a gradient: a continued stage would differ in the last bit from one that was never stopped.
-        """
-        if trained is self.objective:
-            return
-        self.objective.eval()
-        side, device = self.recipe.data.resolution, self.world.device
-        images = torch.zeros(num_images, 3, side, side, device=device).to(memory_format=torch.channels_last)
-        labels = torch.zeros(num_images, dtype=torch.long, device=device)
-        examples = Examples(images, labels, self.stored.train(0, num_images).to(device) if self.stored else None)
-        with self._autocast():
-            losses = trained(examples.images, examples.labels, 0, examples.stored)
-        losses["loss"].backward()
-        self.objective.zero_grad()
-
-    def _stored_logits(self, stage: KlStage, shop: Workshop) -> TeacherLogits:
+    def _stored_logits(self, instance: Instance, stage: KlStage) -> TeacherLogits:
         """The teacher's logits for the stream of this stage; the teacher is loaded only if they are not there yet."""
-        identity = shop.identities[self.instance.key]
+        shop = self.shop
+        identity = shop.identities[instance.key]
         temperature = stage.temperature if stage.top_k else 1.0  # all classes serve every temperature
         about = {
             "format": 1,
             **{name: identity[name] for name in ("teacher", "batch_size", "precision", "compile")},
-            "data": {**identity["data"], "seed": self.instance.data_seed},
+            "data": {**identity["data"], "seed": instance.data_seed},
             **stage.model_dump(mode="json", include={"epochs", "ramp", "top_k"}),
             "temperature": temperature,
         }
@@ -357,44 +313,30 @@ class _Training:
             stage.top_k,
             temperature,
         )
-        teacher = functools.cache(lambda: self._teacher(shop))
+        teacher = functools.cache(lambda: self._teacher(self._load_teacher(instance)))
 
         def ask(batches: Iterator[Batch]) -> Iterator[Tensor]:
             for batch in batches:
-                with self._autocast():
+                with autocast(self.recipe, self.world):
                     logits = teacher().logits(self.images.to_device(batch)[0])
                 yield logits
 
         source = Source(lambda epoch: ask(self._epoch(epoch)), lambda: ask(self.images.val.batches()))
-        return stored_logits(shop.run.teacher_logits, about, layout, source, self.world, self.instance.key)
+        return stored_logits(shop.run.teacher_logits, about, layout, source, self.world, self.name)
 
-    def _teacher(self, shop: Workshop) -> Teacher:
-        assert self.instance.teacher
-        wide = load_trained(shop.recipe.instances[self.instance.teacher], shop.run, shop.images.num_classes)
+    def _load_teacher(self, instance: Instance) -> ResNet:
+        assert instance.teacher
+        return load_trained(self.recipe.instances[instance.teacher], self.shop.run, self.images.num_classes)
+
+    def _teacher(self, wide: ResNet) -> Teacher:
         return Teacher(self._placed(wide), compiled=self.recipe.compile)
-
-    def _autocast(self) -> torch.autocast:
-        dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        return self.average.applied() if self.average else nullcontext()
 
     def _placed(self, network: ResNet) -> ResNet:
         return network.to(self.world.device).to(memory_format=torch.channels_last)
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
-    def _diverged(self, step: int) -> TrainingError:
-        stage = self.instance.stage
-        assert stage.optim is not None
-        phases = (self.timeline.phase(phase) for phase in range(self.timeline.num_phases))
-        steps = next(steps for steps in phases if step - 1 in steps)
-        rate = learning_rate(step - 1, steps, self.timeline.steps_per_epoch, stage.optim, stage.schedule)
-        saved = sorted(self.place.checkpoints.glob("step-*.pt"))
-        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was due before"
-        return TrainingError(
-            f"{self.instance.key}: the loss is not finite at step {step:,} (learning rate {rate:g}); "
-            f"lower stages.{self.instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
-        )
+    def _count_seconds(self) -> None:
+        """Share the time since the last count equally between the students."""
+        now = time.monotonic()
+        for student in self.students:
+            student.seconds += (now - self.counted) / len(self.students)
+        self.counted = now

@@ -15,6 +15,7 @@ FLOORS = [
     ["pipeline"],
     ["launch"],
     ["stage"],
+    ["student"],
     ["objectives"],
     ["transforms"],
     ["networks", "optim", "checkpoint", "metrics", "teacher_logits"],

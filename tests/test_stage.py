@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from gowide_dist import load_model, load_recipe, stage
+from gowide_dist import load_model, load_recipe, student
 from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
@@ -154,7 +154,7 @@ class PowerCut(BaseException):
 def test_restarts_are_exact_with_every_option(train, monkeypatch, tmp_path, key, overrides):
     stage_name = key.partition("/")[0]
     undisturbed = train(*overrides, only=[stage_name])
-    save = stage.save_checkpoint
+    save = student.save_checkpoint
 
     def save_and_fail(folder, state, *, step, **rest):
         save(folder, state, step=step, **rest)
@@ -164,10 +164,10 @@ def test_restarts_are_exact_with_every_option(train, monkeypatch, tmp_path, key,
     again = {"only": [stage_name], "name": "cut", "into": tmp_path / "elsewhere"}
     shutil.copytree(undisturbed.path, tmp_path / "elsewhere" / "parents")
     shutil.rmtree(tmp_path / "elsewhere" / "parents" / "stages" / key)
-    monkeypatch.setattr(stage, "save_checkpoint", save_and_fail)
+    monkeypatch.setattr(student, "save_checkpoint", save_and_fail)
     with pytest.raises(PowerCut):
         train(*overrides, **again)
-    monkeypatch.setattr(stage, "save_checkpoint", save)
+    monkeypatch.setattr(student, "save_checkpoint", save)
     assert sha(train(*overrides, **again), key) == sha(undisturbed, key)
 
 

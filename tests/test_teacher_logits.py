@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from gowide_dist import load_recipe, stage, teacher_logits
+from gowide_dist import load_recipe, stage, student, teacher_logits
 from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.networks import Teacher
@@ -194,7 +194,7 @@ def test_restarts_are_exact(distill, monkeypatch, tmp_path, option, at):
         pass
 
     asked = itertools.count()
-    ask, save = Teacher.logits, stage.save_checkpoint
+    ask, save = Teacher.logits, student.save_checkpoint
 
     def ask_and_fail(self, images):
         if next(asked) == 6:  # in the second epoch
@@ -209,10 +209,10 @@ def test_restarts_are_exact(distill, monkeypatch, tmp_path, option, at):
     if at == "storing":
         monkeypatch.setattr(Teacher, "logits", ask_and_fail)
     else:
-        monkeypatch.setattr(stage, "save_checkpoint", save_and_fail)
+        monkeypatch.setattr(student, "save_checkpoint", save_and_fail)
     with pytest.raises(PowerCut):
         distill(STORED, *option, **again)
-    monkeypatch.setattr(stage, "save_checkpoint", save)
+    monkeypatch.setattr(student, "save_checkpoint", save)
     asked = itertools.count(100)
     run = distill(STORED, *option, **again)
     if at == "storing":

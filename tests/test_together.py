@@ -1,0 +1,170 @@
+"""Students that train together end with the bits that they have alone, and the teacher answers once for all of them."""
+
+import itertools
+import shutil
+
+import pytest
+
+from gowide_dist import load_recipe, student
+from gowide_dist.checkpoint import whole_checkpoints
+from gowide_dist.networks import Teacher
+from gowide_dist.pipeline import prepare, walk
+from gowide_dist.run import Run, read_metrics
+from gowide_dist.student import TrainingError
+from tests.command import gowide, killed_when
+from tests.fashion import chain, encode_part, write_job
+
+NETWORKS = ["thin", "slim", "narrow"]
+STAGES = ["imitate", "distill", "finetune"]
+
+
+def students(data):
+    """The tiny chain with three students, one of them thin in all its channels; batches in parts, averaged weights."""
+    recipe = chain(data)
+    thin = recipe["networks"]["thin"]
+    recipe["networks"] |= {"slim": {**thin, "width": 0.25}, "narrow": {**thin, "width": 1.0, "channels": 0.5}}
+    for name in STAGES:
+        recipe["stages"][name] |= {"train": NETWORKS}
+    recipe["stages"]["distill"] |= {"epochs": 1, "optim": {"lr": 0.05, "accumulate": 2, "ema": 0.9}}
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return encode_part(tmp_path_factory.mktemp("fashion"), 240, 100)
+
+
+@pytest.fixture(scope="module")
+def taught(data, tmp_path_factory):
+    """A folder of runs with one that has trained the teacher."""
+    runs = tmp_path_factory.mktemp("taught")
+    prepared = prepare(load_recipe(write_job(runs, students(data))), runs, only=["teacher"])
+    walk(prepared.run, ["teacher/wide"])
+    return runs
+
+
+@pytest.fixture
+def train(data, taught, tmp_path):
+    """Train stages under that teacher in this process; the run."""
+
+    def run(*overrides, place="runs", only=tuple(STAGES), apart=False):
+        runs = tmp_path / place
+        if not (runs / "chain").exists():
+            shutil.copytree(taught / "chain", runs / "chain")
+        recipe = load_recipe(write_job(tmp_path, students(data)), overrides)
+        prepared = prepare(recipe, runs, only=list(only))
+        walk(prepared.run, [instance.key for instance in prepared.unfinished], apart=apart)
+        return prepared.run
+
+    return run
+
+
+def results(run, stages=STAGES):
+    """What must be equal of every student: its bits, what it saw, what it is, and what was measured on the way."""
+    found = {}
+    for key in (f"{stage}/{network}" for stage in stages for network in NETWORKS):
+        done = run.stage(key).done
+        lines = [
+            {name: value for name, value in line.items() if name not in ("images_per_s", "data_wait", "seconds")}
+            for line in read_metrics(run.stage(key).metrics)
+        ]
+        found[key] = done.model_sha256, done.stream, done.fingerprint, done.top1, lines
+    return found
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def test_the_same_bits_as_alone(train, monkeypatch, capsys):
+    asked, ask = itertools.count(), Teacher._answer
+    computed = itertools.count()
+
+    def counting(self, images, question, compute):
+        next(asked)
+        return ask(self, images, question, lambda: (next(computed), compute())[1])
+
+    monkeypatch.setattr(Teacher, "_answer", counting)
+    together = train()
+    assert "distill/{thin,slim,narrow}" not in capsys.readouterr().out  # it prints what is done, each by its name
+    assert next(asked) == 3 * next(computed)
+    apart = train(place="apart", apart=True)
+    assert results(together) == results(apart)
+    assert len({done for done, *_ in results(together).values()}) == 9
+    seconds = [together.stage(f"distill/{name}").done.seconds for name in NETWORKS]
+    assert len(set(seconds)) == 1
+
+
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_restarts_are_exact(train, monkeypatch, saved):
+    """A power cut after the first, the second or all of them have saved step 6: all continue at one step."""
+    undisturbed = train(only=["imitate"])
+    save, saves = student.save_checkpoint, itertools.count(1)
+
+    def save_and_fail(folder, state, *, step, **rest):
+        save(folder, state, step=step, **rest)
+        if step == 6 and next(saves) == saved:
+            raise PowerCut
+
+    monkeypatch.setattr(student, "save_checkpoint", save_and_fail)
+    with pytest.raises(PowerCut):
+        train(only=["imitate"], place="cut")
+    monkeypatch.undo()
+    begun = []
+    begin = student.Student.begin
+    monkeypatch.setattr(student.Student, "begin", lambda self, step: (begun.append(step), begin(self, step))[1])
+    run = train(only=["imitate"], place="cut")
+    assert begun == [6 if saved == 3 else 3] * 3
+    assert results(run, ["imitate"]) == results(undisturbed, ["imitate"])
+
+
+def test_those_ahead_train_apart(train, monkeypatch):
+    """With one checkpoint kept there is no step in common after a power cut between two saves."""
+    undisturbed = train(only=["imitate"])
+    save, saves = student.save_checkpoint, itertools.count(1)
+
+    def save_and_fail(*arguments, **rest):
+        save(*arguments, **rest)
+        if next(saves) == 4:  # the first student's second
+            raise PowerCut
+
+    monkeypatch.setattr(student, "save_checkpoint", save_and_fail)
+    with pytest.raises(PowerCut):
+        train("checkpoints.keep=1", only=["imitate"], place="cut")
+    monkeypatch.undo()
+    run = Run(undisturbed.path.parent.parent / "cut" / "chain")
+    steps = [whole_checkpoints(run.stage(f"imitate/{name}").checkpoints) for name in NETWORKS]
+    assert steps == [[6], [3], [3]]
+    assert results(train("checkpoints.keep=1", only=["imitate"], place="cut"), ["imitate"]) == results(
+        undisturbed, ["imitate"]
+    )
+
+
+def test_a_loss_that_is_no_number_names_its_student(train, monkeypatch):
+    learn = student.Student.learn
+
+    def spoilt(self, examples, step, *rest):
+        if self.instance.network_name == "slim" and step == 4:
+            self.objective.student.conv1.weight.data[:] = float("nan")
+        learn(self, examples, step, *rest)
+
+    monkeypatch.setattr(student.Student, "learn", spoilt)
+    with pytest.raises(TrainingError, match=r"imitate/slim: the loss is not finite at step 5 ") as caught:
+        train(only=["imitate"])
+    assert "imitate/slim/checkpoints/step-000000003.pt" in str(caught.value)
+
+
+def test_two_processes_killed_and_continued(data, taught, tmp_path):
+    """`gowide run` trains them together, also after SIGKILL; `--apart` one after the other: the same bits."""
+    job = write_job(tmp_path, students(data))
+    for place in ("together", "apart"):
+        shutil.copytree(taught / "chain", tmp_path / place / "chain")
+    command = ("run", job, "--nproc", 2, "--only", "imitate", "--runs", tmp_path / "together")
+    run = Run(tmp_path / "together" / "chain")
+    killed_when((run.stage("imitate/narrow").checkpoints / "step-000000003.json").exists, *command)
+    result = gowide(*command)
+    assert result.returncode == 0, result.stderr
+    assert "imitate/{thin,slim,narrow}  continues at step" in result.stdout
+    result = gowide(*command[:-1], tmp_path / "apart", "--apart")
+    assert result.returncode == 0, result.stderr
+    assert results(run, ["imitate"]) == results(Run(tmp_path / "apart" / "chain"), ["imitate"])
