@@ -78,8 +78,12 @@ def encode(
     held_out: Annotated[int | None, typer.Option(help="Make so many training images the validation part.")] = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave out files that hold no whole image; see skipped.txt.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that read files; default: one a core.", min=0)] = 0,
+    cluster: Annotated[Path | None, typer.Option(help="Do it as a Slurm job of this cluster profile.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --cluster: print the sbatch script, and do nothing.")
+    ] = False,
 ) -> None:
-    """Write a dataset as FFCV files, every image decoded once on the way.
+    """Write a dataset as FFCV files, every image decoded once on the way; with --cluster as a Slurm job.
 
     Example: `gowide encode imagefolder --root /data/imagenet --out data/imagenet --max-side-px 512`
     """
@@ -92,18 +96,21 @@ def encode(
     except ValueError as error:
         raise UserError(f"--write-mode {mode}: should be raw, jpg or a part such as 0.5") from error
     options = encoders.Options(jpg_share, quality, max_side_px, subset, held_out, skip_bad, workers)
-    if dataset is DatasetKind.FASHION_MNIST:
-        info = encoders.encode_fashion_mnist(out, root, options)
-    elif root is None:
-        raise UserError(f"encode {dataset.value}: give the folder of the dataset as --root")
-    else:
-        encoder = {
-            DatasetKind.CIFAR10: encoders.encode_cifar10,
-            DatasetKind.CIFAR100: encoders.encode_cifar100,
-            DatasetKind.IMAGEFOLDER: encoders.encode_image_folder,
-            DatasetKind.FFCV: encoders.encode_ffcv,
-        }[dataset]
-        info = encoder(out, root, options)
+    if dry_run and not cluster:
+        raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
+    if cluster:
+        from gowide_dist.launch.encode import KEY, encode_job
+        from gowide_dist.launch.profile import load_profile
+        from gowide_dist.launch.slurm import log_file
+
+        chain = encode_job(dataset.value, out, root, options, load_profile(cluster), rehearse=dry_run)
+        if dry_run:
+            print_line("\n".join(chain.scripts()))
+            return
+        job_id = {**chain.queued, **chain.submit()}[KEY]
+        print_line(f"{out}  job {job_id}{' already' if chain.queued else ''}  {log_file(chain.folder, job_id)}")
+        return
+    info = encoders.encode(dataset.value, out, root, options)
     counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
     print_line(f"{out}: {info.source}, {counts} images in {len(info.classes)} classes")
 

@@ -63,6 +63,7 @@ def test_encode_an_image_folder(tmp_path):
             "--write-mode bmp: should be raw, jpg or a part",
         ),
         (["encode", "fashion-mnist", "--out", "x", "--quality", "0"], "quality 0: give a number from 1 to 100"),
+        (["encode", "fashion-mnist", "--out", "x", "--dry-run"], "encode --dry-run: prints the script of a Slurm job"),
         (["data", "verify", "nowhere"], "nowhere/dataset.json: not found"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["report", "nowhere"], "nowhere: no run directory"),

@@ -125,6 +125,15 @@ _READERS: dict[str, Callable[[Path], Dataset]] = {
 }
 
 
+def encode(name: str, out: Path, root: Path | None, options: Options) -> DatasetInfo:
+    """Encode the dataset called `name` on the command line. Raises DataError if it needs a `root` that is not given."""
+    if name == "fashion-mnist":
+        return encode_fashion_mnist(out, root, options)
+    if root is None:
+        raise DataError(f"encode {name}: give the folder of the dataset as --root")
+    return _encode(name, out, root, options)
+
+
 def _encode(name: str, out: Path, root: Path, options: Options) -> DatasetInfo:
     encoding: Encoding = {"dataset": name, "root": str(root.resolve()), **options.differing()}
     if info := find_encoded(out, encoding):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,20 +127,33 @@ class Profile(Resources):
 
     node_local: tuple[Path, ...] = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # other nodes don't see these
     stages: dict[Text, Settings] = Field(default_factory=dict)  # by stage, or by stage/network
+    encode: Settings | None = None  # for `gowide encode --cluster`: what differs, for example the partition
 
     def resources(self, instance: Instance) -> Resources:
         """What the job of a stage instance asks for: the profile's, then its stage's, then its own; mappings merge.
 
         Raises RecipeError if that does not fit together.
         """
+        overrides = [self.stages[place] for place in (instance.stage_name, instance.key) if place in self.stages]
+        return self._merged(overrides, f"stage {instance.key}")
+
+    def encode_resources(self) -> Resources:
+        """What the job of `gowide encode` asks for: one task with all CPUs of the tasks on a node, and no GPU.
+
+        What `encode` says differs from the profile. Raises RecipeError if that does not fit together.
+        """
+        one_task = Settings(
+            nodes="1", gpus_per_node=0, processes_per_node=1, cpus_per_task=self.tasks_per_node * self.cpus_per_task
+        )
+        return self._merged([one_task, *([self.encode] if self.encode else [])], "encode")
+
+    def _merged(self, overrides: Sequence[Settings], what: str) -> Resources:
         values = {name: getattr(self, name) for name in Resources.model_fields}
-        for place in (instance.stage_name, instance.key):
-            if place in self.stages:
-                settings = self.stages[place]
-                for name in settings.model_fields_set:
-                    value = getattr(settings, name)
-                    values[name] = {**values[name], **value} if isinstance(value, dict) else value
-        return validate(Resources, values, f"cluster profile, stage {instance.key}", _dotted)
+        for settings in overrides:
+            for name in settings.model_fields_set:
+                value = getattr(settings, name)
+                values[name] = {**values[name], **value} if isinstance(value, dict) else value
+        return validate(Resources, values, f"cluster profile, {what}", _dotted)
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

@@ -55,3 +55,20 @@ def test_without_slurm(job, tmp_path, monkeypatch):
     assert result.returncode == 2
     line = "sbatch is not there: this is no machine of a Slurm cluster; `gowide run` trains here"
     assert result.stderr.splitlines()[-1] == f"gowide: teacher/wide: {line}"
+
+
+def test_the_script_of_an_encode(tmp_path):
+    """One task with a node's CPUs and no GPU, on the partition that the profile names for it."""
+    profile = tmp_path / "profile.yaml"
+    profile.write_text((CLUSTERS / "gpu8.yaml").read_text() + "encode: {partition: cpu, timeout_min: 600}\n")
+    out, root = Path("/shared/data/imagenet"), Path("/shared/imagenet")
+    arguments = ["encode", "imagefolder", "--root", root, "--out", out, "--cluster", profile, "--dry-run"]
+    result = gowide(*arguments)
+    assert result.returncode == 0, result.stderr
+    script = result.stdout.replace(sys.executable, "PYTHON")
+    golden = HERE / "golden" / "encode.sh"
+    if not golden.exists():
+        golden.write_text(script)
+        pytest.fail(f"{golden} was written: look at it and run the test again")
+    assert script == golden.read_text()
+    assert not out.parent.exists()

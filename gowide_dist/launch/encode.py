@@ -1,0 +1,53 @@
+"""`gowide encode` as a Slurm job: one task, with the CPUs of a node."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from gowide_dist.data.encode import Options, encode
+from gowide_dist.errors import UserError
+from gowide_dist.launch.local import leave_error
+from gowide_dist.launch.profile import Profile
+from gowide_dist.launch.queue import newest_jobs
+from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
+
+KEY = "encode"
+
+
+def encode_job(
+    dataset: str, out: Path, root: Path | None, options: Options, profile: Profile, *, rehearse: bool
+) -> Chain:
+    """The job of an encode, unless Slurm has it already; `rehearse` asks no Slurm. Its files lie in `OUT.slurm`.
+
+    The readers are as many as the job has CPUs, where `options` does not say. Raises UserError if the nodes would not
+    see the folder, or if Slurm does not answer.
+    """
+    out = out.absolute()
+    folder = out.with_name(f"{out.name}.slurm")
+    check_folder(folder, profile)
+    name = f"{KEY}:{out.name}"
+    state = None if rehearse else newest_jobs(folder, {KEY: name}).get(KEY)
+    queued = {KEY: state.job_id} if state and (state.is_waiting or state.is_running) else {}
+    leaving = {KEY: state.job_id} if state and state.is_leaving else {}
+    resources = profile.encode_resources()
+    options = replace(options, workers=options.workers or resources.cpus_per_task)
+    worker = Worker(__name__, (dataset, str(out), str(root.absolute()) if root else "", json.dumps(asdict(options))))
+    job = Job(KEY, name, (), worker, resources)
+    return Chain(folder, () if queued else (job,), queued, leaving)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry of the job: exit status 2 for a UserError, which is left for the job's log."""
+    # Nothing could be saved before the end of the allocation, and queued again the job would run into it for ever.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    dataset, out, root, options = arguments
+    try:
+        encode(dataset, Path(out), Path(root) if root else None, Options(**json.loads(options)))
+    except UserError as error:
+        leave_error(str(error))
+        return 2
+    return 0

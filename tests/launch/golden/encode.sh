@@ -1,0 +1,39 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=96
+#SBATCH --exclusive
+#SBATCH --job-name=encode:imagenet
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=900G
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/data/imagenet.slurm/%j_0_log.out
+#SBATCH --partition=cpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+#SBATCH --time=600
+
+# setup
+ulimit -n 65536
+export OMP_NUM_THREADS=96
+export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export NCCL_DEBUG=WARN
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/data/imagenet.slurm/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=96 --cpu-bind=cores PYTHON3 -u -m submitit.core._submit /shared/data/imagenet.slurm
+
+
+# teardown
+status=$?
+# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+job=/shared/data/imagenet.slurm/$SLURM_JOB_ID
+if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
+   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
+
