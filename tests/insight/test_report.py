@@ -16,29 +16,24 @@ from gowide_dist.insight.trained import open_trained
 from gowide_dist.pipeline import prepare, walk
 from gowide_dist.run import Run
 from tests.command import gowide, refused
-from tests.fashion import write_job
+from tests.fashion import chain, encode_part, write_job
 from tests.insight.browser import look_at
 
 
 @pytest.fixture(scope="module")
-def runs(finished_run, tmp_path_factory):
-    """The chain under the same teacher with two seeds, imitation and distillation beside as many plain epochs."""
-    found = []
-    recipe = load_recipe(finished_run.recipe_path).model_dump(mode="json")
-    optim = {"lr": 0.05}
-    recipe["stages"]["teacher"]["seed"] = 0
-    recipe["data"]["seed"] = 0
-    recipe["stages"] |= {
-        "imitate": {"train": "thin", "objective": "blocks", "teacher": "teacher", "epochs": 2, "optim": optim},
-        "distill": {
-            "train": "thin", "init": "imitate", "objective": "kl", "teacher": "teacher", "epochs": 1, "optim": optim
-        },
-        "baseline": {**recipe["stages"]["baseline"], "train": "thin", "epochs": 3},
-    }  # fmt: skip
+def runs(tmp_path_factory):
+    """The chain under one teacher with two seeds, imitation and distillation beside as many plain epochs."""
     place = tmp_path_factory.mktemp("several")
+    recipe = chain(encode_part(place, 600, 200))
+    stages = recipe["stages"]
+    recipe["data"]["seed"] = stages["teacher"]["seed"] = 0
+    stages["distill"]["epochs"] = 1
+    del stages["finetune"]
+    stages["baseline"] = {"train": "thin", "objective": "labels", "epochs": 3, "optim": {"lr": 0.05}}
+    found = []
     for seed in (0, 1):
         job = write_job(place, {**recipe, "name": f"chain-{seed}", "seed": seed})
-        prepared = prepare(load_recipe(job), finished_run.path.parent)
+        prepared = prepare(load_recipe(job), place / "runs")
         walk(prepared.run, [instance.key for instance in prepared.unfinished])
         found.append(prepared.run)
     return found
@@ -163,11 +158,12 @@ def test_several_seeds(runs, tmp_path):
     assert "(seeds 0, 1)" in result.stdout
 
 
-def test_runs_that_differ_in_more(runs, finished_run, tmp_path):
-    text, data = report([*runs, finished_run], out=tmp_path)
+def test_runs_that_differ_in_more(runs, copy, tmp_path):
+    copy.recipe_path.write_text(copy.recipe_path.read_text().replace("epochs: 3", "epochs: 4"))
+    text, data = report([*runs, copy], out=tmp_path / "out")
     assert [len(group["runs"]) for group in data["groups"]] == [2, 1]
     assert "| stages.baseline.epochs" in text
-    assert "stages.baseline.epochs" in (tmp_path / "runs.html").read_text()
+    assert "stages.baseline.epochs" in (tmp_path / "out" / "runs.html").read_text()
 
 
 def test_the_same_twice_is_refused(runs, copy):
