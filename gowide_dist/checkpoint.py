@@ -10,17 +10,71 @@ import hashlib
 import io
 import json
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from gowide_dist.errors import RunError
 from gowide_dist.run import sha256, write_atomically
 
 log = logging.getLogger(__name__)
+
+
+class Background:
+    """Does one piece of writing after the other in a thread, while training goes on.
+
+    The first that fails surfaces at the next `check`, `wait` or regular exit, and nothing is written after it.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._failure: BaseException | None = None
+
+    def __call__(self, write: Callable[[], None]) -> None:
+        """Do this next. What it writes may not change meanwhile."""
+        self._thread.submit(self._do, write)
+
+    def check(self) -> None:
+        """Raise what has gone wrong until now."""
+        if self._failure:
+            raise self._failure
+
+    def wait(self) -> None:
+        """Return when all is written. Raises what has gone wrong."""
+        self._thread.submit(int).result()  # the last in the line
+        self.check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.check()
+
+    def _do(self, write: Callable[[], None]) -> None:
+        if self._failure is None:
+            try:
+                write()
+            except BaseException as error:
+                self._failure = error
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of dictionaries, lists and tuples of tensors, on the CPU: training on does not change it."""
+    match state:
+        case Tensor():
+            return state.detach().to("cpu", copy=True)
+        case dict():
+            return {name: snapshot(value) for name, value in state.items()}
+        case list() | tuple():
+            return type(state)(snapshot(value) for value in state)
+    return state
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, about: dict[str, Any], keep: int) -> None:
@@ -29,7 +83,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, about: di
     torch.save(state, buffer)
     content = buffer.getbuffer()
     path = folder / f"step-{step:09d}.pt"
-    write_atomically(path, bytes(content))
+    write_atomically(path, content)
     about = {"step": step, **about, "sha256": hashlib.sha256(content).hexdigest()}
     write_atomically(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:

@@ -28,7 +28,7 @@ IDENTITY_FORMAT = 1  # raised when the code changes so that the same recipe give
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     try:

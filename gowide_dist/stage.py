@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.checkpoint import load_weights, whole_checkpoints
+from gowide_dist.checkpoint import Background, load_weights, whole_checkpoints
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.metrics import mean_over_samples
 from gowide_dist.networks import ResNet, Teacher, build_network
@@ -118,6 +118,7 @@ class _Training:
             self.name = f"{first.stage_name}/{{{','.join(instance.network_name for instance in instances)}}}"
         self.warned_of_data = False
         self.saved = self.counted = time.monotonic()
+        self.writing = Background()
         self.stored = None
         if isinstance(self.stage, KlStage) and self.stage.teacher_logits == "stored":
             self.stored = self._stored_logits(first, self.stage)
@@ -144,7 +145,7 @@ class _Training:
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
         return Student(
             instance, objective, shop.run.stage(instance.key), shop.identities, shop.recipe, shop.world,
-            self.loader.steps_per_epoch,
+            self.loader.steps_per_epoch, self.writing,
         )  # fmt: skip
 
     def run(self) -> dict[str, Done]:
@@ -154,7 +155,7 @@ class _Training:
             self.name, total, "steps", start=self.step,
             rate_unit="images", per_thing=self.recipe.batch_size, quiet=not self.world.is_main,
         )  # fmt: skip
-        with self.track:
+        with self.track, self.writing:
             if self.step:
                 self.track.line(f"{self.name}  continues at step {self.step:,} of {total:,}")
             for phase in range(self.timeline.num_phases):
@@ -235,6 +236,7 @@ class _Training:
         recipe, step, total = self.recipe, self.step, self.timeline.total_steps
         epoch, rest = divmod(step, self.timeline.steps_per_epoch)
         every_steps = recipe.checkpoints.every_steps
+        self.writing.check()
         signum = self.world.stop_vote() if step < total else 0
         save_due = bool(signum) or (every_steps is not None and step % every_steps == 0)
         if not (save_due or rest == 0 or step % recipe.log_every_steps == 0 or step == self.timeline.phase(phase).stop):
@@ -246,10 +248,12 @@ class _Training:
             every_minutes = recipe.checkpoints.every_minutes
             if save_due or (every_minutes and time.monotonic() - self.saved > 60 * every_minutes):
                 self._count_seconds()
+                self.writing.wait()  # for the states before, so that never more than one of each is in memory
                 for student in self.students:
                     student.save(step, self.stream)
                 self.saved = time.monotonic()
         if signum:
+            self.writing.wait()
             self.track.line(f"{self.name}  saved at step {step:,} of {total:,}: told to stop")
             raise Stopped(signum)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gowide_dist.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from gowide_dist.checkpoint import Background, load_checkpoint, save_checkpoint, save_weights, snapshot
 from gowide_dist.errors import UserError
 from gowide_dist.metrics import MetricsLog, NonFiniteLossError, StepMeter, StreamDigest
 from gowide_dist.objectives import Objective
@@ -52,9 +54,10 @@ class Student:
         recipe: Recipe,
         world: World,
         steps_per_epoch: int,
+        writing: Background,
     ) -> None:
         self.instance, self.objective, self.place = instance, objective, place
-        self.recipe, self.world = recipe, world
+        self.recipe, self.world, self.writing = recipe, world, writing
         self.fingerprint = fingerprint(identities[instance.key])
         self.parents = {key: fingerprint(identities[key]) for key in instance.parents}
         self.timeline = Timeline(steps_per_epoch, instance.stage.epochs, objective.num_phases)
@@ -111,7 +114,8 @@ class Student:
         try:
             values = self.meter.flush(self.world)
         except NonFiniteLossError as error:
-            raise self._diverged(int(error.args[0])) from error
+            newest = self.world.share(self._newest() if self.world.is_main else None)
+            raise self._diverged(int(error.args[0]), newest) from error
         values["images_per_s"] = values.pop("steps_per_s") * self.recipe.batch_size
         if self.metrics:
             self.metrics.append("train", step, {"epoch": step / self.timeline.steps_per_epoch, "lr": rate, **values})
@@ -123,9 +127,9 @@ class Student:
             self.metrics.append("val", step, {"epoch": step / self.timeline.steps_per_epoch, **results})
 
     def save(self, step: int, stream: StreamDigest) -> None:
-        """Write the whole training state; the main process's business."""
+        """Copy the whole training state, to be written in the background; the main process's business."""
         if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
-            raise self._diverged(step)
+            raise self._diverged(step, self._newest())
         state = {
             "objective": self.objective.state_dict(),
             "descent": self.descent.state_dict(),
@@ -136,7 +140,10 @@ class Student:
             "stream": str(stream),
         }
         about = {"stage": self.instance.key, "fingerprint": self.fingerprint, "world_size": self.world.size}
-        save_checkpoint(self.place.checkpoints, state, step=step, about=about, keep=self.recipe.checkpoints.keep)
+        keep = self.recipe.checkpoints.keep
+        self.writing(
+            partial(save_checkpoint, self.place.checkpoints, snapshot(state), step=step, about=about, keep=keep)
+        )
 
     def finish(self, step: int, results: Mapping[str, float], stream: StreamDigest) -> Done:
         """Write the finished weights and say so; the main process's business."""
@@ -185,14 +192,18 @@ class Student:
         losses["loss"].backward()
         self.objective.zero_grad()
 
-    def _diverged(self, step: int) -> TrainingError:
+    def _newest(self) -> Path | None:
+        """The newest checkpoint, those that are being written included."""
+        self.writing.wait()
+        return max(self.place.checkpoints.glob("step-*.pt"), default=None)
+
+    def _diverged(self, step: int, newest: Path | None) -> TrainingError:
         stage = self.instance.stage
         assert stage.optim is not None
         phases = (self.timeline.phase(phase) for phase in range(self.timeline.num_phases))
         steps = next(steps for steps in phases if step - 1 in steps)
         rate = learning_rate(step - 1, steps, self.timeline.steps_per_epoch, stage.optim, stage.schedule)
-        saved = sorted(self.place.checkpoints.glob("step-*.pt"))
-        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was due before"
+        kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was due before"
         return TrainingError(
             f"{self.instance.key}: the loss is not finite at step {step:,} (learning rate {rate:g}); "
             f"lower stages.{self.instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"

@@ -1,8 +1,10 @@
 """The training loop in this process alone: every option does what it says, and none breaks an exact restart."""
 
+import errno
 import itertools
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from gowide_dist import load_model, load_recipe, student
+from gowide_dist import checkpoint, load_model, load_recipe, student
+from gowide_dist.checkpoint import whole_checkpoints
 from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.objectives import Labels
 from gowide_dist.pipeline import prepare, walk
-from gowide_dist.run import read_metrics
+from gowide_dist.run import Run, read_metrics
 from tests.fashion import SOURCE, chain, encode_part, write_job
 
 
@@ -169,6 +172,46 @@ def test_restarts_are_exact_with_every_option(train, monkeypatch, tmp_path, key,
         train(*overrides, **again)
     monkeypatch.setattr(student, "save_checkpoint", save)
     assert sha(train(*overrides, **again), key) == sha(undisturbed, key)
+
+
+def test_checkpoints_are_snapshots_written_while_training_goes_on(train, monkeypatch, tmp_path):
+    """Step 3 is written only after step 5: what lies there is the state of step 3, and the end is the same."""
+    overrides = ["stages.teacher.optim={lr: 0.05, ema: 0.9}"]
+    undisturbed = train(*overrides)
+    save, descend, later = student.save_checkpoint, student.Student.descend, threading.Event()
+    steps = itertools.count(1)
+
+    def slow_save(*arguments, step, **rest):
+        assert later.wait(60), "training waits for a checkpoint to be written"
+        save(*arguments, step=step, **rest)
+        raise PowerCut
+
+    def count(self, rate):
+        descend(self, rate)
+        if next(steps) == 5:
+            later.set()
+
+    again = {"name": "cut", "into": tmp_path / "elsewhere"}
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(student, "save_checkpoint", slow_save)
+        patch.setattr(student.Student, "descend", count)
+        train(*overrides, **again)
+    assert whole_checkpoints(tmp_path / "elsewhere" / "cut" / "stages" / "teacher" / "wide" / "checkpoints") == [3]
+    assert sha(train(*overrides, **again)) == sha(undisturbed)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_training(train, monkeypatch, tmp_path):
+    """At the next step, with the error of the file system; nothing is written after it, nothing is finished."""
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(name="full", into=tmp_path / "elsewhere")
+    place = Run(tmp_path / "elsewhere" / "full").stage("teacher/wide")
+    assert place.done is None
+    assert not list(place.checkpoints.iterdir())
 
 
 def test_thin_in_all_channels(train):
