@@ -154,27 +154,44 @@ def bench(
     overrides: Overrides = None,
     data: Annotated[Path | None, typer.Option(help="Another dataset than the recipe's.")] = None,
     images: Annotated[Path | None, typer.Option(help="The same images as class folders, for torchvision.")] = None,
-    only: Annotated[str, typer.Option(help="What to measure: loader.")] = "loader",
+    only: Annotated[list[str] | None, typer.Option(help="What to measure, see above; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Measure this machine, in one run against the plain way: ratios.
+    """Measure this machine: each way of working against the plain one, in turns in one run, as ratios.
 
-    Example: `gowide bench jobs/demo.yaml --only loader`
+    - `loader`: images a second against stock FFCV's and torchvision's
+    - `loop`: a step of the training loop over a bare forward, backward, step; **less is better**
+    - `teacher`: a plain teacher's forward pass over ours
+    - `imitate`: the plain way of imitation, with hooks on a teacher that runs whole for every block, over ours
+    - `distill_stored`: a distillation step with a live teacher over one with stored logits
+    - `students_together`: three students in a stage each over three in one pass
+    - `two_processes`: images a second of two processes with a thread each over one with two threads
+    - `checkpoint`: share of the training time that saving costs; **less is better**
+    - `start_seconds`: seconds from `gowide run` to the first training step; **less is better**
+    - `growth`, only when it is named: seconds and memory at 1, 2 and 4 times the images, the width and the processes
+
+    With `--json` every name but `loader` and `growth` has `ratio`, the median of `pairs` that were measured in turns,
+    between the quartiles `low` and `high`, then `what` is over what, its `target`, and details. `machine` says what it
+    was measured on: on a busy machine the spread shows it. Networks, batch size and images are the recipe's, the
+    weights random. Nothing is written but into a temporary folder.
+
+    Example: `gowide bench jobs/demo.yaml --only imitate --only loop`
     """
-    from gowide_dist.insight.bench import loader
+    from gowide_dist.insight import bench as benches
     from gowide_dist.recipe import load_recipe
 
     recipe = load_recipe(job, overrides or [])
-    if only != "loader":
-        raise UserError(f"bench: nothing called '{only}' to measure; valid: loader")
-    resolution = recipe.data.resolution if recipe.data.augment.crop else None
-    result = loader(data or recipe.data.train.parent, images, batch_size=recipe.batch_size, resolution=resolution)
+    names = benches.choose(recipe, only or [])
+    machine = benches.machine()
+    if not as_json:
+        print_line(", ".join(f"{name} {value}" for name, value in machine.items()))
+    results = {}
+    for name, result in benches.measure(recipe, names, data=data, images=images):
+        results[name] = result
+        if not as_json:
+            print_line(benches.as_text(name, result))
     if as_json:
-        print_line(json.dumps({"loader": result}, indent=2))
-        return
-    print_line("loader, medians over the rounds of one run:")
-    for name, value in result.items():
-        print_line(f"  {name:20}{value}")
+        print_line(json.dumps({"machine": machine, **results}, indent=2))
 
 
 @app.command()

@@ -83,7 +83,8 @@ def _race(contenders: dict[str, Callable[[], Epoch]]) -> tuple[dict[str, list[fl
             process.start()
             theirs.close()  # so that its death is seen as the end of the pipe
             processes.append(process)
-            pipes[name].recv()
+        for pipe in pipes.values():
+            pipe.recv()
         for epoch in range(1, _ROUNDS + 1):
             for name, pipe in pipes.items():
                 pipe.send(epoch)
