@@ -18,7 +18,13 @@ DETAILS = {
     "loop": ["bare_step_ms", "steps_per_pair"],
     "imitate": ["bottom_up", "images_and_epochs_per_block"],
     "distill_stored": ["live_step_ms", "stored_step_ms", "teacher_flops_over_students"],
-    "checkpoint": ["cost_of_a_save_ms", "parameters", "standstill_of_a_save_ms", "step_ms"],
+    "checkpoint": [
+        "cost_of_a_save_ms",
+        "parameters",
+        "save_in_the_foreground_ms",
+        "standstill_of_a_save_ms",
+        "step_ms",
+    ],
     "students_together": [],
     "teacher": ["compile_seconds", "compiled", "not_compiled"],
 }

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gowide_dist.architecture import Architecture
+from gowide_dist.checkpoint import save_checkpoint
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.insight.bench.pairs import Figure, clock, in_turns, milliseconds, seconds_of, spread
 from gowide_dist.insight.bench.subject import OPTIM, Subject, TrainingStep
@@ -78,9 +80,22 @@ def checkpoint(subject: Subject) -> Figure:
         [cost / (60 * minutes) for cost in costs],
         cost_of_a_save_ms=milliseconds(costs),
         standstill_of_a_save_ms=milliseconds(stalls),
+        save_in_the_foreground_ms=milliseconds(_foreground_saves(subject, widest)),
         step_ms=milliseconds(stream.seconds),
         parameters=widest.num_parameters(num_classes),
     )
+
+
+def _foreground_saves(subject: Subject, architecture: Architecture) -> list[float]:
+    """Seconds of writing a training state (weights, statistics, momentum) while nothing else is done."""
+    network = subject.plain_network(architecture)
+    state = {"objective": network.state_dict(), "momentum": list(network.parameters())}
+    folder = subject.folder / "checkpoints"
+    folder.mkdir()
+    return [
+        seconds_of(partial(save_checkpoint, folder, state, step=step, about={}, keep=1))
+        for step in range(subject.effort.pairs)
+    ]
 
 
 def _run_loop(subject: Subject, architecture: Architecture, stream: _Stream, **changes: Any) -> None:
