@@ -19,7 +19,7 @@ _MOST_TURNS = 50
 class Effort:
     """How much to measure: so many pairs, in each of which every side works for about so many seconds."""
 
-    pairs: int = 7
+    pairs: int = 5
     seconds: float = 2.0
 
 

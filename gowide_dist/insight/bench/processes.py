@@ -86,8 +86,8 @@ def start_group(recipe: Recipe, architecture: Architecture, num_processes: int, 
         for pipe in pipes:
             pipe.close()
         for process in processes:
-            process.join(timeout=10)
-            process.kill()  # if it is still there
+            process.kill()  # it has nothing to lose
+            process.join()
 
 
 def _member(pipe: Connection, variables: dict[str, Any], recipe: Recipe, architecture: Architecture) -> None:

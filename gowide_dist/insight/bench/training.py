@@ -32,7 +32,8 @@ from gowide_dist.student import autocast
 from gowide_dist.teacher_logits import Layout, Source, TeacherLogits, stored_logits
 from gowide_dist.transforms import linear_transform
 
-_STEPS_AROUND_SAVE = 10
+_WARM_UP_STEPS = 5
+_STEPS_AROUND_SAVE = 6
 _NUM_STUDENTS = 3
 
 
@@ -44,9 +45,9 @@ def loop(subject: Subject) -> Figure:
     """
     steps = subject.recipe.log_every_steps  # in a pair, so that every pair has a line in the log
     bare = _bare_step(subject)
-    stream = _Stream("loop", subject, (subject.effort.pairs + 1) * steps, bare)
+    stream = _Stream("loop", subject, _WARM_UP_STEPS + subject.effort.pairs * steps, bare)
     _run_loop(subject, subject.student, stream)
-    loops, bares = (_sums(seconds, steps)[1:] for seconds in (stream.seconds, stream.seconds_before))  # the first warms
+    loops, bares = (_sums(seconds[_WARM_UP_STEPS:], steps) for seconds in (stream.seconds, stream.seconds_before))
     return Figure.of(
         "a step of the training loop over a bare forward, backward, step on the same tensors, data in memory",
         "at most 1.03",
