@@ -173,7 +173,10 @@ class Spent(NamedTuple):
 
 
 def spent(key: str, recipe: Recipe, num_classes: int, images_per_epoch: int) -> Spent:
-    """Student epochs, images and multiply-adds up to the end of instance `key`, teacher's answers included."""
+    """Student epochs, images and multiply-adds up to the end of instance `key`, teacher's answers included.
+
+    Also where these were stored: they are counted for every student, as if it had asked.
+    """
     instance = recipe.instances[key]
     images = instance.stage.epochs * images_per_epoch
     before = spent(instance.init, recipe, num_classes, images_per_epoch) if instance.init else Spent(0, 0, 0.0)
