@@ -29,7 +29,8 @@ class Cluster:
     """The dev cluster, and what tests do to its jobs."""
 
     def __init__(self, folder):
-        self.env = {**os.environ, "DEVCLUSTER_DIR": str(folder), "PORT0": "17400"}
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each has a cluster of its own
+        self.env = {**os.environ, "DEVCLUSTER_DIR": str(folder), "PORT0": str(17400 + 100 * worker)}
         self.conf = folder / "etc" / "slurm.conf"
 
     def __call__(self, *arguments):
