@@ -65,7 +65,9 @@ class DatasetKind(StrEnum):
 
 @app.command()
 def encode(
-    dataset: Annotated[DatasetKind, typer.Argument(help="What to encode, in torchvision's layout on disk.")],
+    dataset: Annotated[
+        DatasetKind, typer.Argument(help="What to encode: torchvision's layouts on disk, or FFCV's files.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for train.beton, val.beton and dataset.json.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
     write_mode: Annotated[
@@ -89,12 +91,12 @@ def encode(
     """
     from gowide_dist.data import encode as encoders
 
-    mode = write_mode or {DatasetKind.IMAGEFOLDER: "jpg", DatasetKind.FFCV: "as it is"}.get(dataset, "raw")
-    named = {"raw": 0.0, "jpg": 1.0, "as it is": None}
-    try:
-        jpg_share = named[mode] if mode in named else float(mode)
-    except ValueError as error:
-        raise UserError(f"--write-mode {mode}: should be raw, jpg or a part such as 0.5") from error
+    jpg_share = {DatasetKind.IMAGEFOLDER: 1.0, DatasetKind.FFCV: None}.get(dataset, 0.0)
+    if write_mode:
+        try:
+            jpg_share = float({"raw": "0", "jpg": "1"}.get(write_mode, write_mode))
+        except ValueError as error:
+            raise UserError(f"--write-mode {write_mode}: should be raw, jpg or a part such as 0.5") from error
     options = encoders.Options(jpg_share, quality, max_side_px, subset, held_out, skip_bad, workers)
     if dry_run and not cluster:
         raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
@@ -254,18 +256,20 @@ def plan(
     Example: `gowide plan jobs/imagenet_rn50.yaml --cluster slurm/clusters/gpu8.yaml`
     """
     from gowide_dist.insight import plan as plans
+    from gowide_dist.insight import scale as scales
+    from gowide_dist.insight.assumed import data_size
     from gowide_dist.launch.local import default_num_processes
     from gowide_dist.launch.profile import load_profile
     from gowide_dist.recipe import load_recipe
 
     recipe, profile = load_recipe(job, overrides or []), load_profile(cluster) if cluster else None
     if scale:
-        assumptions, rows = plans.scale(recipe, plans.data_size(recipe, images, classes), profile)
+        assumptions, rows = scales.scale(recipe, data_size(recipe, images, classes), profile)
         if as_json:
             simulated = [row._asdict() for row in rows]
             print_line(json.dumps({"assumptions": assumptions, "nodes": simulated}, indent=2))
         else:
-            print_line(plans.scale_table(assumptions, rows))
+            print_line(scales.table(assumptions, rows))
         return
     if measure and profile:
         raise UserError("plan: --measure times this machine; leave out --cluster, or run it in a job there")

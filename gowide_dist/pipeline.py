@@ -254,6 +254,8 @@ def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Rec
 def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
     """The recipe with its class count filled in, and the checksums of its files. Raises DataError if they don't fit."""
     data = recipe.data
+    cuts = {"train": ("augment.crop", data.augment.crop, "{scale: [0.08, 1.0]}"),
+            "val": ("center_crop", data.center_crop, "0.875")}  # fmt: skip
     infos: dict[str, DatasetInfo] = {}
     checksums: dict[str, str] = {}
     for name, path in (("train", data.train), ("val", data.val)):
@@ -265,6 +267,12 @@ def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
         if info.fixed_side_px not in (None, data.resolution):
             raise DataError(
                 f"data.resolution: the images of {path} have {info.fixed_side_px} px, the recipe says {data.resolution}"
+            )
+        key, given, example = cuts[name]
+        if info.fixed_side_px is None and given is None:
+            raise DataError(
+                f"data.{key}: the images of {path} have {info.min_side_px} to {info.max_side_px} px; "
+                f"say how they become {data.resolution} px, for example data.{key}: {example}"
             )
         if name == "train" and split.samples < recipe.batch_size:
             raise DataError(

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from gowide_dist import load_recipe
 from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.pipeline import prepare, walk
+from gowide_dist.run import Run
 from tests.idx import write_idx
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
@@ -67,3 +70,10 @@ def write_job(folder: Path, recipe: dict[str, Any]) -> Path:
     path = folder / f"{recipe['name']}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+def train(runs: Path, recipe: dict[str, Any], *only: str) -> Run:
+    """The run of a recipe, or of those stages of it, trained in this process."""
+    prepared = prepare(load_recipe(write_job(runs, recipe)), runs, only=only)
+    walk(prepared.run, list(prepared.selected))
+    return prepared.run

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from gowide_dist import load_model
+from gowide_dist.data.encode import Options, encode_image_folder
 from gowide_dist.run import Run, read_metrics
 from tests.command import gowide, killed_when, refused
+from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, write_job
 
 STAGES = ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
@@ -203,6 +205,16 @@ def test_a_loss_that_is_no_number_stops_the_stage(job, tmp_path):
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(job, tmp_path, overrides, message):
     assert message in refused("run", job, "--runs", tmp_path / "runs", "--nproc", 2, *overrides)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_images_of_many_sizes_need_to_be_cut(job, tmp_path):
+    write_image_folder(tmp_path / "images", 80, 20, num_classes=10)
+    encode_image_folder(tmp_path / "data", tmp_path / "images", Options(jpg_share=1.0, workers=1))
+    given = [f"data.{part}={tmp_path / 'data' / part}.beton" for part in ("train", "val")]
+    arguments = ["run", job, "--runs", tmp_path / "runs", *given]
+    assert "say how they become 28 px, for example data.augment.crop: {scale: [0.08, 1.0]}" in refused(*arguments)
+    assert "for example data.center_crop: 0.875" in refused(*arguments, "data.augment.crop={scale: [0.5, 1.0]}")
     assert not (tmp_path / "runs").exists()
 
 

@@ -59,6 +59,10 @@ def test_encode_an_image_folder(tmp_path):
         (["encode", "cifar10", "--out", "x"], "encode cifar10: give the folder of the dataset as --root"),
         (["encode", "fashion-mnist", "--out", "x", "--root", "nowhere"], "nowhere: not found"),
         (
+            ["encode", "fashion-mnist", "--out", "x", "--write-mode", "as it is"],
+            "--write-mode as it is: should be raw, jpg or a part",
+        ),
+        (
             ["encode", "fashion-mnist", "--out", "x", "--write-mode", "bmp"],
             "--write-mode bmp: should be raw, jpg or a part",
         ),

@@ -22,7 +22,7 @@ from gowide_dist.run import Run, read_metrics, try_lock
 from gowide_dist.stop import Stopped
 from gowide_dist.teacher_logits import Answers, answers, coarsened
 from tests.command import gowide, killed_when
-from tests.fashion import chain, encode_part, write_job
+from tests.fashion import chain, encode_part, train, write_job
 
 STORED = "stages.distill.teacher_logits=stored"
 BARE = "stages.distill.init=null"
@@ -37,9 +37,7 @@ def data(tmp_path_factory):
 def taught(data, tmp_path_factory):
     """A folder of runs with one that has trained a teacher."""
     runs = tmp_path_factory.mktemp("runs")
-    recipe = load_recipe(write_job(runs, chain(data, name="taught")))
-    prepared = prepare(recipe, runs, only=["teacher"])
-    walk(prepared.run, ["teacher/wide"])
+    train(runs, chain(data, name="taught"), "teacher")
     return runs
 
 

@@ -11,6 +11,7 @@ from gowide_dist.networks import Teacher
 from gowide_dist.pipeline import prepare, walk
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.student import TrainingError
+from tests import fashion
 from tests.command import gowide, killed_when
 from tests.fashion import chain, encode_part, write_job
 
@@ -38,8 +39,7 @@ def data(tmp_path_factory):
 def taught(data, tmp_path_factory):
     """A folder of runs with one that has trained the teacher."""
     runs = tmp_path_factory.mktemp("taught")
-    prepared = prepare(load_recipe(write_job(runs, students(data))), runs, only=["teacher"])
-    walk(prepared.run, ["teacher/wide"])
+    fashion.train(runs, students(data), "teacher")
     return runs
 
 

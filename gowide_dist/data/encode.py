@@ -69,8 +69,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"{name} {value}: give a number above 0")
-        if self.jpg_share is None and self.max_side_px is not None:
-            raise DataError("max_side_px: stored images stay as they are unless --write-mode says how to store them")
+        for name in ("max_side_px", "quality"):
+            if self.jpg_share is None and getattr(self, name) != getattr(Options, name):
+                raise DataError(f"{name}: stored images stay as they are unless --write-mode says how to store them")
 
     @property
     def storage(self) -> Storage:
@@ -135,6 +136,8 @@ def encode(name: str, out: Path, root: Path | None, options: Options) -> Dataset
 
 
 def _encode(name: str, out: Path, root: Path, options: Options) -> DatasetInfo:
+    if options.jpg_share is None and name != "ffcv":
+        raise DataError(f"encode {name}: only FFCV files hold images that can stay as they are; give a write mode")
     encoding: Encoding = {"dataset": name, "root": str(root.resolve()), **options.differing()}
     if info := find_encoded(out, encoding):
         return info

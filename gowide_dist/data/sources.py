@@ -177,19 +177,17 @@ def read_ffcv(root: Path) -> Dataset:
     Class names, which such files don't hold, are the lines of classes.txt there, or else the labels' numbers. Raises
     DataError if a file is missing, damaged or holds something else than images with labels.
     """
-    files = {name: _find_ffcv(root, name) for name in ("train", "val")}
-    if files["train"] is None:
+    names: tuple[SplitName, ...] = ("train", "val")
+    splits = {name: _objects(*read_foreign(path)) for name in names if (path := _find_ffcv(root, name))}
+    if "train" not in splits:
         raise DataError(f"{root}: no file train*.beton or train*.ffcv in it")
-    splits: dict[SplitName, Images] = {}
-    for name, path in (("train", files["train"]), ("val", files["val"])):
-        if path is not None:
-            splits[name] = _objects(*read_foreign(path))  # type: ignore[index]
     highest = max(int(split.labels.max()) for split in splits.values())
     lowest = min(int(split.labels.min()) for split in splits.values())
-    names = root / "classes.txt"
-    classes = tuple(names.read_text().splitlines() if names.exists() else map(str, range(highest + 1)))
+    file = root / "classes.txt"
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else map(str, range(highest + 1))
+    classes = tuple(lines)
     if lowest < 0 or highest >= len(classes):
-        raise DataError(f"{root}: labels {lowest} to {highest}, but {len(classes):,} classes; mend {names}")
+        raise DataError(f"{root}: labels {lowest} to {highest}, but {len(classes):,} classes; mend {file}")
     return Dataset(f"FFCV files in {root}", classes, splits)
 
 

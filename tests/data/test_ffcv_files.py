@@ -16,27 +16,26 @@ from tests.command import gowide, refused
 class _Photos:
     """Images of changing sides with labels, as FFCV's writer wants them."""
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, count: int, label_first: bool = False):
+        self.count, self.label_first = count, label_first
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple:
         y, x = np.mgrid[: 40 + index, : 30 + 2 * index]
         pixels = np.stack([3 * x % 256, 2 * y % 256, np.full_like(x, 7 * index % 256)], axis=2)
-        return Image.fromarray(pixels.astype(np.uint8)), index % 3
+        sample = Image.fromarray(pixels.astype(np.uint8)), index % 3
+        return sample[::-1] if self.label_first else sample
 
 
 def _write(path: Path, count: int, write_mode: str, label_first: bool = False) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    fields = {
-        "image": RGBImageField(write_mode=write_mode, compress_probability=0.5, jpeg_quality=90),
-        "label": IntField(),
-    }
-    photos = _Photos(count)
+    image = RGBImageField(write_mode=write_mode, compress_probability=0.5, jpeg_quality=90)
+    fields = {"label": IntField(), "image": image} if label_first else {"image": image, "label": IntField()}
+    photos = _Photos(count, label_first)
     DatasetWriter(str(path), fields, num_workers=2, page_size=1 << 21).from_indexed_dataset(photos)
 
 
@@ -44,7 +43,7 @@ def _write(path: Path, count: int, write_mode: str, label_first: bool = False) -
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stock")
     _write(root / "train_500_0.50_90.ffcv", 40, "proportion")
-    _write(root / "val.beton", 10, "raw")
+    _write(root / "val.beton", 10, "raw", label_first=True)
     return root
 
 
@@ -80,9 +79,9 @@ def test_class_names_come_from_a_file(stock: Path, tmp_path: Path):
     assert '"bee"' in (tmp_path / "out" / "dataset.json").read_text()
     (root / "classes.txt").write_text("ant\n")
     assert "labels 0 to 2, but 1 classes" in refused("encode", "ffcv", "--root", root, "--out", tmp_path / "other")
-    assert "stay as they are" in refused(
-        "encode", "ffcv", "--root", root, "--out", tmp_path / "other", "--max-side-px", 32
-    )
+    for option in ("--max-side-px", "--quality"):
+        line = refused("encode", "ffcv", "--root", root, "--out", tmp_path / "other", option, 32)
+        assert "stored images stay as they are" in line
 
 
 def test_damaged_files_are_refused(stock: Path, tmp_path: Path):

@@ -12,8 +12,10 @@ import torch
 from gowide_dist import build_network, load_recipe
 from gowide_dist.data.encode import encode_fashion_mnist
 from gowide_dist.errors import DataError, UserError
+from gowide_dist.insight.assumed import data_size
 from gowide_dist.insight.costs import memory_per_process
-from gowide_dist.insight.plan import data_size, plan, scale, table
+from gowide_dist.insight.plan import plan, table
+from gowide_dist.insight.scale import scale
 from gowide_dist.launch.profile import Device, Profile
 from gowide_dist.pipeline import check_data
 from gowide_dist.run import Done, Run, fingerprint, identities

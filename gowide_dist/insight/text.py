@@ -1,0 +1,33 @@
+"""Numbers and tables as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def listed(values: Mapping[str, str]) -> str:
+    """Names and values, a line each."""
+    width = max(map(len, values))
+    return "\n".join(f"  {name:{width}}  {value}" for name, value in values.items())
+
+
+def columns(lines: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:
+    """Lines of cells, those of columns `left` to the left, the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def in_hours(hours: float) -> str:
+    """Three digits of a few hours, one decimal of many."""
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.3g}"
+
+
+def gigabytes(num_bytes: float) -> str:
+    """In GB of 10^9 bytes, three digits."""
+    return f"{num_bytes / 1e9:.3g} GB"
