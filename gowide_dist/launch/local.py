@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from gowide_dist.errors import InternalError, UserError
@@ -49,12 +50,8 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.ERROR)  # the workers have said what went wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory(prefix="gowide-") as scratch:
         error_file = Path(scratch) / "error.json"
-        os.environ[ERROR_FILE_VARIABLE] = str(error_file)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -68,7 +65,8 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
             start_method="spawn",
         )
         try:
-            elastic_launch(config, sys.executable)("-m", module, *arguments)
+            with _for_workers(error_file, num_processes):
+                elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
             if error_file.exists():
                 raise UserError(json.loads(error_file.read_text())["message"]) from error
@@ -76,6 +74,27 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
             raise WorkerError(f"process {rank} ended with exit code {failure.exitcode}; see its error above") from error
         except SignalException as error:
             raise KeyboardInterrupt from error
+
+
+@contextlib.contextmanager
+def _for_workers(error_file: Path, num_processes: int) -> Iterator[None]:
+    """The environment that torchrun's workers inherit, and torchrun itself silent: the workers have said what is wrong.
+
+    Both end with the workers, or whatever this process starts next would take them over.
+    """
+    before = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ[ERROR_FILE_VARIABLE] = str(error_file)
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def leave_error(message: str) -> None:

@@ -108,11 +108,17 @@ class Submitted:
         return self.run.stage(key).done
 
     def until(self, key, moment, what):
-        """Wait for a moment, while the job is alive."""
+        """Wait for a moment, while the job is alive; Slurm is asked seldom, for it may take seconds to answer."""
+        asked = time.monotonic()
 
         def there():
-            assert self.squeue(key, "State") not in ("FAILED", "CANCELLED", "TIMEOUT"), f"{key} failed before {what}"
-            return moment()
+            nonlocal asked
+            if moment():
+                return True
+            if time.monotonic() - asked > 3:
+                assert self.squeue(key, "State") not in ("FAILED", "CANCELLED", "TIMEOUT"), f"failed before {what}"
+                asked = time.monotonic()
+            return False
 
         try:
             until(there, what)

@@ -70,7 +70,7 @@ def test_a_process_that_dies_and_one_that_hangs(long, undisturbed):
     submitted.reaches(KEY, 30)
     submitted.signal(KEY, signal.SIGKILL, 1)
     submitted.until(KEY, lambda: submitted.log(KEY).count("Starting with") == 2, "the second start")
-    submitted.reaches(KEY, 130)
+    submitted.reaches(KEY, 110)
     submitted.signal(KEY, signal.SIGSTOP, 1)
     submitted.until(KEY, lambda: submitted.log(KEY).count("Starting with") == 3, "the third start")
     check_same(submitted, undisturbed)
