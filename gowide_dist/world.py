@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from gowide_dist import stop
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("GOWIDE_COLLECTIVE_TIMEOUT_S", "600")))
 _PR_SET_PDEATHSIG = 1
+_GLOO_THREADS_SETTLE_S = 0.1
 
 Value = TypeVar("Value")
 
@@ -155,6 +157,9 @@ def join() -> Iterator[World]:
     finally:
         if size > 1:
             dist.destroy_process_group()
+            # DDP leaves a reference to the group behind, so that gloo's threads outlive it. One that wants the
+            # interpreter, to let go of its last work's objects, while that is ending makes the process abort.
+            time.sleep(_GLOO_THREADS_SETTLE_S)
 
 
 _TORCHRUN_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

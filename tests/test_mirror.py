@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -17,18 +18,28 @@ def offline(monkeypatch, tmp_path):
     return folder
 
 
-def sent(folder):
-    """Run ids and, in order, the history of all W&B runs that were begun in a stage's folder."""
+def records(path):
+    """What a W&B file holds. The process that writes it may end it a moment after `finish()` has come back."""
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
-    ids, names, history = set(), set(), []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
-        store = DataStore()
+    deadline = time.monotonic() + 20
+    while True:
+        store, found = DataStore(), []
         store.open_for_scan(str(path))
         while content := store.scan_data():
-            record = Record()
-            record.ParseFromString(content)
+            found.append(Record.FromString(content))
+        if found and found[-1].HasField("exit"):
+            return found
+        assert time.monotonic() < deadline, f"{path}: never ended"
+        time.sleep(0.05)
+
+
+def sent(folder):
+    """Run ids and, in order, the history of all W&B runs that were begun in a stage's folder."""
+    ids, names, history = set(), set(), []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        for record in records(path):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
                 names.add((record.run.project, record.run.run_group, record.run.display_name))
