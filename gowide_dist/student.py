@@ -116,6 +116,9 @@ class Student:
         except NonFiniteLossError as error:
             newest = self.world.share(self._newest() if self.world.is_main else None)
             raise self._diverged(int(error.args[0]), newest) from error
+        values["comm_wait"] = min(
+            1 - values["data_wait"], self.world.communication_s(self.trained) * values["steps_per_s"]
+        )
         values["images_per_s"] = values.pop("steps_per_s") * self.recipe.batch_size
         if self.metrics:
             self.metrics.append("train", step, {"epoch": step / self.timeline.steps_per_epoch, "lr": rate, **values})

@@ -124,6 +124,18 @@ class World:
         )
 
     @staticmethod
+    def communication_s(wrapped: nn.Module) -> float:
+        """Seconds of a step in which a wrapped module's gradients travel, or wait for other processes to be ready,
+        while nothing else is computed. Averaged since it was wrapped over the steps that DDP times: the first ten and
+        every hundredth.
+        """
+        if not isinstance(wrapped, DistributedDataParallel):
+            return 0.0
+        timed: dict[str, int] = wrapped._get_ddp_logging_data()  # type: ignore[no-untyped-call]  # nanoseconds
+        hidden = timed.get("avg_backward_compute_comm_overlap_time", 0)
+        return max(0, timed.get("avg_backward_comm_time", 0) - hidden) / 1e9
+
+    @staticmethod
     def gradients_apart(wrapped: nn.Module, apart: bool = True) -> AbstractContextManager[None]:
         """Inside, if `apart`, gradients of a wrapped module add up in each process and are not averaged yet."""
         if apart and isinstance(wrapped, DistributedDataParallel):

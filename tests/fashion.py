@@ -77,3 +77,9 @@ def train(runs: Path, recipe: dict[str, Any], *only: str) -> Run:
     prepared = prepare(load_recipe(write_job(runs, recipe)), runs, only=only)
     walk(prepared.run, list(prepared.selected))
     return prepared.run
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of a metrics file without what differs from run to run."""
+    times = ("images_per_s", "data_wait", "comm_wait", "seconds")
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]

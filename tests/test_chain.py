@@ -12,7 +12,7 @@ from gowide_dist.data.encode import Options, encode_image_folder
 from gowide_dist.run import Run, read_metrics
 from tests.command import gowide, killed_when, refused
 from tests.data.conftest import write_image_folder
-from tests.fashion import chain, encode_part, write_job
+from tests.fashion import chain, encode_part, without_times, write_job
 
 STAGES = ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
 
@@ -42,11 +42,13 @@ def weights(run):
 
 
 def what_was_measured(run, key):
-    lines = read_metrics(run.stage(key).metrics)
-    return [
-        {name: value for name, value in line.items() if name not in ("images_per_s", "data_wait", "seconds")}
-        for line in lines
-    ]
+    return without_times(read_metrics(run.stage(key).metrics))
+
+
+def test_two_processes_say_what_their_gradients_cost(finished):
+    lines = [line for line in read_metrics(finished[0].stage("finetune/thin").metrics) if line["kind"] == "train"]
+    assert lines
+    assert all(0 < line["comm_wait"] < 1 - line["data_wait"] for line in lines)
 
 
 def test_the_run_directory(finished, data):

@@ -13,7 +13,7 @@ from gowide_dist.run import Run, read_metrics
 from gowide_dist.student import TrainingError
 from tests import fashion
 from tests.command import gowide, killed_when
-from tests.fashion import chain, encode_part, write_job
+from tests.fashion import chain, encode_part, without_times, write_job
 
 NETWORKS = ["thin", "slim", "narrow"]
 STAGES = ["imitate", "distill", "finetune"]
@@ -64,10 +64,7 @@ def results(run, stages=STAGES):
     found = {}
     for key in (f"{stage}/{network}" for stage in stages for network in NETWORKS):
         done = run.stage(key).done
-        lines = [
-            {name: value for name, value in line.items() if name not in ("images_per_s", "data_wait", "seconds")}
-            for line in read_metrics(run.stage(key).metrics)
-        ]
+        lines = without_times(read_metrics(run.stage(key).metrics))
         found[key] = done.model_sha256, done.stream, done.fingerprint, done.top1, lines
     return found
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gowide_dist.insight.results import Standing, View
+from gowide_dist.insight.results import TIME_HEAD, Standing, View
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,11 +129,9 @@ def draw_cost(axes: Axes, view: View) -> None:
 
 def draw_times(axes: Axes, view: View) -> None:
     """Where the time of each stage went."""
-    parts = ("compute", "data", "validation", "between", "rest")
-    labels = ("computing", "waiting for data", "validation", "checkpoints, phases", "start-up, rest")
     keys, left = list(view.times), [0.0] * len(view.times)
-    for part, label, colour in zip(parts, labels, COLOURS, strict=False):
-        widths = [(getattr(spent, part) or 0.0) / 60 for spent in view.times.values()]
+    for part, (label, colour) in enumerate(zip(TIME_HEAD[1:-1], COLOURS, strict=False)):
+        widths = [(spent[part] or 0.0) / 60 for spent in view.times.values()]
         if any(widths):
             axes.barh(keys, widths, left=left, color=colour, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]

@@ -74,11 +74,18 @@ class Standing:
         return f"epoch {self.lines[-1]['epoch']:.2f} of {self.instance.stage.epochs}{last}"
 
 
+TIME_HEAD = (
+    "stage", "computing", "waiting for data", "communication", "validation", "checkpoints, phases", "start-up, rest",
+    "in all",
+)  # fmt: skip
+
+
 class Times(NamedTuple):
     """Where the seconds of a stage instance went; None where its metrics do not tell."""
 
-    compute: float  # communication between processes included
+    compute: float  # communication included where that is None
     data: float  # waiting for it
+    communication: float | None  # of gradients, that no computing hides
     validation: float | None
     between: float | None  # checkpoints, and setting up phases
     rest: float  # start-up and finishing, and what is None above
@@ -89,7 +96,7 @@ def times(standing: Standing, batch_size: int) -> Times | None:
     """Where the time of a stage went, from its metrics; None if there are none."""
     if not any(line["kind"] == "train" for line in standing.lines):
         return None
-    training = data = validation = between = 0.0
+    training = data = communication = validation = between = 0.0
     step = 0
     now: float | None = None
     for line in standing.lines:
@@ -98,6 +105,7 @@ def times(standing: Standing, batch_size: int) -> Times | None:
         if line["kind"] == "train":
             took = (line["step"] - step) * batch_size / line["images_per_s"]
             training, data, step = training + took, data + took * line["data_wait"], line["step"]
+            communication += took * line.get("comm_wait", 0.0)
         if then is not None and now is not None:
             gap = max(0.0, now - then - took)
             if line["kind"] == "val":
@@ -108,7 +116,13 @@ def times(standing: Standing, batch_size: int) -> Times | None:
     total = standing.done.seconds if standing.done else max(training, now or 0.0)
     known = training + (validation + between if timed else 0.0)
     return Times(
-        training - data, data, validation if timed else None, between if timed else None, max(0.0, total - known), total
+        training - data - communication,
+        data,
+        communication if all("comm_wait" in line for line in standing.lines if line["kind"] == "train") else None,
+        validation if timed else None,
+        between if timed else None,
+        max(0.0, total - known),
+        total,
     )
 
 
@@ -192,11 +206,4 @@ def as_json(seen: View) -> dict[str, Any]:
 
 def time_cells(key: str, spent_s: Times) -> tuple[str, ...]:
     """A row of the table of times."""
-    parts = (*spent_s[:2], None, *spent_s[2:])  # communication is part of computing
-    return (key, *("not measured" if part is None else clock(part) for part in parts))
-
-
-TIME_HEAD = (
-    "stage", "computing", "waiting for data", "communication", "validation", "checkpoints, phases", "start-up, rest",
-    "in all",
-)  # fmt: skip
+    return (key, *("not measured" if part is None else clock(part) for part in spent_s))
