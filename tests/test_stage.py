@@ -12,8 +12,9 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gowide_dist import checkpoint, load_model, load_recipe, student
+from gowide_dist import checkpoint, load_model, load_recipe, stage, student
 from gowide_dist.checkpoint import whole_checkpoints
 from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.data.idx import read_idx
@@ -126,6 +127,47 @@ def test_what_cannot_change_the_weights_does_not(train):
     other = train("log_every_steps=1", "eval_every_epochs=2", "checkpoints.every_steps=2", "checkpoints.keep=1")
     assert sha(other) == sha(plain)
     assert other.stage("teacher/wide").done.fingerprint == plain.stage("teacher/wide").done.fingerprint
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts `.item()`, `float(tensor)` and their like, for each of which the host waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(train, monkeypatch):
+    """In training no scalar is read but where averages are recorded and where the network is evaluated."""
+    reads, elsewhere = ScalarReads(), []
+
+    def counted(method):
+        def call(*args):
+            with reads:
+                return method(*args)
+
+        return call
+
+    def uncounted(method):
+        def call(*args):
+            before = reads.count
+            result = method(*args)
+            elsewhere.append(reads.count - before)
+            reads.count = before
+            return result
+
+        return call
+
+    training = stage._Training
+    monkeypatch.setattr(training, "_train_phase", counted(training._train_phase))
+    for name in ("_record", "_evaluate"):
+        monkeypatch.setattr(training, name, uncounted(getattr(training, name)))
+    busy = ["stages.teacher.optim.clip_norm=1", "stages.teacher.optim.ema=0.9", "stages.teacher.mixup=0.2"]
+    train("seed=1", *busy, "checkpoints.every_steps=null", only=["distill"])
+    assert sum(elsewhere) > 0, "reads are seen where there are some"
+    assert reads.count == 0
 
 
 def test_accumulation_equals_the_big_batch(train, monkeypatch):

@@ -132,6 +132,7 @@ def plan(
         raise DataError(f"batch_size: {recipe.batch_size} is more than the {size.train:,} training images")
     progress = _progress(recipe, runs) if images is None else {}
     here = cores_here(num_processes)
+    fed: set[str] = set() if profile else _fed_along(recipe, progress)
     stages = []
     warnings: list[str] = []
     stored = {stream_of(recipe.instances[key]) for key, state in progress.items() if isinstance(state, str)}
@@ -142,7 +143,8 @@ def plan(
             stored.add(stream)
         resources = profile.resources(instance) if profile else here
         device = device_of(resources, profile is not None)
-        stage = _plan_stage(instance, recipe, size, resources, device, progress.get(instance.key), measured)
+        state = progress.get(instance.key)
+        stage = _plan_stage(instance, recipe, size, resources, device, state, measured, is_fed=instance.key in fed)
         stages.append(stage)
         if stage.steps_left:
             validation_s = _validation_seconds(instance, recipe, size, stage, device, measured)
@@ -182,6 +184,13 @@ def _progress(recipe: Recipe, runs: Path) -> dict[str, str | int]:
     return found
 
 
+def _fed_along(recipe: Recipe, progress: dict[str, str | int]) -> set[str]:
+    """Instances that `gowide run` trains in one pass with another of their stage, which has asked the teacher."""
+    to_do = [instance for instance in recipe.instances.values() if not isinstance(progress.get(instance.key), str)]
+    first = {instance.stage_name: instance.key for instance in reversed(to_do)}
+    return {instance.key for instance in to_do if first[instance.stage_name] != instance.key}
+
+
 def _saved_step(place: StageDir, mine: str) -> int:
     """The step of the newest checkpoint of this very training, else 0."""
     for about in sorted(place.checkpoints.glob("step-*.json"), reverse=True):
@@ -201,7 +210,10 @@ def _plan_stage(
     device: Device,
     progress: str | int | None,
     measured: Measured | None,
+    *,
+    is_fed: bool,
 ) -> StagePlan:
+    """is_fed: the teacher answers another student of the stage anyway."""
     num_processes = resources.num_processes[0]
     recipe.check_processes(num_processes)
     share = recipe.batch_size // num_processes
@@ -213,6 +225,8 @@ def _plan_stage(
         0 if is_done else math.ceil((epochs // recipe.eval_every_epochs or 1) * (left / steps if steps else 1))
     )
     macs = training_macs(instance, recipe, size.classes)
+    if is_fed:
+        macs = macs._replace(teacher=0.0)
     one_pass = size.val * validation_macs(instance, recipe, size.classes)
     if measured and not is_done:
         seconds = _measured_seconds(instance, recipe, size, num_processes, left, evaluations, measured)

@@ -76,6 +76,18 @@ def test_stored_answers_are_asked_for_once(data, tmp_path):
     assert "(2 epochs x 180 images x 20 bytes, all 10 classes)" in result.notes[0]
 
 
+def test_students_of_one_stage_ask_together_here(data, tmp_path):
+    recipe = chain(data)
+    recipe["networks"]["thinner"] = {**recipe["networks"]["thin"], "depths": [1, 1]}
+    kd = {**recipe["stages"]["distill"], "init": None, "train": ["thin", "thinner"]}
+    recipe["stages"] = {"teacher": recipe["stages"]["teacher"], "kd": kd}
+    recipe = load_recipe(write_job(tmp_path, recipe))
+    _, *here = plan(recipe, tmp_path / "runs").stages
+    _, *jobs = on(recipe, tmp_path).stages
+    assert [stage.macs.teacher > 0 for stage in here] == [True, False]
+    assert [stage.macs.teacher > 0 for stage in jobs] == [True, True]
+
+
 def test_requeues_by_hand(job, tmp_path):
     recipe = load_recipe(job)
     seconds = 3600 * on(recipe, tmp_path).stages[0].hours  # with 30 s to start
