@@ -168,6 +168,7 @@ def bench(
     - `distill_stored`: a distillation step with a live teacher over one with stored logits
     - `students_together`: three students in a stage each over three in one pass
     - `two_processes`: images a second of two processes with a thread each over one with two threads
+    - `simulation`: a step of two processes as `plan --scale` simulates it, over one that was measured
     - `checkpoint`: share of the training time that saving costs; **less is better**
     - `start_seconds`: seconds from `gowide run` to the first training step; **less is better**
     - `growth`, only when it is named: seconds and memory at 1, 2 and 4 times the images, the width and the processes

@@ -76,11 +76,12 @@ def test_figures_of_training(figures, name):
 
 def test_processes_and_the_start(job):
     no_teacher = load_recipe(job, ["stages={only: {train: thin, objective: labels, epochs: 1, optim: {lr: 0.1}}}"])
-    names = ["two_processes", "start_seconds"]
+    names = ["two_processes", "simulation", "start_seconds"]
     found = dict(bench.measure(no_teacher, names, effort=Effort(pairs=1, seconds=0)))
     assert list(found) == names
     assert found["two_processes"]["ratio"] > 0
     assert found["two_processes"]["gradient_communication_share"] < 1
+    assert found["simulation"]["ratio"] > 0
     assert 0 < found["start_seconds"]["ratio"] < 300
 
 
@@ -98,7 +99,8 @@ def test_what_is_measured_is_chosen(job):
     assert "growth" not in bench.choose(recipe, [])
     assert bench.choose(recipe, ["growth", "loop"]) == ["loop", "growth"]
     no_teacher = load_recipe(job, ["stages={only: {train: thin, objective: labels, epochs: 1, optim: {lr: 0.1}}}"])
-    assert bench.choose(no_teacher, []) == ["loader", "loop", "two_processes", "checkpoint", "start_seconds"]
+    without = ["loader", "loop", "two_processes", "simulation", "checkpoint", "start_seconds"]
+    assert bench.choose(no_teacher, []) == without
     with pytest.raises(UserError, match="imitate needs a stage with objective blocks, which recipe chain has not"):
         bench.choose(no_teacher, ["imitate"])
     with pytest.raises(UserError, match="nothing called 'lop' to measure, did you mean 'loop'"):

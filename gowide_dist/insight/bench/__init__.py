@@ -29,6 +29,7 @@ _FIGURES: dict[str, Callable[[Subject], Figure]] = {
     "distill_stored": training.distill_stored,
     "students_together": training.students_together,
     "two_processes": processes.two_processes,
+    "simulation": processes.simulation,
     "checkpoint": training.checkpoint,
     "start_seconds": processes.start_seconds,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -20,8 +21,11 @@ from torch import Tensor
 
 from gowide_dist.architecture import Architecture
 from gowide_dist.errors import UserError
+from gowide_dist.insight.assumed import cores_here, device_of
 from gowide_dist.insight.bench.pairs import Effort, Figure, in_turns, spread
 from gowide_dist.insight.bench.subject import Subject, TrainingStep
+from gowide_dist.insight.costs import BACKWARD
+from gowide_dist.insight.simulate import Cluster, Work, all_reduce_s, step_s
 from gowide_dist.networks import build_network
 from gowide_dist.objectives import Labels
 from gowide_dist.pipeline import check_data, open_images
@@ -50,8 +54,15 @@ class Group:
 
     def train(self, num_steps: int, *, apart: bool = False) -> Report:
         """Train so many steps; the slowest process's seconds, the memory of all. apart: gradients stay unaveraged."""
+        return self._do("apart" if apart else "train", num_steps)
+
+    def average(self, times: int) -> Report:
+        """Average as many numbers as the network has parameters, so many times, and compute nothing."""
+        return self._do("average", times)
+
+    def _do(self, what: str, times: int) -> Report:
         for pipe in self._pipes:
-            pipe.send((num_steps, apart))
+            pipe.send((what, times))
         try:
             reports = [Report(*pipe.recv()) for pipe in self._pipes]
         except EOFError as error:
@@ -100,19 +111,23 @@ def _member(pipe: Connection, variables: dict[str, Any], recipe: Recipe, archite
         network = build_network(architecture, images.num_classes).to(memory_format=torch.channels_last)
         step = TrainingStep(Labels(network), recipe, world)
         stream = _endless(images, recipe.seed)
+        gradients = torch.zeros(sum(parameter.numel() for parameter in network.parameters()))
         while command := _next(pipe):
-            num_steps, apart = command
+            what, times = command
             start = time.perf_counter()
-            for _ in range(num_steps):
-                step(*next(stream), apart=apart)
-                world.stop_vote()  # as the training loop does
+            for _ in range(times):
+                if what == "average":
+                    world.sum(gradients)
+                else:
+                    step(*next(stream), apart=what == "apart")
+                    world.stop_vote()  # as the training loop does
             pipe.send((time.perf_counter() - start, _peak_memory_mib()))
         stream.close()
 
 
-def _next(pipe: Connection) -> tuple[int, bool] | None:
+def _next(pipe: Connection) -> tuple[str, int] | None:
     try:
-        command: tuple[int, bool] = pipe.recv()
+        command: tuple[str, int] = pipe.recv()
     except EOFError:
         return None
     return command
@@ -181,6 +196,57 @@ def _two_over_one(subject: Subject, architecture: Architecture) -> tuple[dict[st
         )
     without = spread(seconds["apart"], seconds["two"])["ratio"]
     return seconds, round(1 - without, 3)
+
+
+def simulation(subject: Subject) -> Figure:
+    """A step of two processes as `plan --scale` simulates it, over one that was measured.
+
+    The simulation is told what one process alone computes in a second, and how fast the two average as many numbers
+    as they have gradients; the rest is its own.
+    """
+    of_student, *of_teacher = [
+        _simulated(subject, architecture) for architecture in [subject.student, *list(_teachers(subject.recipe))[:1]]
+    ]
+    details: dict[str, Any] = {"teacher": spread(*of_teacher[0])} if of_teacher else {}
+    return Figure.of(
+        "seconds of a step of two processes with one thread each, simulated over measured; on labels",
+        "about 1", *of_student, **details,
+    )  # fmt: skip
+
+
+def _simulated(subject: Subject, architecture: Architecture) -> tuple[list[float], list[float]]:
+    """Seconds of a step of two processes, pair for pair: simulated, and measured."""
+    recipe = subject.recipe
+    classes = recipe.data.classes
+    assert classes is not None, "a subject's recipe is resolved"
+    flops = 2 * (1 + BACKWARD) * architecture.macs(classes, recipe.data.resolution)
+    gradient_bytes = 4 * architecture.num_parameters(classes)
+    work = Work(recipe.batch_size, flops, 0.0, 0.0, gradient_bytes, 0.0)
+    with (
+        start_group(recipe, architecture, 1, num_threads=1) as one,
+        start_group(recipe, architecture, 2, num_threads=1) as two,
+    ):
+        seconds = in_turns(
+            "simulation",
+            {
+                "one": lambda: one.train(_STEPS_PER_TURN),
+                "two": lambda: two.train(_STEPS_PER_TURN),
+                "average": lambda: two.average(_STEPS_PER_TURN),
+            },
+            subject.effort,
+        )
+    simulated = []
+    overlap = device_of(cores_here(2), is_cluster=False).overlap
+    for alone_s, average_s in zip(seconds["one"], seconds["average"], strict=True):
+        bandwidth = all_reduce_s(gradient_bytes, 2, 1.0) * _STEPS_PER_TURN / average_s
+        node = Cluster(
+            devices_per_node=2, device_flops=recipe.batch_size * flops * _STEPS_PER_TURN / alone_s,
+            within_node_bytes_s=bandwidth, between_nodes_bytes_s=math.inf, overlap=overlap,
+            images_s_per_node=math.inf, write_bytes_s=math.inf, start_s=0.0, timeout_s=math.inf,
+            checkpoint_every_s=math.inf,
+        )  # fmt: skip
+        simulated.append(step_s(work, node, 1, recipe.batch_size).total * _STEPS_PER_TURN)
+    return simulated, seconds["two"]
 
 
 def start_seconds(subject: Subject) -> Figure:
