@@ -17,7 +17,10 @@ from gowide_dist.errors import RunError, is_full
 from gowide_dist.insight import compare, plots, results
 from gowide_dist.insight.measured import measure
 from gowide_dist.insight.results import View, view
+from gowide_dist.insight.text import in_hours
 from gowide_dist.run import Run, write_atomically
+
+PAGE_HEAD = (*results.HEAD, "hours")
 
 
 def report(runs: Sequence[Run], *, measured: bool = True, out: Path | None = None) -> tuple[str, dict[str, Any]]:
@@ -63,7 +66,7 @@ def _one(seen: View, folder: Path) -> tuple[str, dict[str, Any]]:
     where = sorted({latency.where for latency in seen.measured.latency.values()})
     _render("report", folder / "report.html", {
         "seen": seen,
-        "head": results.HEAD,
+        "head": PAGE_HEAD,
         "rows": [_filled(row) for row in seen.rows],
         "teachers": {f"{row.stage}/{row.network}": row.teacher for row in seen.rows if row.teacher},
         "where": "; ".join(where),
@@ -108,7 +111,7 @@ def _several(views: list[View], folder: Path) -> tuple[str, dict[str, Any]]:
         "beside": compare.beside(groups),
         "differences": compare.differences(groups),
         "runs": [
-            (seen.run.path, seen.recipe.seed, results.HEAD, [_filled(row) for row in seen.rows], seen.unfinished)
+            (seen.run.path, seen.recipe.seed, PAGE_HEAD, [_filled(row) for row in seen.rows], seen.unfinished)
             for seen in views
         ],
         "pictures": pictures,
@@ -149,9 +152,10 @@ def _draw_one(seen: View, folder: Path) -> dict[str, list[plots.Picture]]:
 
 
 def _filled(row: results.Result) -> list[str]:
-    """The cells of a row, saying what is not measured; a teacher has none to agree with."""
+    """The cells of a row under PAGE_HEAD, saying what is not measured; a teacher has none to agree with."""
     nothing = {results.HEAD.index("agrees %"): "" if row.teacher is None else "not measured"}
-    return [cell or nothing.get(index, "not measured") for index, cell in enumerate(results.cells(row))]
+    measured = [cell or nothing.get(index, "not measured") for index, cell in enumerate(results.cells(row))]
+    return [*measured, in_hours(row.hours)]
 
 
 def _imitations(seen: View) -> list[tuple[str, list[str], list[list[str]]]]:
