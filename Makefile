@@ -35,7 +35,7 @@ demo: setup
 	$(BIN)/gowide run jobs/demo.yaml --nproc 2
 
 test: setup lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 devcluster: setup
 	slurm/devcluster/cluster.sh up

@@ -1,6 +1,21 @@
 """For all tests."""
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the files that wait for Slurm over the run, so that something else computes meanwhile."""
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    waiting = [name for name in files if name.startswith("tests/slurm/")]
+    others = [name for name in files if name not in waiting]
+    part = -(-len(others) // max(1, len(waiting)))
+    order: list[str] = []
+    for index, name in enumerate(sorted(waiting, key=lambda name: -len(files[name]))):
+        order += [name, *others[index * part : (index + 1) * part]]
+    items[:] = [item for name in order or others for item in files[name]]

@@ -139,13 +139,19 @@ def cluster(tmp_path_factory):
     if os.getuid():
         pytest.skip("only root can give the nodes namespaces of their own")
     found = Cluster(tmp_path_factory.mktemp("cluster"))
-    os.environ["SLURM_CONF"] = str(found.conf)
     try:
         found("up")
         yield found
     finally:
         found("down")
-        del os.environ["SLURM_CONF"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def commands_reach_it(cluster):
+    """Files of other folders that come in between find no Slurm."""
+    os.environ["SLURM_CONF"] = str(cluster.conf)
+    yield
+    del os.environ["SLURM_CONF"]
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +179,7 @@ def long_stage(data):
     return recipe
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def undisturbed(cluster, long_stage, tmp_path_factory):
     """What comes of it when nothing happens."""
     submitted = Submitted(cluster, tmp_path_factory.mktemp("undisturbed"), long_stage)
