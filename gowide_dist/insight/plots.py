@@ -138,7 +138,7 @@ def draw_times(axes: Axes, view: View) -> None:
     axes.invert_yaxis()
     axes.set(title="where the time went", xlabel="minutes")
     if axes.patches:
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
 
 
 def draw_runs(axes: Axes, title: str, values: dict[str, list[float]]) -> None:
