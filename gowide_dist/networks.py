@@ -167,6 +167,18 @@ def build_network(architecture: Architecture | Mapping[str, Any], num_classes: i
     return ResNet(architecture, num_classes)
 
 
+def take_over(student: ResNet, teacher: ResNet) -> None:
+    """Give a student every weight and statistic of the teacher that has the same name and shape.
+
+    Where networks differ in `width` alone these are the stem, the shortcuts, the last norm of every unit and the
+    classifier: all but the convolutions at the narrow place, and their norms.
+    """
+    theirs = teacher.state_dict()
+    for name, mine in student.state_dict().items():
+        if mine.ndim and name in theirs and theirs[name].shape == mine.shape:  # norms' counts of batches have none
+            mine.copy_(theirs[name])
+
+
 class Teacher:
     """A trained network that only answers: in eval mode, without gradient, part of no module and of no checkpoint.
 

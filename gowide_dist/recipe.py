@@ -177,14 +177,26 @@ class LabelsStage(StageBase):
     mixup: NonNegative = 0.0  # alpha of the Beta distribution that mixes pairs of images; 0 mixes none
 
 
-class BlocksStage(StageBase):
+class TaughtStage(StageBase):
+    """What stages with a teacher have in common."""
+
+    teacher: Reference
+    start: Literal["teacher", "fresh"] = "fresh"  # teacher: from every weight of its that fits: same name, same shape
+
+    @model_validator(mode="after")
+    def _check_start(self) -> TaughtStage:
+        if self.start == "teacher" and self.init is not None:
+            raise ValueError("start: teacher and init both say which weights the stage starts from; keep one of them")
+        return self
+
+
+class BlocksStage(TaughtStage):
     """Imitation of the teacher's block outputs: mean squared errors, one for each block.
 
-    The paper leaves open what these options say; see the README.
+    The paper leaves open what these options say; see docs/method.md.
     """
 
     objective: Literal["blocks"]
-    teacher: Reference
     order: Literal["bottom-up", "joint"] = "bottom-up"  # bottom-up: each block in its equal share of the epochs
     inputs: Literal["student", "teacher"] = "student"  # whose lower block's output a block works on while it trains
     prefix: Literal["frozen", "trained"] = "frozen"  # whether a block's error also trains the blocks below it
@@ -197,11 +209,10 @@ class BlocksStage(StageBase):
         return self
 
 
-class KlStage(StageBase):
+class KlStage(TaughtStage):
     """Distillation of the teacher's output: KL divergence at a temperature, mixed with cross-entropy on the labels."""
 
     objective: Literal["kl"]
-    teacher: Reference
     temperature: Positive = 1.0
     labels_weight: Fraction = 0.0  # part of the cross-entropy; the KL divergence has the rest
     teacher_logits: Literal["live", "stored"] = "live"  # stored: once for all stages with this teacher and this stream
@@ -340,7 +351,7 @@ class Recipe(Frozen):
             init = teacher = None
             if isinstance(stage.init, str):
                 init = self._parent(f"stages.{name}.init", stage.init, prefer=network)
-            if isinstance(stage, BlocksStage | KlStage):
+            if isinstance(stage, TaughtStage):
                 teacher = self._parent(f"stages.{name}.teacher", stage.teacher, prefer=None)
             seed = self.seed if stage.seed is None else stage.seed
             yield Instance(
@@ -380,13 +391,21 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
         raise RecipeError(
             f"{place}.init: {instance.init} has another architecture than network '{instance.network_name}'"
         )
-    if instance.teacher and instance.stage.objective == "blocks":
-        theirs = instances[instance.teacher].architecture
-        if mine.num_blocks != theirs.num_blocks or mine.stem != theirs.stem:
-            raise RecipeError(
-                f"{place}.teacher: {instance.teacher} ({theirs.num_blocks} blocks, {theirs.stem} stem) and network "
-                f"'{instance.network_name}' ({mine.num_blocks} blocks, {mine.stem} stem) have no blocks in common"
-            )
+    if instance.teacher is None:
+        return
+    theirs, stage = instances[instance.teacher].architecture, instance.stage
+    apart = mine.num_blocks != theirs.num_blocks or mine.stem != theirs.stem
+    if isinstance(stage, BlocksStage) and apart:
+        raise RecipeError(
+            f"{place}.teacher: {instance.teacher} ({theirs.num_blocks} blocks, {theirs.stem} stem) and network "
+            f"'{instance.network_name}' ({mine.num_blocks} blocks, {mine.stem} stem) have no blocks in common"
+        )
+    unlike = mine.stem != theirs.stem or mine.stem_channels != theirs.stem_channels
+    if isinstance(stage, TaughtStage) and stage.start == "teacher" and unlike:
+        raise RecipeError(
+            f"{place}.start: the stem of {instance.teacher} ({theirs.stem}, {theirs.stem_channels} channels) does not "
+            f"fit network '{instance.network_name}' ({mine.stem}, {mine.stem_channels}); start fresh, or thin its width"
+        )
 
 
 def _check_ramp(instance: Instance, data: Data) -> None:

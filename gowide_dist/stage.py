@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from gowide_dist.checkpoint import Background, load_weights, whole_checkpoints
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.metrics import mean_over_samples
-from gowide_dist.networks import ResNet, Teacher, build_network
+from gowide_dist.networks import ResNet, Teacher, build_network, take_over
 from gowide_dist.objectives import build_objective
 from gowide_dist.optim import learning_rate
 from gowide_dist.progress import Track, clock
-from gowide_dist.recipe import Instance, KlStage, Recipe
+from gowide_dist.recipe import Instance, KlStage, Recipe, TaughtStage
 from gowide_dist.run import Done, Run
 from gowide_dist.stop import Stopped
 from gowide_dist.student import Examples, Student, autocast
@@ -135,9 +135,13 @@ class _Training:
         network = build_network(instance.architecture, self.images.num_classes)
         if start := instance.init_file or (instance.init and shop.run.stage(instance.init).model):
             load_weights(start, network)
-        if instance.teacher and not self.stored:
+        from_teacher = isinstance(instance.stage, TaughtStage) and instance.stage.start == "teacher"
+        if instance.teacher and (from_teacher or not self.stored):
             wide = self._load_teacher(instance)  # every time: what is drawn afterwards is as if it trained alone
-            self.teacher = self.teacher or self._teacher(wide)
+            if from_teacher:
+                take_over(network, wide)
+            if not self.stored:
+                self.teacher = self.teacher or self._teacher(wide)
         objective = build_objective(instance.stage, self._placed(network), self.teacher, instance.seed)
         if self.recipe.compile:
             network.compile_blocks()

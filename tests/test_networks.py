@@ -5,7 +5,7 @@ import torchvision
 from gowide_dist import build_network
 from gowide_dist.architecture import Architecture
 from gowide_dist.errors import RecipeError
-from gowide_dist.networks import Teacher
+from gowide_dist.networks import Teacher, take_over
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,21 @@ def test_a_teacher_stops_at_the_block_that_is_needed():
     teacher._network.layer2.register_forward_hook(lambda *_: ran.append("layer2"))
     assert len(teacher.blocks(torch.randn(4, 3, 32, 32), 1)) == 1
     assert ran == []
+
+
+def test_a_student_takes_over_what_fits():
+    """Networks that differ in `width` alone differ at the narrow place: two convolutions, two norms, a third's input."""
+    narrow = {"conv1", "bn1", "conv2", "bn2", "conv3"}
+    thin, wide = (
+        build_network({"block": "bottleneck", "depths": [1, 2], "base": 8, "width": width}, 10) for width in (0.5, 2)
+    )
+    for tensor in wide.state_dict().values():
+        tensor.fill_(7)
+    take_over(thin, wide)
+    for name, tensor in thin.state_dict().items():
+        owner = name.split(".")[-2]
+        own = ("layer" in name and owner in narrow) or name.endswith("num_batches_tracked")
+        assert bool((tensor == 7).all()) != own, name
 
 
 def test_a_bad_architecture_is_one_line():

@@ -133,6 +133,7 @@ BAD = {
     "stages.teacher.epochs=0": "stages.teacher: epochs: 0 takes the weights of init, which is missing",
     "stages.teacher.optim=null": "stages.teacher: optim is required to train",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, inputs: teacher, prefix: trained}": "prefix: trained needs inputs: student",
+    "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, start: teacher, init: teacher}": "stages.imitate: start: teacher and init both say",
     "name=../up": "name: should be a name of letters",
 }  # fmt: skip
 
@@ -145,6 +146,11 @@ def test_bad_values_name_the_place_and_the_mend(job, override):
     assert BAD[override] in message
     assert "\n" not in message
     assert override in message or message.startswith(f"{job}: ")
+
+
+def test_a_student_that_fits_nowhere_cannot_start_from_its_teacher(job):
+    with pytest.raises(RecipeError, match=r"imitate\.start: the stem of teacher/wide .* does not fit network 'half'"):
+        load_recipe(job, ["stages.imitate.start=teacher", "networks.half.channels=0.5", "networks.wide.widen=quarter"])
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,11 @@ def test_decay_of_norms_counts(train):
         ("imitate/thin", ["stages.imitate.inputs=teacher"]),
         ("imitate/thin", ["stages.imitate.prefix=trained"]),
         ("imitate/thin", ["stages.imitate.classifier=fresh"]),
+        ("imitate/thin", ["stages.imitate.start=teacher"]),
         ("distill/thin", ["stages.distill.temperature=1"]),
         ("distill/thin", ["stages.distill.labels_weight=0.5"]),
         ("distill/thin", ["stages.distill.init=null"]),
+        ("distill/thin", ["stages.distill.init=null", "stages.distill.start=teacher"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
