@@ -391,17 +391,17 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
         raise RecipeError(
             f"{place}.init: {instance.init} has another architecture than network '{instance.network_name}'"
         )
-    if instance.teacher is None:
+    stage = instance.stage
+    if not isinstance(stage, TaughtStage):
         return
-    theirs, stage = instances[instance.teacher].architecture, instance.stage
-    apart = mine.num_blocks != theirs.num_blocks or mine.stem != theirs.stem
-    if isinstance(stage, BlocksStage) and apart:
+    assert instance.teacher is not None, "a stage that is taught names its teacher"
+    theirs = instances[instance.teacher].architecture
+    if isinstance(stage, BlocksStage) and (mine.num_blocks, mine.stem) != (theirs.num_blocks, theirs.stem):
         raise RecipeError(
             f"{place}.teacher: {instance.teacher} ({theirs.num_blocks} blocks, {theirs.stem} stem) and network "
             f"'{instance.network_name}' ({mine.num_blocks} blocks, {mine.stem} stem) have no blocks in common"
         )
-    unlike = mine.stem != theirs.stem or mine.stem_channels != theirs.stem_channels
-    if isinstance(stage, TaughtStage) and stage.start == "teacher" and unlike:
+    if stage.start == "teacher" and (mine.stem, mine.stem_channels) != (theirs.stem, theirs.stem_channels):
         raise RecipeError(
             f"{place}.start: the stem of {instance.teacher} ({theirs.stem}, {theirs.stem_channels} channels) does not "
             f"fit network '{instance.network_name}' ({mine.stem}, {mine.stem_channels}); start fresh, or thin its width"
