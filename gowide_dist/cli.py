@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from gowide_dist import stop
 from gowide_dist.errors import InternalError, UserError, is_full
 
 app = typer.Typer(
@@ -470,6 +471,7 @@ def print_line(text: str) -> None:
 
 def main() -> None:
     """Entry of the console script."""
+    stop.leave_quickly()
     try:
         app()
     except UserError as error:

@@ -352,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def work(task: Callable[[], None], place: Path) -> int:
     """Do a launched process's task; its exit status, as `main` says. `place`: where it writes."""
     stop.listen()
+    stop.leave_quickly()
     try:
         task()
     except UserError as error:
