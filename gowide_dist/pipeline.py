@@ -162,6 +162,13 @@ def run_here(prepared: Prepared, num_processes: int, *, apart: bool = False) -> 
         torchrun("gowide_dist.pipeline", arguments, num_processes)
 
 
+def check_world(recipe: Recipe, world: World) -> None:
+    """Raises RecipeError if these processes cannot train the recipe."""
+    recipe.check_processes(world.size)
+    if recipe.sync_batch_norm and world.size > 1 and world.device.type != "cuda":
+        raise RecipeError("sync_batch_norm: PyTorch has it for GPUs only, and there is none; set it to false")
+
+
 def walk(run: Run, keys: Sequence[str], *, apart: bool = False) -> None:
     """Train the named instances of a run, stage after stage; every process of the group calls this.
 
@@ -174,9 +181,7 @@ def walk(run: Run, keys: Sequence[str], *, apart: bool = False) -> None:
     recipe = load_recipe(run.recipe_path)
     recipe, checksums = check_data(recipe)
     with worlds.join() as world:
-        recipe.check_processes(world.size)
-        if recipe.sync_batch_norm and world.device.type != "cuda":
-            raise RecipeError("sync_batch_norm: PyTorch has it for GPUs only, and there is none; set it to false")
+        check_world(recipe, world)
         if world.is_main:
             run.write_environment(_devices(world.device), world.size)
         with open_images(recipe, world) as images:

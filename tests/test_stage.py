@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.objectives import Labels
-from gowide_dist.pipeline import prepare, walk
+from gowide_dist.pipeline import check_world, prepare, walk
 from gowide_dist.run import Run, read_metrics
+from gowide_dist.world import StopVote, World
 from tests.fashion import SOURCE, chain, encode_part, write_job
 
 
@@ -282,12 +284,33 @@ def test_compiled_training(train):
         assert torch.allclose(mine, theirs, rtol=0.05, atol=1e-3)
 
 
-def test_synchronised_batch_norm_needs_gpus(train):
-    if torch.cuda.is_available():
-        assert train("sync_batch_norm=true").stage("teacher/wide").done
-    else:
-        with pytest.raises(RecipeError, match="sync_batch_norm: PyTorch has it for GPUs only"):
-            train("sync_batch_norm=true")
+def test_synchronised_batch_norm(train, monkeypatch):
+    """Every norm is one that synchronises; in a process alone that changes nothing."""
+    trained = []
+
+    class Watched(student.Student):
+        def __init__(self, instance, objective, *rest):
+            trained.append(objective)
+            super().__init__(instance, objective, *rest)
+
+    monkeypatch.setattr(stage, "Student", Watched)
+    plain, synchronised = train("stages.teacher.epochs=1"), train("sync_batch_norm=true", "stages.teacher.epochs=1")
+    norms = [
+        [module for module in one.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)] for one in trained
+    ]
+    assert [{type(module) for module in found} for found in norms] == [{nn.BatchNorm2d}, {nn.SyncBatchNorm}]
+    assert len(norms[0]) == len(norms[1]) > 0
+    assert sha(synchronised) == sha(plain)
+    assert synchronised.stage("teacher/wide").done.fingerprint != plain.stage("teacher/wide").done.fingerprint
+
+
+def test_synchronised_batch_norm_of_several_processes_needs_gpus():
+    recipe = load_recipe("jobs/demo.yaml", ["sync_batch_norm=true"])
+    alone = World(0, 1, torch.device("cpu"), 1, StopVote(1))
+    check_world(recipe, alone)
+    check_world(recipe, replace(alone, size=2, device=torch.device("cuda")))
+    with pytest.raises(RecipeError, match="sync_batch_norm: PyTorch has it for GPUs only"):
+        check_world(recipe, replace(alone, size=2))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
