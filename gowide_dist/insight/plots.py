@@ -6,8 +6,8 @@ import base64
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import count, groupby
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gowide_dist.insight.results import TIME_HEAD, Standing, View
 
@@ -101,10 +101,12 @@ def draw_imitation(mse: Axes, top1: Axes, standing: Standing) -> None:
 
 def draw_accuracy(axes: Axes, view: View) -> None:
     """Validation accuracy over student epochs: a stage goes on where the one that it started from ends."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set(
         title="top-1 on the validation images", xlabel="epochs of the network, earlier stages included", ylabel="%"
     )
-    for colour, standing in zip(COLOURS * 8, view.standings.values(), strict=False):
+    for dress, standing in zip(_dresses(), view.standings.values(), strict=False):
         start, instance = 0, standing.instance
         while instance.init:
             instance = view.recipe.instances[instance.init]
@@ -112,19 +114,22 @@ def draw_accuracy(axes: Axes, view: View) -> None:
         epochs, accuracies = standing.curve("val", "top1")
         if epochs:
             shifted = [start + epoch for epoch in epochs]
-            axes.plot(shifted, accuracies, "o-", color=colour, markersize=4, label=standing.instance.key)
+            axes.plot(shifted, accuracies, marker="o", markersize=4, label=standing.instance.key, **dress)
     _finish(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_cost(axes: Axes, view: View) -> None:
     """Accuracy of the finished networks against the multiply-adds of one image; teachers are squares."""
-    axes.set(title="accuracy against cost", xlabel="MFLOPs of one image", ylabel="top-1 %", xscale="log")
+    axes.set(title="accuracy against cost", xlabel="MFLOPs of one image", ylabel="top-1 %")
     teachers = {standing.instance.teacher for standing in view.standings.values()}
-    for colour, row in zip(COLOURS * 8, view.rows, strict=False):
+    for dress, row in zip(_dresses(), view.rows, strict=False):
         key = f"{row.stage}/{row.network}"
-        axes.plot(row.mflops, row.top1, "s" if key in teachers else "o", color=colour, markersize=8, label=key)
+        dress["linestyle"] = ""
+        axes.plot(row.mflops, row.top1, marker="s" if key in teachers else "o", markersize=8, label=key, **dress)
     _finish(axes)
     axes.margins(x=0.2, y=0.15)
+    _logarithmic(axes, "x")
 
 
 def draw_times(axes: Axes, view: View) -> None:
@@ -166,19 +171,27 @@ def _curve(axes: Axes, standing: Standing, name: str, label: str, colour: str) -
         axes.plot(*val, "o", color=colour, markersize=4, label=None if train[0] else label)
 
 
-def _logarithmic(axes: Axes) -> None:
+def _dresses() -> Iterator[dict[str, Any]]:
+    """How lines are told apart: by colour; when these are used up, by being dashed with open dots as well."""
+    for round_ in count():
+        for colour in COLOURS:
+            more = {"markerfacecolor": "none", "linestyle": "--"} if round_ % 2 else {"linestyle": "-"}
+            yield {"color": colour, **more}
+
+
+def _logarithmic(axes: Axes, which: Literal["x", "y"] = "y") -> None:
     """A logarithmic axis with plain numbers on it, also where it spans less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     if axes.lines:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0), numticks=12))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        low, high = axes.get_ylim()
+        axes.set(**{f"{which}scale": "log"})
+        axis, (low, high) = (axes.xaxis, axes.get_xlim()) if which == "x" else (axes.yaxis, axes.get_ylim())
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0), numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if high / low < 4:
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+            axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         else:
-            axes.yaxis.set_minor_formatter("")
+            axis.set_minor_formatter("")
 
 
 def _finish(axes: Axes) -> None:

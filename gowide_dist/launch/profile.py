@@ -64,8 +64,13 @@ class Device(Frozen):
 
 
 def this_machine(num_cores: int, memory_gb: float | None = None) -> Device:
-    """So many cores of a machine that no profile describes: 64 GFLOP/s each, two AVX2 units at 2 GHz."""
-    return Device(name=f"{num_cores} CPU cores", tflops=0.064 * num_cores, efficiency=0.3, memory_gb=memory_gb)
+    """So many cores of a machine that no profile describes: 64 GFLOP/s each, two AVX2 units at 2 GHz.
+
+    Nothing overlaps: what averages the gradients are the cores that compute.
+    """
+    return Device(
+        name=f"{num_cores} CPU cores", tflops=0.064 * num_cores, efficiency=0.3, memory_gb=memory_gb, overlap=0.0
+    )
 
 
 class Settings(Frozen):

@@ -201,8 +201,8 @@ def _two_over_one(subject: Subject, architecture: Architecture) -> tuple[dict[st
 def simulation(subject: Subject) -> Figure:
     """A step of two processes as `plan --scale` simulates it, over one that was measured.
 
-    The simulation is told what one process alone computes in a second, and how fast the two average as many numbers
-    as they have gradients; the rest is its own.
+    The simulation is told what a process computes in a second, at twice its share of the batch and while the other one
+    computes too, and how fast the two average as many numbers as they have gradients; the rest is its own.
     """
     of_student, *of_teacher = [
         _simulated(subject, architecture) for architecture in [subject.student, *list(_teachers(subject.recipe))[:1]]
@@ -223,13 +223,13 @@ def _simulated(subject: Subject, architecture: Architecture) -> tuple[list[float
     gradient_bytes = 4 * architecture.num_parameters(classes)
     work = Work(recipe.batch_size, flops, 0.0, 0.0, gradient_bytes, 0.0)
     with (
-        start_group(recipe, architecture, 1, num_threads=1) as one,
+        start_group(recipe.model_copy(update={"batch_size": 2 * recipe.batch_size}), architecture, 2, 1) as apart,
         start_group(recipe, architecture, 2, num_threads=1) as two,
     ):
         seconds = in_turns(
             "simulation",
             {
-                "one": lambda: one.train(_STEPS_PER_TURN),
+                "apart": lambda: apart.train(_STEPS_PER_TURN, apart=True),
                 "two": lambda: two.train(_STEPS_PER_TURN),
                 "average": lambda: two.average(_STEPS_PER_TURN),
             },
@@ -237,10 +237,10 @@ def _simulated(subject: Subject, architecture: Architecture) -> tuple[list[float
         )
     simulated = []
     overlap = device_of(cores_here(2), is_cluster=False).overlap
-    for alone_s, average_s in zip(seconds["one"], seconds["average"], strict=True):
+    for apart_s, average_s in zip(seconds["apart"], seconds["average"], strict=True):
         bandwidth = all_reduce_s(gradient_bytes, 2, 1.0) * _STEPS_PER_TURN / average_s
         node = Cluster(
-            devices_per_node=2, device_flops=recipe.batch_size * flops * _STEPS_PER_TURN / alone_s,
+            devices_per_node=2, device_flops=recipe.batch_size * flops * _STEPS_PER_TURN / apart_s,
             within_node_bytes_s=bandwidth, between_nodes_bytes_s=math.inf, overlap=overlap,
             images_s_per_node=math.inf, write_bytes_s=math.inf, start_s=0.0, timeout_s=math.inf,
             checkpoint_every_s=math.inf,
