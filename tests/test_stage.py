@@ -39,9 +39,8 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def train(data, runs, tmp_path, monkeypatch):
+def train(data, runs, tmp_path):
     """Train stages of the tiny chain with overrides, in this process; the run."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the networks are too small for more
     count = itertools.count()
 
     def run(*overrides, only=("teacher",), name=None, into=None, **changes):

@@ -42,9 +42,8 @@ def taught(data, tmp_path_factory):
 
 
 @pytest.fixture
-def distill(data, taught, tmp_path, monkeypatch):
+def distill(data, taught, tmp_path):
     """Distil from that teacher in this process, with overrides; the run. Each test has its own folder of runs."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shutil.copytree(taught / "taught", tmp_path / "runs" / "taught")
     count = itertools.count()
 

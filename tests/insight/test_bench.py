@@ -58,9 +58,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def figures(job):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # the networks are too small for more
-        return dict(bench.measure(load_recipe(job), list(DETAILS), effort=LITTLE))
+    return dict(bench.measure(load_recipe(job), list(DETAILS), effort=LITTLE))
 
 
 @pytest.mark.parametrize("name", DETAILS)

@@ -35,7 +35,7 @@ def exported(finished_run):
     """The export that the documentation makes, and what making it printed."""
     root = finished_run.path.parents[1]
     for line in fenced_blocks(PAGE, "bash")[0].splitlines():
-        shown = gowide(*line.split()[1:], cwd=root, env={"OMP_NUM_THREADS": "1"})
+        shown = gowide(*line.split()[1:], cwd=root)
         assert shown.returncode == 0, shown.stderr
     return root / "exports" / "demo", shown.stdout
 

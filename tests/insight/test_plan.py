@@ -245,7 +245,7 @@ def test_measured(data, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     command = ("plan", job, "--measure", "--nproc", 2, "--runs", tmp_path / "runs", "--json")
-    result = gowide(*command, env={"TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"})
+    result = gowide(*command, env={"TMPDIR": str(scratch)})
     assert result.returncode == 0, result.stderr
     planned = json.loads(result.stdout)
     assert all(stage["hours"] > 0 and stage["num_processes"] == 2 for stage in planned["stages"])
