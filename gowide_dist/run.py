@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -297,6 +298,8 @@ def code_version() -> dict[str, Any]:
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
+        if not shutil.which("git"):
+            return None
         result = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
         return result.stdout.strip() if result.returncode == 0 else None
 

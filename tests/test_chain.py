@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from gowide_dist import load_model
 from gowide_dist.data.encode import Options, encode_image_folder
-from gowide_dist.run import Run, read_metrics
+from gowide_dist.run import Run, code_version, read_metrics
 from tests.command import gowide, killed_when, refused
 from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, without_times, write_job
@@ -227,3 +227,12 @@ def test_a_truncated_file_is_refused(data, tmp_path):
     job = write_job(tmp_path, chain(tmp_path / "data"))
     assert "truncated" in refused("run", job, "--runs", tmp_path / "runs", "--nproc", 2)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_machine_without_git(monkeypatch):
+    """Git says which commit it was, where there is git."""
+    assert set(code_version()) == {"gowide_dist", "commit", "dirty"}
+    monkeypatch.setenv("PATH", "/nowhere")
+    version = code_version()
+    assert version["gowide_dist"]
+    assert version["commit"] is version["dirty"] is None
