@@ -104,9 +104,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if isinstance(named, dict) and keys[1] not in named:
         raise RecipeError(f"override '{override}': no '{keys[1]}' in {keys[0]}, {nearest(keys[1], list(named))}")
     for depth, key in enumerate(keys[:-1]):
-        child = target.setdefault(key, {})
+        child = target.get(key, {})
         if not isinstance(child, dict):
             raise RecipeError(f"override '{override}': {'.'.join(keys[: depth + 1])} is a value, not a mapping of keys")
+        child = target[key] = dict(child)  # a copy: by an alias in YAML, other places have the same mapping
         target = child
     target[keys[-1]] = parse_yaml(text, f"override '{override}'")
 

@@ -90,6 +90,20 @@ def test_overrides_by_dotted_path(job):
     assert recipe.name == "other"
 
 
+def test_an_override_stays_in_its_place(tmp_path, job):
+    """Also where a YAML alias gives several stages the same mapping."""
+    values = yaml.safe_load(job.read_text())
+    shared = {"lr": 0.1}
+    for stage in values["stages"].values():
+        stage["optim"] = shared
+    path = tmp_path / "aliases.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert "*id001" in path.read_text()
+    rates = {name: stage.optim.lr for name, stage in load_recipe(path, ["stages.teacher.optim.lr=0.5"]).stages.items()}
+    assert rates.pop("teacher") == 0.5
+    assert set(rates.values()) == {0.1}
+
+
 BAD = {
     "stages.distill.epoch=3": "stages.distill: unknown key 'epoch', did you mean 'epochs'?",
     "stages.distil.epochs=3": "override 'stages.distil.epochs=3': no 'distil' in stages, did you mean 'distill'?",
