@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 import pytest
@@ -52,10 +53,12 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(tmp_path, num_pr
 
 def test_a_workers_refusal_reaches_the_user(tmp_path):
     environment, silent_up_to = dict(os.environ), logging.root.manager.disable
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(UserError, match="cannot be done by 2 processes"):
         torchrun("tests.test_world", ["refuse", str(tmp_path)], 2)
     assert dict(os.environ) == environment
     assert logging.root.manager.disable == silent_up_to
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_a_failed_worker_is_told_from_a_refusal(tmp_path):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 from gowide_dist.errors import InternalError, UserError
 
 ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker leaves the error that the launcher shows
+
+_TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class WorkerError(InternalError):
@@ -80,9 +83,11 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
 def _for_workers(error_file: Path, num_processes: int) -> Iterator[None]:
     """The environment that torchrun's workers inherit, and torchrun itself silent: the workers have said what is wrong.
 
-    Both end with the workers, or whatever this process starts next would take them over.
+    Both end with the workers, or whatever this process starts next would take them over; so does what torchrun does on
+    signals, which leaves a traceback.
     """
     before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in _TORCHRUN_SIGNALS}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ[ERROR_FILE_VARIABLE] = str(error_file)
@@ -91,6 +96,9 @@ def _for_workers(error_file: Path, num_processes: int) -> Iterator[None]:
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # not Python's
+                signal.signal(number, handler)
         logging.disable(level)
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
