@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gowide_dist import stop
+from gowide_dist.collector import collect_seldom
 from gowide_dist.errors import InternalError, UserError, is_full
 
 app = typer.Typer(
@@ -471,7 +471,7 @@ def print_line(text: str) -> None:
 
 def main() -> None:
     """Entry of the console script."""
-    stop.leave_quickly()
+    collect_seldom()
     try:
         app()
     except UserError as error:

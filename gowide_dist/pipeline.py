@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import itertools
 import shutil
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gowide_dist import stop
+from gowide_dist.collector import collect_seldom
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.errors import DataError, RecipeError, RunError, UserError, is_full
 from gowide_dist.launch.local import leave_error, torchrun
@@ -175,6 +177,7 @@ def walk(run: Run, keys: Sequence[str], *, apart: bool = False) -> None:
     Instances of one stage that follow each other train together, on one data stream and one teacher's answers, or with
     `apart` one after the other, which takes less memory and gives the same weights.
     """
+    importlib.import_module("torch._dynamo")  # the first optimiser does; sooner, the collector still looks seldom
     from gowide_dist import world as worlds
     from gowide_dist.stage import Workshop, train_together
 
@@ -356,8 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(task: Callable[[], None], place: Path) -> int:
     """Do a launched process's task; its exit status, as `main` says. `place`: where it writes."""
+    collect_seldom()
     stop.listen()
-    stop.leave_quickly()
     try:
         task()
     except UserError as error:

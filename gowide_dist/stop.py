@@ -1,9 +1,7 @@
-"""How a process ends: on request, by signal, training saves at the next step and leaves; and it leaves quickly."""
+"""A request to stop, by signal: training saves at the next step and leaves."""
 
 from __future__ import annotations
 
-import atexit
-import gc
 import signal
 from types import FrameType
 
@@ -22,11 +20,6 @@ def listen() -> None:
     """From now on note SIGUSR2 (Slurm's warning), SIGTERM and SIGINT instead of dying of them."""
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _note)
-
-
-def leave_quickly() -> None:
-    """When the process ends, let Python not search torch's million objects for garbage, which takes seconds."""
-    atexit.register(gc.freeze)
 
 
 def received() -> int:

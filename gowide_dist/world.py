@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gowide_dist import stop
+from gowide_dist.collector import collect_as_usual
 
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("GOWIDE_COLLECTIVE_TIMEOUT_S", "600")))
@@ -147,6 +148,7 @@ class World:
 def join() -> Iterator[World]:
     """Join the process group that torchrun (or a Slurm job with the same variables) describes."""
     _end_with_parent()
+    collect_as_usual()
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN_VARIABLES)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if torch.cuda.is_available():

@@ -23,7 +23,7 @@ FLOORS = [
     ["run"],
     ["recipe", "world"],
     ["architecture"],
-    ["schema", "progress", "stop"],
+    ["schema", "progress", "stop", "collector"],
     ["errors"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

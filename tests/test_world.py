@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -59,6 +60,21 @@ def test_a_workers_refusal_reaches_the_user(tmp_path):
     assert dict(os.environ) == environment
     assert logging.root.manager.disable == silent_up_to
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_the_garbage_collector_rests_until_it_computes():
+    code = """
+import gc
+usual = gc.get_threshold()
+from gowide_dist.collector import collect_seldom
+collect_seldom()
+assert gc.get_threshold()[0] > 100 * usual[0]
+from gowide_dist.world import join
+with join():
+    assert gc.get_threshold() == usual
+    assert gc.get_freeze_count() > 100_000
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_failed_worker_is_told_from_a_refusal(tmp_path):
