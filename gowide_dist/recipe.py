@@ -271,7 +271,7 @@ class Recipe(Frozen):
     stages: dict[Name, Stage] = Field(min_length=1)
     precision: Literal["float32", "bf16", "fp16"] = "float32"  # of the convolutions; weights stay float32
     compile: bool = False  # by torch.compile
-    sync_batch_norm: bool = False  # statistics over all processes' images; GPUs only
+    sync_batch_norm: bool = False  # statistics over all processes' images; if several, on GPUs only
     log_every_steps: Count = 50
     eval_every_epochs: Count = 1
     checkpoints: Checkpoints = Checkpoints()

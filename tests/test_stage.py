@@ -303,8 +303,8 @@ def test_synchronised_batch_norm(train, monkeypatch):
     assert synchronised.stage("teacher/wide").done.fingerprint != plain.stage("teacher/wide").done.fingerprint
 
 
-def test_synchronised_batch_norm_of_several_processes_needs_gpus():
-    recipe = load_recipe("jobs/demo.yaml", ["sync_batch_norm=true"])
+def test_synchronised_batch_norm_of_several_processes_needs_gpus(data, tmp_path):
+    recipe = load_recipe(write_job(tmp_path, chain(data)), ["sync_batch_norm=true"])
     alone = World(0, 1, torch.device("cpu"), 1, StopVote(1))
     check_world(recipe, alone)
     check_world(recipe, replace(alone, size=2, device=torch.device("cuda")))
