@@ -22,7 +22,7 @@ from gowide_dist import stop
 from gowide_dist.collector import collect_seldom
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.errors import DataError, RecipeError, RunError, UserError, is_full
-from gowide_dist.launch.local import leave_error, torchrun
+from gowide_dist.launch.local import leave_error, num_gpus, torchrun
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import newest_jobs
 from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
@@ -62,7 +62,7 @@ def prepare(
     `fresh` forgets what another recipe left in the places of the selected stages. Raises UserError, with nothing
     changed, if anything does not fit.
     """
-    recipe.check_processes(num_processes)
+    check_processes(recipe, num_processes, on_gpus=num_gpus() > 0)
     prepared = examine(recipe, runs, only=only, fresh=fresh)
     write(prepared, fresh=fresh)
     return prepared
@@ -146,7 +146,7 @@ def _jobs(instances: Iterable[Instance], recipe: Recipe, run: Run, profile: Prof
     for instance in instances:
         resources = profile.resources(instance)
         for num_processes in resources.num_processes:
-            recipe.check_processes(num_processes)
+            check_processes(recipe, num_processes, on_gpus=resources.gpus_per_node > 0)
         worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
         jobs.append(Job(instance.key, job_names(recipe)[instance.key], instance.parents, worker, resources))
     return tuple(jobs)
@@ -164,11 +164,14 @@ def run_here(prepared: Prepared, num_processes: int, *, apart: bool = False) -> 
         torchrun("gowide_dist.pipeline", arguments, num_processes)
 
 
-def check_world(recipe: Recipe, world: World) -> None:
-    """Raises RecipeError if these processes cannot train the recipe."""
-    recipe.check_processes(world.size)
-    if recipe.sync_batch_norm and world.size > 1 and world.device.type != "cuda":
-        raise RecipeError("sync_batch_norm: PyTorch has it for GPUs only, and there is none; set it to false")
+def check_processes(recipe: Recipe, num_processes: int, *, on_gpus: bool) -> None:
+    """Raises RecipeError if so many processes cannot train the recipe."""
+    recipe.check_processes(num_processes)
+    if recipe.sync_batch_norm and num_processes > 1 and not on_gpus:
+        raise RecipeError(
+            f"sync_batch_norm: PyTorch has it for GPUs only, and the {num_processes} processes have none; "
+            "set it to false"
+        )
 
 
 def walk(run: Run, keys: Sequence[str], *, apart: bool = False) -> None:
@@ -184,7 +187,7 @@ def walk(run: Run, keys: Sequence[str], *, apart: bool = False) -> None:
     recipe = load_recipe(run.recipe_path)
     recipe, checksums = check_data(recipe)
     with worlds.join() as world:
-        check_world(recipe, world)
+        check_processes(recipe, world.size, on_gpus=world.device.type == "cuda")
         if world.is_main:
             run.write_environment(_devices(world.device), world.size)
         with open_images(recipe, world) as images:

@@ -25,7 +25,7 @@ from gowide_dist.run import Done, Run
 from gowide_dist.stop import Stopped
 from gowide_dist.student import Examples, Student, autocast
 from gowide_dist.teacher_logits import Answers, Layout, Source, TeacherLogits, stored_logits
-from gowide_dist.world import World
+from gowide_dist.world import World, to_device
 
 DATA_BOUND = 0.3  # share of the time spent waiting for data from which on the user is told
 
@@ -43,8 +43,8 @@ class Images:
     def to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Normalised images [B, 3, H, H] float32 in channels_last, and labels [B], on the device."""
         device = self.mean.device
-        pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # NHWC in memory: channels_last
-        return pixels.float().sub_(self.mean).div_(self.std), batch.labels.to(device, non_blocking=True)
+        pixels = to_device(batch.images, device).permute(0, 3, 1, 2)  # NHWC in memory: channels_last
+        return pixels.float().sub_(self.mean).div_(self.std), to_device(batch.labels, device)
 
 
 @dataclass(frozen=True)

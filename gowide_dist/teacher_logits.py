@@ -33,7 +33,7 @@ from gowide_dist.errors import RunError
 from gowide_dist.progress import Track
 from gowide_dist.run import fingerprint, try_lock
 from gowide_dist.stop import Stopped
-from gowide_dist.world import World
+from gowide_dist.world import World, to_device
 
 _HEADER_BYTES = 8192  # the checksum is filled in when all is there
 _WAIT_S = 1.0
@@ -53,8 +53,8 @@ class Answers(NamedTuple):
 
     def to(self, device: torch.device) -> Answers:
         """The answers on a device."""
-        classes = None if self.classes is None else self.classes.to(device, non_blocking=True)
-        return Answers(self.values.to(device, non_blocking=True), classes)
+        classes = None if self.classes is None else to_device(self.classes, device)
+        return Answers(to_device(self.values, device), classes)
 
 
 def coarsened(logits: Tensor, classes: Tensor | None, temperature: float) -> Tensor:

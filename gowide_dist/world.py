@@ -24,6 +24,7 @@ from gowide_dist.collector import collect_as_usual
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("GOWIDE_COLLECTIVE_TIMEOUT_S", "600")))
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _GLOO_THREADS_SETTLE_S = 0.1
 
 Value = TypeVar("Value")
@@ -144,6 +145,13 @@ class World:
         return nullcontext()
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on the device; to a GPU without waiting for what it computes, which a copy from pageable memory may."""
+    if device.type == "cuda" and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 @contextmanager
 def join() -> Iterator[World]:
     """Join the process group that torchrun (or a Slurm job with the same variables) describes."""
@@ -156,6 +164,7 @@ def join() -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        _keep_freed_memory()
     num_threads = int(os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // local_size)))
     torch.set_num_threads(num_threads)
     if size > 1:
@@ -177,6 +186,16 @@ def join() -> Iterator[World]:
 
 
 _TORCHRUN_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed, for the next step, which wants the same again.
+
+    Else it returns large blocks to the kernel, which clears every page anew: up to a fifth of a step on CPUs.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # not in every C library
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_MMAP_MAX, 0)  # no block apart from the heap
 
 
 def _end_with_parent() -> None:

@@ -203,9 +203,11 @@ def test_a_loss_that_is_no_number_stops_the_stage(job, tmp_path):
         (["batch_size=61"], "batch_size: 61 cannot be shared equally by 2 processes"),
         (["data.resolution=32"], "resolution"),
         (["stages.distill.epoch=1"], "unknown key 'epoch', did you mean 'epochs'?"),
+        (["sync_batch_norm=true"], "sync_batch_norm: PyTorch has it for GPUs only, and the 2 processes have none"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(job, tmp_path, overrides, message):
+def test_what_cannot_work_is_refused_before_anything_is_written(job, tmp_path, monkeypatch, overrides, message):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert message in refused("run", job, "--runs", tmp_path / "runs", "--nproc", 2, *overrides)
     assert not (tmp_path / "runs").exists()
 

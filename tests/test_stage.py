@@ -5,7 +5,6 @@ import itertools
 import json
 import shutil
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,9 +20,8 @@ from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.objectives import Labels
-from gowide_dist.pipeline import check_world, prepare, walk
+from gowide_dist.pipeline import check_processes, prepare, walk
 from gowide_dist.run import Run, read_metrics
-from gowide_dist.world import StopVote, World
 from tests.fashion import SOURCE, chain, encode_part, write_job
 
 
@@ -305,11 +303,10 @@ def test_synchronised_batch_norm(train, monkeypatch):
 
 def test_synchronised_batch_norm_of_several_processes_needs_gpus(data, tmp_path):
     recipe = load_recipe(write_job(tmp_path, chain(data)), ["sync_batch_norm=true"])
-    alone = World(0, 1, torch.device("cpu"), 1, StopVote(1))
-    check_world(recipe, alone)
-    check_world(recipe, replace(alone, size=2, device=torch.device("cuda")))
-    with pytest.raises(RecipeError, match="sync_batch_norm: PyTorch has it for GPUs only"):
-        check_world(recipe, replace(alone, size=2))
+    check_processes(recipe, 1, on_gpus=False)
+    check_processes(recipe, 2, on_gpus=True)
+    with pytest.raises(RecipeError, match="PyTorch has it for GPUs only, and the 2 processes have none"):
+        check_processes(recipe, 2, on_gpus=False)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

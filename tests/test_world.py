@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -75,6 +76,28 @@ with join():
     assert gc.get_freeze_count() > 100_000
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc than glibc's")
+def test_memory_that_is_free_again_is_not_asked_for_again():
+    """40 blocks of 512 pages of 4 KiB: malloc alone gives them back every time."""
+    script = """
+import contextlib, resource, sys, torch
+from gowide_dist.world import join
+with join() if sys.argv[1] == "join" else contextlib.nullcontext():
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.empty(2**19).fill_(1) for _ in range(40)]
+        del blocks
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for how in ("plain", "join"):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", script, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        faults[how] = int(done.stdout)
+    assert faults["join"] < 1_000 < 10_000 < faults["plain"]
 
 
 def test_a_failed_worker_is_told_from_a_refusal(tmp_path):

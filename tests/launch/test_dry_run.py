@@ -48,6 +48,14 @@ def test_processes_that_cannot_share_the_batch(job):
     assert "batch_size: 36 cannot be shared equally by 8 processes" in result.stderr
 
 
+def test_synchronised_batch_norm_needs_gpus(job):
+    arguments = ["--runs", "/shared", "--dry-run", "sync_batch_norm=true", "batch_size=64"]
+    assert gowide("submit", job, "--cluster", CLUSTERS / "gpu8.yaml", *arguments).returncode == 0
+    result = gowide("submit", job, "--cluster", CLUSTERS / "devcluster.yaml", *arguments)
+    assert result.returncode == 2
+    assert "sync_batch_norm: PyTorch has it for GPUs only" in result.stderr
+
+
 def test_without_slurm(job, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     profile = CLUSTERS / "devcluster.yaml"
