@@ -35,6 +35,7 @@ from gowide_dist.stage import Images
 from gowide_dist.world import join
 
 _STEPS_PER_TURN = 4
+_WARM_UP_STEPS = 10  # until buffers, kernels and freed memory are there to be used again
 _STARTS = 3
 _START_LIMIT_S = 300.0
 
@@ -288,13 +289,13 @@ def growth(recipe: Recipe, effort: Effort, times: Sequence[int] = (1, 2, 4)) -> 
     once, *more = times
     assert once == 1
     with start_group(recipe, network, 1, cores) as group:
-        step_s = min(group.train(1).seconds for _ in range(2))
-        steps = max(1, round(effort.seconds / step_s))
+        group.train(_WARM_UP_STEPS)
+        steps = max(1, round(effort.seconds / group.train(1).seconds))
         first = group.train(steps)
 
     def train(num_steps: int, architecture: Architecture = network, num_processes: int = 1) -> Report:
         with start_group(recipe, architecture, num_processes, max(1, cores // num_processes)) as group:
-            group.train(1)
+            group.train(_WARM_UP_STEPS)
             return group.train(num_steps)
 
     processes = [count for count in more if count <= cores and recipe.batch_size % count == 0]
