@@ -62,7 +62,7 @@ def prepare(
     `fresh` forgets what another recipe left in the places of the selected stages. Raises UserError, with nothing
     changed, if anything does not fit.
     """
-    check_processes(recipe, num_processes, on_gpus=num_gpus() > 0)
+    check_group(recipe, num_processes, on_gpus=num_gpus() > 0)
     prepared = examine(recipe, runs, only=only, fresh=fresh)
     write(prepared, fresh=fresh)
     return prepared
@@ -146,7 +146,7 @@ def _jobs(instances: Iterable[Instance], recipe: Recipe, run: Run, profile: Prof
     for instance in instances:
         resources = profile.resources(instance)
         for num_processes in resources.num_processes:
-            check_processes(recipe, num_processes, on_gpus=resources.gpus_per_node > 0)
+            check_group(recipe, num_processes, on_gpus=resources.gpus_per_node > 0)
         worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
         jobs.append(Job(instance.key, job_names(recipe)[instance.key], instance.parents, worker, resources))
     return tuple(jobs)
@@ -164,7 +164,7 @@ def run_here(prepared: Prepared, num_processes: int, *, apart: bool = False) -> 
         torchrun("gowide_dist.pipeline", arguments, num_processes)
 
 
-def check_processes(recipe: Recipe, num_processes: int, *, on_gpus: bool) -> None:
+def check_group(recipe: Recipe, num_processes: int, *, on_gpus: bool) -> None:
     """Raises RecipeError if so many processes cannot train the recipe."""
     recipe.check_processes(num_processes)
     if recipe.sync_batch_norm and num_processes > 1 and not on_gpus:
@@ -187,7 +187,7 @@ def walk(run: Run, keys: Sequence[str], *, apart: bool = False) -> None:
     recipe = load_recipe(run.recipe_path)
     recipe, checksums = check_data(recipe)
     with worlds.join() as world:
-        check_processes(recipe, world.size, on_gpus=world.device.type == "cuda")
+        check_group(recipe, world.size, on_gpus=world.device.type == "cuda")
         if world.is_main:
             run.write_environment(_devices(world.device), world.size)
         with open_images(recipe, world) as images:

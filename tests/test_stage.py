@@ -20,7 +20,7 @@ from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.objectives import Labels
-from gowide_dist.pipeline import check_processes, prepare, walk
+from gowide_dist.pipeline import check_group, prepare, walk
 from gowide_dist.run import Run, read_metrics
 from tests.fashion import SOURCE, chain, encode_part, write_job
 
@@ -303,10 +303,10 @@ def test_synchronised_batch_norm(train, monkeypatch):
 
 def test_synchronised_batch_norm_of_several_processes_needs_gpus(data, tmp_path):
     recipe = load_recipe(write_job(tmp_path, chain(data)), ["sync_batch_norm=true"])
-    check_processes(recipe, 1, on_gpus=False)
-    check_processes(recipe, 2, on_gpus=True)
+    check_group(recipe, 1, on_gpus=False)
+    check_group(recipe, 2, on_gpus=True)
     with pytest.raises(RecipeError, match="PyTorch has it for GPUs only, and the 2 processes have none"):
-        check_processes(recipe, 2, on_gpus=False)
+        check_group(recipe, 2, on_gpus=False)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
