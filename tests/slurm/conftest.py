@@ -45,7 +45,7 @@ class Cluster:
         return result.stdout
 
     def processes(self, job_id):
-        """Process ids of a job's training processes, by rank."""
+        """Process ids of a job's training processes, by rank. Clusters of other workers have jobs of the same ids."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -53,7 +53,8 @@ class Cluster:
                 entries = (path / "environ").read_text(errors="replace").split("\0")
                 environ = dict(entry.split("=", 1) for entry in entries if "=" in entry)
                 is_training = "python" in program and "submitit.core._submit" in arguments
-                if is_training and environ.get("SLURM_JOB_ID") == job_id:
+                is_ours = environ.get("SLURM_CONF") == str(self.conf)
+                if is_training and is_ours and environ.get("SLURM_JOB_ID") == job_id:
                     found[int(environ["SLURM_PROCID"])] = int(path.name)
         return found
 
