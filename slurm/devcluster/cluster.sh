@@ -9,11 +9,13 @@
 #
 # Settings (environment): DEVCLUSTER_DIR its folder (.devcluster in the repository), NODES (4), CPUS per node (4, need
 # not exist), MEM_MB per node (4000), GPUS per node (0; they are not real: for rehearsing submissions alone),
-# CRED_EXPIRE seconds for which a requeued job is held back (5; Slurm's default is 120), PORT0 first port (16800).
+# CRED_EXPIRE seconds for which a requeued job is held back (5; Slurm's default is 120), PORT0 first port (16800),
+# FIRST_JOB id of the first job (1): clusters side by side need ids apart, from which jobs take their ports.
 set -euo pipefail
 
 DIR=$(realpath -m "${DEVCLUSTER_DIR:-$(dirname "$0")/../../.devcluster}")
 NODES=${NODES:-4} CPUS=${CPUS:-4} MEM_MB=${MEM_MB:-4000} GPUS=${GPUS:-0} CRED_EXPIRE=${CRED_EXPIRE:-5} PORT0=${PORT0:-16800}
+FIRST_JOB=${FIRST_JOB:-1}
 HOST=$(hostname -s) ME=$(id -un)
 # Root gives every node a host name and a process space of its own, so that it can be killed as a whole.
 NAMESPACES=$([ "$(id -u)" = 0 ] && echo 1 || echo 0)
@@ -35,6 +37,7 @@ AuthType=auth/munge
 AuthInfo=socket=$DIR/run/munge.socket,cred_expire=$CRED_EXPIRE
 CredType=cred/munge
 SlurmctldPort=$PORT0
+FirstJobId=$FIRST_JOB
 # loopback only
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation=$DIR/state

@@ -30,7 +30,8 @@ class Cluster:
 
     def __init__(self, folder):
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each has a cluster of its own
-        self.env = {**os.environ, "DEVCLUSTER_DIR": str(folder), "PORT0": str(17400 + 100 * worker)}
+        apart = {"PORT0": str(17400 + 100 * worker), "FIRST_JOB": str(1 + 1000 * worker)}
+        self.env = {**os.environ, "DEVCLUSTER_DIR": str(folder), **apart}
         self.conf = folder / "etc" / "slurm.conf"
 
     def __call__(self, *arguments):
@@ -45,7 +46,7 @@ class Cluster:
         return result.stdout
 
     def processes(self, job_id):
-        """Process ids of a job's training processes, by rank. Clusters of other workers have jobs of the same ids."""
+        """Process ids of a job's training processes, by rank."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -53,8 +54,7 @@ class Cluster:
                 entries = (path / "environ").read_text(errors="replace").split("\0")
                 environ = dict(entry.split("=", 1) for entry in entries if "=" in entry)
                 is_training = "python" in program and "submitit.core._submit" in arguments
-                is_ours = environ.get("SLURM_CONF") == str(self.conf)
-                if is_training and is_ours and environ.get("SLURM_JOB_ID") == job_id:
+                if is_training and environ.get("SLURM_JOB_ID") == job_id:
                     found[int(environ["SLURM_PROCID"])] = int(path.name)
         return found
 
