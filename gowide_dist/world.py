@@ -115,7 +115,7 @@ class World:
 
         Batch-norm statistics stay each process's own: the main process's are the module's (`share_buffers`), which
         is what DDP's per-step broadcast would leave behind, without its cost. Buckets have DDP's own size and the graph
-        is not declared static: with 1 and 100 MiB, or static, two processes on CPUs were no faster.
+        is not declared static: with 1 and 100 MiB, or static, two processes on CPUs were no faster beyond the spread.
         """
         if self.size == 1:
             return module
