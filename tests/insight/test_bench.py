@@ -17,7 +17,13 @@ LITTLE = Effort(pairs=2, seconds=0)
 DETAILS = {
     "loop": ["bare_step_ms", "steps_per_pair"],
     "imitate": ["bottom_up", "images_and_epochs_per_block"],
-    "distill_stored": ["live_step_ms", "stored_step_ms", "teacher_flops_over_students"],
+    "distill_stored": [
+        "plain_step_ms",
+        "our_live_over_stored",
+        "live_step_ms",
+        "stored_step_ms",
+        "teacher_flops_over_students",
+    ],
     "checkpoint": [
         "cost_of_a_save_ms",
         "parameters",

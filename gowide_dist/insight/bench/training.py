@@ -295,38 +295,67 @@ def _plain_imitation(subject: Subject, instance: Instance) -> list[Callable[[Ten
 
 
 def distill_stored(subject: Subject) -> Figure:
-    """A distillation step with a live teacher, against one that reads the teacher's logits from their file."""
+    """A distillation step the plain way, against one that reads the teacher's logits from their file.
+
+    Plain: eager networks, the teacher run on every batch. Beside it our own live teacher over the stored logits.
+    """
     instance = subject.instance("kl")
-    stage = instance.stage
-    assert isinstance(stage, KlStage)
     taught = subject.teacher(instance)
     logits = _store(subject, taught)
     live, stored = (
-        subject.step(build_objective(stage, subject.network(instance.architecture), teacher, seed=0))
+        subject.step(build_objective(instance.stage, subject.network(instance.architecture), teacher, seed=0))
         for teacher in (taught, None)
     )
-    turns = {"live": itertools.count(), "stored": itertools.count()}
 
-    def live_step() -> None:
-        live(*subject.inputs[next(turns["live"]) % len(subject.inputs)])
-
-    def stored_step() -> None:
-        index = next(turns["stored"]) % len(subject.inputs)
+    def stored_step(index: int) -> None:
         images, labels = subject.inputs[index]
         stored(images, labels, 0, logits.train(index * len(labels), len(labels)).to(subject.world.device))
 
-    seconds = in_turns("distill_stored", {"live": live_step, "stored": stored_step}, subject.effort)
+    def in_memory(step: Callable[[Tensor, Tensor], None]) -> Callable[[int], None]:
+        return lambda index: step(*subject.inputs[index])
+
+    def over_batches(step: Callable[[int], None]) -> Callable[[], None]:
+        indices = itertools.cycle(range(len(subject.inputs)))
+        return lambda: step(next(indices))
+
+    sides = {"plain": in_memory(_plain_distillation(subject, instance)), "live": in_memory(live), "stored": stored_step}
+    seconds = in_turns("distill_stored", {name: over_batches(step) for name, step in sides.items()}, subject.effort)
     thin, wide = instance.architecture, subject.teacher_of(instance)
     shape = subject.images.num_classes, subject.recipe.data.resolution
     return Figure.of(
-        "a distillation step with a live teacher over one with stored logits",
+        "a distillation step the plain way, with an eager teacher, over one with stored logits",
         "at least 3, for a student of at most 1/8 of the teacher's FLOPs",
-        seconds["live"],
+        seconds["plain"],
         seconds["stored"],
+        our_live_over_stored=spread(seconds["live"], seconds["stored"]),
         teacher_flops_over_students=round(wide.macs(*shape) / thin.macs(*shape), 1),
-        live_step_ms=milliseconds(seconds["live"]),
-        stored_step_ms=milliseconds(seconds["stored"]),
+        **{f"{name}_step_ms": milliseconds(taken) for name, taken in seconds.items()},
     )
+
+
+def _plain_distillation(subject: Subject, instance: Instance) -> Callable[[Tensor, Tensor], None]:
+    """A distillation step as a script does it."""
+    stage = instance.stage
+    assert isinstance(stage, KlStage)
+    temperature, labels_weight = stage.temperature, stage.labels_weight
+    wide = subject.plain_network(subject.teacher_of(instance)).eval()
+    thin = subject.plain_network(instance.architecture).train()
+    optimizer = torch.optim.SGD(thin.parameters(), OPTIM.lr, OPTIM.momentum, weight_decay=OPTIM.weight_decay)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        images = images.contiguous()  # NCHW
+        with autocast(subject.recipe, subject.world):
+            with torch.no_grad():
+                theirs, _ = wide(images)
+            mine, _ = thin(images)
+            log_mine, log_theirs = (F.log_softmax(logits / temperature, dim=1) for logits in (mine, theirs))
+            divergence = F.kl_div(log_mine, log_theirs, reduction="batchmean", log_target=True)
+            loss = (1 - labels_weight) * temperature**2 * divergence + labels_weight * F.cross_entropy(mine, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        thin.zero_grad()
+
+    return step
 
 
 def _store(subject: Subject, taught: Teacher) -> TeacherLogits:
