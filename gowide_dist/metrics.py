@@ -43,7 +43,9 @@ class StepMeter:
     def add(self, losses: dict[str, Tensor], part: int = 0, num_parts: int = 1) -> None:
         """Count the losses of a step, scalars by name, or of one of the equal parts that its batch is taken in."""
         self._names = list(losses)
-        row = torch.stack(list(losses.values())).detach() / num_parts
+        row = torch.stack([loss.detach() for loss in losses.values()])
+        if num_parts > 1:
+            row /= num_parts
         if part == 0:
             self._rows.append(row)
         else:
@@ -83,19 +85,22 @@ class StreamDigest:
 
     def __init__(self, hex_digest: str = "0") -> None:
         self._total = int(hex_digest, 16)
-        self._mine = np.uint64(0)  # of this process, since the last collection
+        self._steps: list[int] = []  # of this process, since the last collection: hashed together, which is cheaper
+        self._samples = [np.zeros(0, np.int64)]
 
     def add(self, step: int, indices: Tensor) -> None:
-        """Count this process's samples of a step: [B] int64."""
-        key = draw(np.zeros(1, np.uint64), np.array([step], np.uint64))
-        hashes = draw(key, indices.numpy().astype(np.uint64))
-        self._mine = np.add.reduce(np.append(hashes, self._mine))
+        """Count this process's samples of a step: [B] int64, kept until the next collection."""
+        self._steps.append(step)
+        self._samples.append(indices.numpy())
 
     def collect(self, world: World) -> None:
         """Add up what all processes have counted; a collective."""
-        mine = torch.from_numpy(np.array([self._mine]).view(np.int64)).to(world.device)
-        self._total = (self._total + int(world.sum(mine))) % 2**64
-        self._mine = np.uint64(0)
+        keys = draw(np.uint64(0), np.array(self._steps, np.uint64))
+        keys = np.repeat(keys, [len(samples) for samples in self._samples[1:]])
+        hashes = draw(keys, np.concatenate(self._samples).astype(np.uint64))
+        mine = np.add.reduce(hashes, keepdims=True).view(np.int64)
+        self._total = (self._total + int(world.sum(torch.from_numpy(mine).to(world.device)))) % 2**64
+        self._steps, self._samples = [], self._samples[:1]
 
     def __str__(self) -> str:
         return f"{self._total:016x}"

@@ -102,14 +102,13 @@ class Labels(Objective):
         self, images: Tensor, labels: Tensor, step: int = 0, stored: Answers | None = None
     ) -> dict[str, Tensor]:
         """`loss`: the cross-entropy. With mixup each image is mixed with its neighbour in this process's batch."""
-        share = mixing_share(self.mixup, self.seed, step) if self.mixup else 1.0
-        if share < 1.0:
-            images = share * images + (1 - share) * images.roll(1, dims=0)
-        logits, _ = self.student(images)
-        loss = share * cross_entropy(logits, labels, self.label_smoothing)
-        if share < 1.0:
-            loss = loss + (1 - share) * cross_entropy(logits, labels.roll(1), self.label_smoothing)
-        return {"loss": loss.mean()}
+        if not self.mixup:
+            logits, _ = self.student(images)
+            return {"loss": cross_entropy(logits, labels, self.label_smoothing).mean()}
+        share = mixing_share(self.mixup, self.seed, step)
+        logits, _ = self.student(share * images + (1 - share) * images.roll(1, dims=0))
+        mine, neighbours = (cross_entropy(logits, whose, self.label_smoothing) for whose in (labels, labels.roll(1)))
+        return {"loss": (share * mine + (1 - share) * neighbours).mean()}
 
     def losses(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """`loss`: the plain cross-entropy."""

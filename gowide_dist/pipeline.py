@@ -340,10 +340,10 @@ def _devices(device: Any) -> list[str]:
 
 
 def _channels(values: Sequence[float], device: Any) -> Any:
-    """Channel values from 0 to 1 as a tensor for pixels from 0 to 255."""
+    """Channel values from 0 to 1 as a tensor [3] for pixels from 0 to 255."""
     import torch
 
-    return torch.tensor(values, device=device)[:, None, None] * 255
+    return torch.tensor(values, device=device) * 255
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,14 +37,23 @@ class Images:
     train: Callable[[int], Loader]  # a new one, for a seed
     val: Loader
     num_classes: int
-    mean: Tensor  # [3, 1, 1] on the device, of pixels 0 to 255
+    mean: Tensor  # [3] on the device, of pixels 0 to 255
     std: Tensor
+    _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Normalised images [B, 3, H, H] float32 in channels_last, and labels [B], on the device."""
         device = self.mean.device
-        pixels = to_device(batch.images, device).permute(0, 3, 1, 2)  # NHWC in memory: channels_last
-        return pixels.float().sub_(self.mean).div_(self.std), to_device(batch.labels, device)
+        pixels = to_device(batch.images, device)
+        mean, std = self._over_a_row(pixels.shape[2])
+        images = pixels.flatten(2).float().sub_(mean).div_(std).view(pixels.shape)
+        return images.permute(0, 3, 1, 2), to_device(batch.labels, device)  # NHWC in memory: channels_last
+
+    def _over_a_row(self, width: int) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [3 * width] for a row of pixels: CPUs take rows three times as fast as three channels."""
+        if width not in self._rows:
+            self._rows[width] = self.mean.repeat(width), self.std.repeat(width)
+        return self._rows[width]
 
 
 @dataclass(frozen=True)

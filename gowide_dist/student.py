@@ -100,7 +100,7 @@ class Student:
         with self.world.gradients_apart(self.trained, part + 1 < num_parts):
             with self.autocast():
                 losses = self.trained(images, labels, step, stored)
-            self.descent.backward(losses["loss"] / num_parts)
+            self.descent.backward(losses["loss"] / num_parts if num_parts > 1 else losses["loss"])
         self.meter.add(losses, part, num_parts)
 
     def descend(self, rate: float) -> None:

@@ -18,9 +18,9 @@ DETAILS = {
     "loop": ["bare_step_ms", "steps_per_pair"],
     "imitate": ["bottom_up", "images_and_epochs_per_block"],
     "distill_stored": [
-        "plain_step_ms",
-        "our_live_over_stored",
         "live_step_ms",
+        "our_live_over_stored",
+        "plain_step_ms",
         "stored_step_ms",
         "teacher_flops_over_students",
     ],
