@@ -37,7 +37,7 @@ def make_sandbox(folder: Path) -> None:
         profile = yaml.safe_load(path.read_text()) | {"node_local": []}
         path.write_text(yaml.safe_dump(profile, sort_keys=False))
     small = encode_part(folder / "small", 600, 200)
-    for name in ("demo", "fashion_mnist"):
+    for name in ("demo", "fashion_mnist", "fashion_mnist_basic"):
         path = folder / "jobs" / f"{name}.yaml"
         recipe = yaml.safe_load(path.read_text())
         recipe["data"] |= {part: f"small/data/{part}.beton" for part in ("train", "val")}
