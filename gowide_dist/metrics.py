@@ -86,21 +86,22 @@ class StreamDigest:
     def __init__(self, hex_digest: str = "0") -> None:
         self._total = int(hex_digest, 16)
         self._steps: list[int] = []  # of this process, since the last collection: hashed together, which is cheaper
-        self._samples = [np.zeros(0, np.int64)]
+        self._samples: list[Tensor] = []
 
     def add(self, step: int, indices: Tensor) -> None:
         """Count this process's samples of a step: [B] int64, kept until the next collection."""
         self._steps.append(step)
-        self._samples.append(indices.numpy())
+        self._samples.append(indices)
 
     def collect(self, world: World) -> None:
         """Add up what all processes have counted; a collective."""
-        keys = draw(np.uint64(0), np.array(self._steps, np.uint64))
-        keys = np.repeat(keys, [len(samples) for samples in self._samples[1:]])
-        hashes = draw(keys, np.concatenate(self._samples).astype(np.uint64))
-        mine = np.add.reduce(hashes, keepdims=True).view(np.int64)
-        self._total = (self._total + int(world.sum(torch.from_numpy(mine).to(world.device)))) % 2**64
-        self._steps, self._samples = [], self._samples[:1]
+        steps = np.repeat(np.array(self._steps, np.uint64), [len(samples) for samples in self._samples])
+        samples = torch.cat([torch.empty(0, dtype=torch.int64), *self._samples]).numpy().astype(np.uint64)
+        hashes = draw(draw(np.uint64(0), steps), samples)
+        mine = torch.from_numpy(np.add.reduce(hashes, keepdims=True).view(np.int64))
+        self._total = (self._total + int(world.sum(mine.to(world.device)))) % 2**64
+        self._steps.clear()
+        self._samples.clear()
 
     def __str__(self) -> str:
         return f"{self._total:016x}"
