@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gowide_dist.errors import UserError
-from gowide_dist.insight.bench import processes, training
+from gowide_dist.insight.bench import processes, teaching, training
 from gowide_dist.insight.bench.loader import loader
 from gowide_dist.insight.bench.pairs import Effort, Figure
 from gowide_dist.insight.bench.subject import Subject, open_subject
@@ -24,10 +24,10 @@ from gowide_dist.schema import nearest
 
 _FIGURES: dict[str, Callable[[Subject], Figure]] = {
     "loop": training.loop,
-    "teacher": training.teacher,
-    "imitate": training.imitate,
-    "distill_stored": training.distill_stored,
-    "students_together": training.students_together,
+    "teacher": teaching.teacher,
+    "imitate": teaching.imitate,
+    "distill_stored": teaching.distill_stored,
+    "students_together": teaching.students_together,
     "two_processes": processes.two_processes,
     "simulation": processes.simulation,
     "checkpoint": training.checkpoint,
