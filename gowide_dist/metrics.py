@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,29 +34,20 @@ class StepMeter:
 
     def _reset(self, step: int) -> None:
         self._first_step = step
-        self._rows: list[Tensor] = []
-        self._names: list[str] = []
+        self._losses: list[dict[str, Tensor]] = []  # of every part of every step
+        self._num_parts = 1
         self._waited = 0.0
         self._started: float | None = None  # with the first step, so that evaluations in between don't count
 
-    def add(self, losses: dict[str, Tensor], part: int = 0, num_parts: int = 1) -> None:
-        """Count the losses of a step, scalars by name, or of one of the equal parts that its batch is taken in."""
-        self._names = list(losses)
-        row = torch.stack([loss.detach() for loss in losses.values()])
-        if num_parts > 1:
-            row /= num_parts
-        if part == 0:
-            self._rows.append(row)
-        else:
-            self._rows[-1] += row
+    def add(self, losses: dict[str, Tensor], num_parts: int = 1) -> None:
+        """Count the losses of one of the equal parts that the batch of a step is taken in: scalars by name."""
+        self._num_parts = num_parts
+        self._losses.append({name: loss.detach() for name, loss in losses.items()})
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as time spent waiting for data."""
-        start = time.perf_counter()
-        self._started = self._started or start
-        yield
-        self._waited += time.perf_counter() - start
+    def waited(self, since: float) -> None:
+        """Count the time since `since`, of time.perf_counter(), as time spent waiting for data."""
+        self._started = self._started or since
+        self._waited += time.perf_counter() - since
 
     def flush(self, world: World) -> dict[str, float]:
         """Averages over the steps and processes since the last flush; a collective.
@@ -65,11 +55,14 @@ class StepMeter:
         Beside the losses: `steps_per_s` and `data_wait`, this process's share of time spent waiting for data.
         Raises NonFiniteLossError with the first step whose loss is not finite, on every process.
         """
-        losses = (world.sum(torch.stack(self._rows)) / world.size).cpu()
+        names = list(self._losses[0])
+        parts = torch.stack([losses[name] for losses in self._losses for name in names])
+        steps = parts.view(-1, self._num_parts, len(names)).mean(dim=1)
+        losses = (world.sum(steps) / world.size).cpu()
         bad = (~losses.isfinite()).any(dim=1).nonzero()
         if len(bad):
             raise NonFiniteLossError(self._first_step + int(bad[0]) + 1)
-        means = dict(zip(self._names, losses.double().mean(dim=0).tolist(), strict=True))
+        means = dict(zip(names, losses.double().mean(dim=0).tolist(), strict=True))
         assert self._started is not None
         seconds = time.perf_counter() - self._started
         means |= {"steps_per_s": len(losses) / seconds, "data_wait": self._waited / seconds}

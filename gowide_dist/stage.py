@@ -215,10 +215,10 @@ class _Training:
             epoch, start = divmod(self.step, steps_per_epoch)
             with closing(self._epoch(epoch, start)) as batches:
                 while self.step < min(stop, (epoch + 1) * steps_per_epoch):
-                    with ExitStack() as waiting:
-                        for student in self.students:
-                            waiting.enter_context(student.meter.waiting())
-                        batch = next(batches)
+                    asked = time.perf_counter()
+                    batch = next(batches)
+                    for student in self.students:
+                        student.meter.waited(asked)
                     self.stream.add(self.step, batch.indices)
                     row = self.step * self.recipe.batch_size + self.world.rank * share
                     yield self._examples(batch, self.stored.train(row, share) if self.stored else None)

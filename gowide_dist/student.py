@@ -101,7 +101,7 @@ class Student:
             with self.autocast():
                 losses = self.trained(images, labels, step, stored)
             self.descent.backward(losses["loss"] / num_parts if num_parts > 1 else losses["loss"])
-        self.meter.add(losses, part, num_parts)
+        self.meter.add(losses, num_parts)
 
     def descend(self, rate: float) -> None:
         """Step along the gradient at this learning rate."""

@@ -1,4 +1,5 @@
 import json
+import time
 
 import numpy as np
 import pytest
@@ -34,8 +35,7 @@ def test_the_digest_tells_which_samples_were_seen_when(world):
 def test_averages_of_an_interval(world):
     meter = StepMeter(step=10)
     for loss in (1.0, 2.0, 6.0):
-        with meter.waiting():
-            pass
+        meter.waited(time.perf_counter())
         meter.add({"loss": torch.tensor(loss), "kl": torch.tensor(2 * loss)})
     values = meter.flush(world)
     assert (values["loss"], values["kl"]) == (3.0, 6.0)
@@ -45,11 +45,16 @@ def test_averages_of_an_interval(world):
 
 def test_parts_of_a_batch_make_one_step(world):
     meter = StepMeter(step=0)
-    with meter.waiting():
-        pass
-    meter.add({"loss": torch.tensor(1.0)}, 0, 2)
-    meter.add({"loss": torch.tensor(3.0)}, 1, 2)
-    assert meter.flush(world)["loss"] == 2.0
+    meter.waited(time.perf_counter())
+    for loss in (1.0, 3.0, 5.0, 9.0):
+        meter.add({"loss": torch.tensor(loss), "kl": torch.tensor(2 * loss)}, num_parts=2)
+    values = meter.flush(world)
+    assert (values["loss"], values["kl"]) == (4.5, 9.0)
+    meter.add({"loss": torch.tensor(1.0)}, num_parts=2)
+    meter.add({"loss": torch.tensor(float("nan"))}, num_parts=2)
+    with pytest.raises(NonFiniteLossError) as caught:
+        meter.flush(world)
+    assert caught.value.args == (3,)
 
 
 def test_the_first_step_that_is_not_finite_is_named(world):
