@@ -77,8 +77,10 @@ def test_a_process_that_dies_and_one_that_hangs(long, undisturbed):
 
 
 def test_cancel_and_submit_again(long, undisturbed):
+    """The stage is frozen, not to be finished before it is cancelled; Slurm wakes what it cancels."""
     submitted = long()
     submitted.reaches(KEY, 30)
+    submitted.signal(KEY, signal.SIGSTOP)
     first = submitted.id(KEY)
     submitted.submit()
     assert submitted.id(KEY) == first, "a job that runs is not submitted twice"
