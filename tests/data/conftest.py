@@ -32,12 +32,14 @@ def photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.asarray(corners.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def write_image_folder(root: Path, num_train: int, num_val: int, num_classes: int = 4) -> None:
-    """JPEGs of varying sizes in train/ and val/, a folder for each class."""
+def write_image_folder(
+    root: Path, num_train: int, num_val: int, num_classes: int = 4, least_px: int = 40, most_px: int = 120
+) -> None:
+    """JPEGs with sides of least_px to most_px in train/ and val/, a folder for each class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", num_train), ("val", num_val)):
         for index in range(count):
             path = root / split / f"class {index % num_classes}" / f"{index:04}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            height, width = rng.integers(40, 121, 2)
+            height, width = rng.integers(least_px, most_px + 1, 2)
             Image.fromarray(photo(rng, height, width)).save(path, quality=95)

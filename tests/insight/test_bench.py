@@ -1,4 +1,5 @@
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,21 @@ from gowide_dist.errors import DataError, UserError
 from gowide_dist.insight import bench
 from gowide_dist.insight.bench.loader import loader
 from gowide_dist.insight.bench.pairs import Effort, Figure, in_turns
+from gowide_dist.insight.bench.plain import PlainImages
 from gowide_dist.insight.bench.processes import growth
+from gowide_dist.insight.bench.subject import open_subject
 from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, write_job
 
 LITTLE = Effort(pairs=2, seconds=0)
 DETAILS = {
     "loop": ["bare_step_ms", "steps_per_pair"],
-    "imitate": ["bottom_up", "images_and_epochs_per_block"],
+    "imitate": ["bottom_up", "images_and_epochs_per_block", "plain_in_memory"],
     "distill_stored": [
         "live_step_ms",
         "our_live_over_stored",
+        "plain_in_memory",
+        "plain_in_memory_step_ms",
         "plain_step_ms",
         "stored_step_ms",
         "teacher_flops_over_students",
@@ -76,6 +81,22 @@ def test_figures_of_training(figures, name):
     assert result["pairs"] == 2
     assert name == "checkpoint" or result["low"] > 0  # a save that costs nothing is noise around 0
     assert bench.as_text(name, result).startswith(f"{name}  ")
+
+
+@pytest.mark.parametrize("jpg_share, close", [(0.0, 1e-5), (1.0, 0.03)])  # JPEG: FFCV's fast transform, Pillow's exact
+def test_the_plain_way_reads_the_same_images(tmp_path: Path, jpg_share, close):
+    write_image_folder(tmp_path / "images", 8, 8, most_px=40)
+    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=jpg_share, workers=1))
+    plain = chain(tmp_path / "out", batch_size=8)
+    plain["data"] |= {"resolution": 40, "augment": {}}
+    recipe = load_recipe(write_job(tmp_path, plain))
+    with open_subject(recipe, tmp_path, LITTLE) as subject, closing(subject.images.train(0)) as loader:
+        batch = next(loader.batches())
+        theirs = PlainImages(recipe, subject.images.mean, subject.images.std)
+        for image, label, index in zip(*subject.images.to_device(batch), batch.indices.tolist(), strict=True):
+            their_image, their_label = theirs[index]
+            assert (image - their_image).abs().mean() < close
+            assert label == their_label
 
 
 def test_processes_and_the_start(job):

@@ -10,20 +10,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from gowide_dist.architecture import Architecture
 from gowide_dist.errors import UserError
 from gowide_dist.insight.assumed import cores_here, device_of
 from gowide_dist.insight.bench.pairs import Effort, Figure, in_turns, spread
-from gowide_dist.insight.bench.subject import Subject, TrainingStep
+from gowide_dist.insight.bench.subject import Subject, TrainingStep, endless_batches
 from gowide_dist.insight.costs import BACKWARD
 from gowide_dist.insight.simulate import Cluster, Work, all_reduce_s, step_s
 from gowide_dist.networks import build_network
@@ -31,7 +30,6 @@ from gowide_dist.objectives import Labels
 from gowide_dist.pipeline import check_data, open_images
 from gowide_dist.recipe import Recipe
 from gowide_dist.run import read_metrics
-from gowide_dist.stage import Images
 from gowide_dist.world import join
 
 _STEPS_PER_TURN = 4
@@ -111,7 +109,7 @@ def _member(pipe: Connection, variables: dict[str, Any], recipe: Recipe, archite
         torch.manual_seed(0)
         network = build_network(architecture, images.num_classes).to(memory_format=torch.channels_last)
         step = TrainingStep(Labels(network), recipe, world)
-        stream = _endless(images, recipe.seed)
+        stream = endless_batches(images, recipe.seed)
         gradients = torch.zeros(sum(parameter.numel() for parameter in network.parameters()))
         while command := _next(pipe):
             what, times = command
@@ -132,17 +130,6 @@ def _next(pipe: Connection) -> tuple[str, int] | None:
     except EOFError:
         return None
     return command
-
-
-def _endless(images: Images, seed: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Batches on the device, epoch after epoch."""
-    with closing(images.train(seed)) as loader:
-        epoch = 0
-        while True:
-            with closing(loader.batches(epoch)) as batches:
-                for batch in batches:
-                    yield images.to_device(batch)
-            epoch += 1
 
 
 def _peak_memory_mib() -> float:

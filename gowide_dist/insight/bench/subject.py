@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,6 +97,15 @@ class TrainingStep:
                 losses = self._wrapped(*batch)
             self._descent.backward(losses["loss"])
         self._descent.step(OPTIM.lr)
+
+
+def endless_batches(images: Images, seed: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Batches from the loader, epoch after epoch, as networks take them: images [B, 3, H, H] and labels [B]."""
+    with closing(images.train(seed)) as loader:
+        for epoch in itertools.count():
+            with closing(loader.batches(epoch)) as batches:
+                for batch in batches:
+                    yield images.to_device(batch)
 
 
 @contextmanager

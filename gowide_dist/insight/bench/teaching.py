@@ -6,19 +6,19 @@ import contextlib
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from gowide_dist.insight.bench import plain as plain_way
 from gowide_dist.insight.bench.pairs import Figure, in_turns, milliseconds, seconds_of, spread
-from gowide_dist.insight.bench.subject import OPTIM, Subject, TrainingStep
+from gowide_dist.insight.bench.subject import NUM_BATCHES, Subject, TrainingStep, endless_batches
 from gowide_dist.networks import Teacher
 from gowide_dist.objectives import build_objective
-from gowide_dist.recipe import BlocksStage, Instance, KlStage
+from gowide_dist.recipe import BlocksStage
 from gowide_dist.student import autocast
 from gowide_dist.teacher_logits import Layout, Source, TeacherLogits, stored_logits
-from gowide_dist.transforms import linear_transform
 
 _NUM_STUDENTS = 3
 
@@ -59,9 +59,9 @@ def teacher(subject: Subject) -> Figure:
 def imitate(subject: Subject) -> Figure:
     """Imitation of all blocks, each for the same images: the plain way against all blocks in one pass.
 
-    Plain: eager networks with hooks, bottom to top; for every block the whole teacher and the student's own blocks up
-    to it run, and the error goes back through all of them. Ours: `order: joint, inputs: teacher`, one pass for all
-    blocks. Beside it `order: bottom-up`.
+    Plain: block by block, bottom to top, the whole teacher and the student's own blocks up to that one run, and the
+    error goes back through all of them. Ours: `order: joint, inputs: teacher`, one pass for all blocks. Beside it
+    `order: bottom-up`, and the plain way with its images in memory.
     """
     instance = subject.instance("blocks")
     taught = subject.teacher(instance)
@@ -77,71 +77,46 @@ def imitate(subject: Subject) -> Figure:
             found.append(subject.step(objective))
         return found
 
-    def all_blocks(steps: Sequence[Callable[[Tensor, Tensor], None]]) -> Callable[[], None]:
-        """Take one batch through every block."""
-        batches = itertools.cycle(subject.inputs)
-
-        def turn() -> None:
-            batch = next(batches)
-            for step in steps:
-                step(*batch)
-
-        return turn
-
-    seconds = in_turns(
-        "imitate",
-        {
-            "plain": all_blocks(_plain_imitation(subject, instance)),
-            "joint": all_blocks(steps("joint", "teacher")),
-            "bottom_up": all_blocks(steps("bottom-up", "student")),
-        },
-        subject.effort,
-    )
+    plain = plain_way.imitation_steps(subject, instance)
+    with closing(endless_batches(subject.images, subject.recipe.seed)) as batches:
+        seconds = in_turns(
+            "imitate",
+            {
+                "plain": _each_on_the_next(plain, plain_way.batches(subject)),
+                "plain_in_memory": _each_on_the_next(plain, plain_way.batches_in_memory(subject)),
+                "joint": _each_on_the_next(steps("joint", "teacher"), batches),
+                "bottom_up": _each_on_the_next(steps("bottom-up", "student"), batches),
+            },
+            subject.effort,
+        )
     return Figure.of(
         "imitation of all blocks, the plain way over one pass for all (order: joint, inputs: teacher)",
         "at least 3",
         seconds["plain"],
         seconds["joint"],
+        plain_in_memory=spread(seconds["plain_in_memory"], seconds["joint"]),
         bottom_up=spread(seconds["plain"], seconds["bottom_up"]),
         images_and_epochs_per_block="the same",
     )
 
 
-def _plain_imitation(subject: Subject, instance: Instance) -> list[Callable[[Tensor, Tensor], None]]:
-    """For each block a step of the plain way, as a script with hooks does it."""
-    wide = subject.plain_network(subject.teacher_of(instance)).eval()
-    thin = subject.plain_network(instance.architecture).train()
-    seen: dict[str, Tensor] = {}
-    for index in range(wide.num_blocks):
-        wide.layer(index).register_forward_hook(lambda *call, name=f"wide{index}": seen.update({name: call[2]}))
-    channels = zip(thin.architecture.block_channels, wide.architecture.block_channels, strict=True)
-    ups = [linear_transform(*pair).to(subject.world.device) for pair in channels]
+def _each_on_the_next(
+    steps: Sequence[Callable[[Tensor, Tensor], None]], batches: Iterator[tuple[Tensor, Tensor]]
+) -> Callable[[], None]:
+    """A turn: every step takes the batch that comes next."""
 
-    def step_of(index: int) -> Callable[[Tensor, Tensor], None]:
-        parts = [*thin.block_modules(index), ups[index]]
-        parameters = [parameter for part in parts for parameter in part.parameters()]
-        optimizer = torch.optim.SGD(parameters, OPTIM.lr, OPTIM.momentum)
+    def turn() -> None:
+        for step in steps:
+            step(*next(batches))
 
-        def step(images: Tensor, labels: Tensor) -> None:
-            images = images.contiguous()  # NCHW
-            with autocast(subject.recipe, subject.world):
-                with torch.no_grad():
-                    wide(images)
-                mine = ups[index](thin.blocks(images, index + 1)[-1])
-                loss = F.mse_loss(mine, seen[f"wide{index}"])
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            thin.zero_grad()
-
-        return step
-
-    return [step_of(index) for index in range(thin.num_blocks)]
+    return turn
 
 
 def distill_stored(subject: Subject) -> Figure:
     """A distillation step the plain way, against one that reads the teacher's logits from their file.
 
-    Plain: eager networks, the teacher run on every batch. Beside it our own live teacher over the stored logits.
+    Plain: the teacher runs on every batch. Beside it our own live teacher over the stored logits, and the plain way
+    with its images in memory.
     """
     instance = subject.instance("kl")
     taught = subject.teacher(instance)
@@ -150,20 +125,23 @@ def distill_stored(subject: Subject) -> Figure:
         subject.step(build_objective(instance.stage, subject.network(instance.architecture), teacher, seed=0))
         for teacher in (taught, None)
     )
+    rows = itertools.cycle(range(0, NUM_BATCHES * subject.recipe.batch_size, subject.recipe.batch_size))
 
-    def stored_step(index: int) -> None:
-        images, labels = subject.inputs[index]
-        stored(images, labels, 0, logits.train(index * len(labels), len(labels)).to(subject.world.device))
+    def stored_step(images: Tensor, labels: Tensor) -> None:
+        stored(images, labels, 0, logits.train(next(rows), len(labels)).to(subject.world.device))
 
-    def in_memory(step: Callable[[Tensor, Tensor], None]) -> Callable[[int], None]:
-        return lambda index: step(*subject.inputs[index])
-
-    def over_batches(step: Callable[[int], None]) -> Callable[[], None]:
-        indices = itertools.cycle(range(len(subject.inputs)))
-        return lambda: step(next(indices))
-
-    sides = {"plain": in_memory(_plain_distillation(subject, instance)), "live": in_memory(live), "stored": stored_step}
-    seconds = in_turns("distill_stored", {name: over_batches(step) for name, step in sides.items()}, subject.effort)
+    plain = plain_way.distillation_step(subject, instance)
+    with closing(endless_batches(subject.images, subject.recipe.seed)) as batches:
+        seconds = in_turns(
+            "distill_stored",
+            {
+                "plain": _each_on_the_next([plain], plain_way.batches(subject)),
+                "plain_in_memory": _each_on_the_next([plain], plain_way.batches_in_memory(subject)),
+                "live": _each_on_the_next([live], batches),
+                "stored": _each_on_the_next([stored_step], batches),
+            },
+            subject.effort,
+        )
     thin, wide = instance.architecture, subject.teacher_of(instance)
     shape = subject.images.num_classes, subject.recipe.data.resolution
     return Figure.of(
@@ -171,35 +149,11 @@ def distill_stored(subject: Subject) -> Figure:
         "at least 3, for a student of at most 1/8 of the teacher's FLOPs",
         seconds["plain"],
         seconds["stored"],
+        plain_in_memory=spread(seconds["plain_in_memory"], seconds["stored"]),
         our_live_over_stored=spread(seconds["live"], seconds["stored"]),
         teacher_flops_over_students=round(wide.macs(*shape) / thin.macs(*shape), 1),
         **{f"{name}_step_ms": milliseconds(taken) for name, taken in seconds.items()},
     )
-
-
-def _plain_distillation(subject: Subject, instance: Instance) -> Callable[[Tensor, Tensor], None]:
-    """A distillation step as a script does it."""
-    stage = instance.stage
-    assert isinstance(stage, KlStage)
-    temperature, labels_weight = stage.temperature, stage.labels_weight
-    wide = subject.plain_network(subject.teacher_of(instance)).eval()
-    thin = subject.plain_network(instance.architecture).train()
-    optimizer = torch.optim.SGD(thin.parameters(), OPTIM.lr, OPTIM.momentum, weight_decay=OPTIM.weight_decay)
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        images = images.contiguous()  # NCHW
-        with autocast(subject.recipe, subject.world):
-            with torch.no_grad():
-                theirs, _ = wide(images)
-            mine, _ = thin(images)
-            log_mine, log_theirs = (F.log_softmax(logits / temperature, dim=1) for logits in (mine, theirs))
-            divergence = F.kl_div(log_mine, log_theirs, reduction="batchmean", log_target=True)
-            loss = (1 - labels_weight) * temperature**2 * divergence + labels_weight * F.cross_entropy(mine, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        thin.zero_grad()
-
-    return step
 
 
 def _store(subject: Subject, taught: Teacher) -> TeacherLogits:
@@ -220,7 +174,7 @@ def _store(subject: Subject, taught: Teacher) -> TeacherLogits:
 def students_together(subject: Subject) -> Figure:
     """Three students of one teacher, distilled in a stage each, against all in one pass.
 
-    Apart, each prepares its images and asks the teacher; together, they share both. Reading images is left out.
+    Apart, each reads its images and asks the teacher; together, they share both.
     """
     instance = subject.instance("kl")
     taught = subject.teacher(instance)
@@ -228,20 +182,16 @@ def students_together(subject: Subject) -> Figure:
         subject.step(build_objective(instance.stage, subject.network(instance.architecture), taught, seed=0))
         for _ in range(_NUM_STUDENTS)
     ]
-    batches = itertools.cycle(subject.batches)
+    with closing(endless_batches(subject.images, subject.recipe.seed)) as batches:
 
-    def apart() -> None:
-        batch = next(batches)
-        for step in steps:
-            step(*subject.images.to_device(batch))
+        def together() -> None:
+            batch = next(batches)
+            with taught.answering_once():
+                for step in steps:
+                    step(*batch)
 
-    def together() -> None:
-        images, labels = subject.images.to_device(next(batches))
-        with taught.answering_once():
-            for step in steps:
-                step(images, labels)
-
-    seconds = in_turns("students_together", {"apart": apart, "together": together}, subject.effort)
+        sides = {"apart": _each_on_the_next(steps, batches), "together": together}
+        seconds = in_turns("students_together", sides, subject.effort)
     return Figure.of(
         f"distilling {_NUM_STUDENTS} students one after the other over all in one pass, live teacher",
         "at least 1.6",
