@@ -167,6 +167,7 @@ def bench(
     - `teacher`: a plain teacher's forward pass over ours
     - `imitate`: the plain way of imitation, with hooks on a teacher that runs whole for every block, over ours
     - `distill_stored`: a distillation step the plain way, teacher and all, over one with stored logits
+      (in both the plain way's images are read by torchvision; `plain_in_memory` is the ratio without reading them)
     - `students_together`: three students in a stage each over three in one pass
     - `two_processes`: images a second of two processes with a thread each over one with two threads
     - `simulation`: a step of two processes as `plan --scale` simulates it, over one that was measured
