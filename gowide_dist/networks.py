@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -100,6 +99,7 @@ class ResNet(nn.Module):
                 units.append(unit(in_channels, inner, out_channels, stride))
                 in_channels = out_channels
             self.add_module(f"layer{index + 1}", nn.Sequential(*units))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_channels, num_classes)
         self._initialise(architecture.zero_init_residual)
 
@@ -133,8 +133,10 @@ class ResNet(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """Means over the pixels: [B, C, H, H] -> [B, C]."""
-        # one window: the gradient of `mean` or adaptive pooling is NCHW, which slows the layers below in channels_last
-        return F.avg_pool2d(x, x.shape[-2:]).flatten(1)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            # the same sums, whose gradient stays in channels_last: that of adaptive pooling would slow the layers below
+            return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)
+        return cast(Tensor, self.avgpool(x).flatten(1))
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [B, K] of the last block's output."""

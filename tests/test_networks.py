@@ -31,6 +31,21 @@ def test_equals_torchvision(architecture, theirs, mode):
     assert torch.equal(network.head(blocks[-1]), logits)
 
 
+@pytest.mark.parametrize("side_px", [64, 224])
+def test_channels_last_pools_to_the_same_bits_and_keeps_its_gradient_so(side_px):
+    torch.manual_seed(0)
+    network = build_network({"arch": "resnet18", "channels": 0.25}, 10)
+    x = network.blocks(torch.randn(2, 3, side_px, side_px).to(memory_format=torch.channels_last))[-1].detach()
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(network.pool(x), network.avgpool(x).flatten(1))
+    assert torch.equal(network.pool(x.contiguous()), network.avgpool(x.contiguous()).flatten(1))
+    gradients = []
+    x = x.requires_grad_() * 1
+    x.register_hook(gradients.append)
+    network.pool(x).sum().backward()
+    assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_initialised_as_torchvision_does():
     torch.manual_seed(0)
     network = build_network({"arch": "resnet50", "zero_init_residual": True}, 1000)

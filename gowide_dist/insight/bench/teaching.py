@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gowide_dist.insight.bench import plain as plain_way
 from gowide_dist.insight.bench.pairs import Figure, in_turns, milliseconds, seconds_of, spread
-from gowide_dist.insight.bench.subject import NUM_BATCHES, Subject, TrainingStep, endless_batches
+from gowide_dist.insight.bench.subject import Subject, TrainingStep, endless_batches
 from gowide_dist.networks import Teacher
 from gowide_dist.objectives import build_objective
 from gowide_dist.recipe import BlocksStage
@@ -125,7 +125,7 @@ def distill_stored(subject: Subject) -> Figure:
         subject.step(build_objective(instance.stage, subject.network(instance.architecture), teacher, seed=0))
         for teacher in (taught, None)
     )
-    rows = itertools.cycle(range(0, NUM_BATCHES * subject.recipe.batch_size, subject.recipe.batch_size))
+    rows = itertools.cycle(range(0, len(subject.inputs) * subject.recipe.batch_size, subject.recipe.batch_size))
 
     def stored_step(images: Tensor, labels: Tensor) -> None:
         stored(images, labels, 0, logits.train(next(rows), len(labels)).to(subject.world.device))
