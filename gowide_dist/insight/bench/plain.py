@@ -60,8 +60,8 @@ class PlainImages(Dataset[tuple[Tensor, int]]):
 def batches(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches on the device without end: images [B, 3, H, H] in NCHW and labels [B].
 
-    For a GPU every core reads. On CPUs, where all cores train, the training process reads: with workers beside it a
-    step took longer still.
+    For a GPU every core reads. On CPUs the training process reads: where all cores train, a step took longer still with
+    workers beside it. (Where a core is idle they would be quicker.)
     """
     device = subject.world.device
     on_gpu = device.type == "cuda"
