@@ -421,7 +421,10 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, finished or not.", metavar="RUN...")],
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: report/ of the first run.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Latency, and agreement with the teacher, once a network.")
+        bool,
+        typer.Option(
+            "--measure/--no-measure", help="Latency, dead channels, agreement with the teacher: once a network."
+        ),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

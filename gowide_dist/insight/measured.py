@@ -1,4 +1,4 @@
-"""What only the finished networks tell: latency on this machine, agreement with the teacher. Kept in report/."""
+"""What only the finished networks tell: latency here, dead channels, agreement with the teacher. Kept in report/."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 import time
 from contextlib import closing
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -31,9 +31,14 @@ class Latency(BaseModel):
 
 
 class Measured(BaseModel):
-    """latency: by a model's SHA-256. agreement: in %, by both models' SHA-256."""
+    """By a model's SHA-256; agreement, in %, by both models'.
+
+    dead_channels: of every block, how many channels of its output are zero for all validation images. As a ReLU that
+    answers zero passes no gradient on, hardly any of them comes back.
+    """
 
     latency: dict[str, Latency] = {}
+    dead_channels: dict[str, list[int]] = {}
     agreement: dict[str, float] = {}
     why_not: dict[str, str] = Field(default_factory=dict, exclude=True)  # by instance, of what could not be measured
 
@@ -66,26 +71,33 @@ def measure(run: Run, recipe: Recipe) -> Measured:
     found = read_measured(run)
     done = {key: finished for key in recipe.instances if (finished := run.stage(key).done)}
     pairs = {key: teacher for key in done if (teacher := teacher_of(recipe.instances[key], recipe)) in done}
-    missing = [key for key in done if done[key].model_sha256 not in found.latency]
-    unknown = [key for key in pairs if found.agreement_of(done[key], done[pairs[key]]) is None]
-    for key in missing:
+    before = found.model_copy(deep=True)
+    for key in done:
+        if done[key].model_sha256 not in found.latency:
+            try:
+                say(f"{key}  measuring its latency")
+                found.latency[done[key].model_sha256] = _latency(run, key, recipe.data.resolution)
+            except UserError as error:
+                found.why_not[key] = str(error)
+    answers: dict[str, _Answers] = {}
+
+    def ask(key: str) -> Tensor:
+        if key not in answers:
+            say(f"{key}  asking it for all validation images")
+            answers[key] = _ask(run, key)
+            found.dead_channels[done[key].model_sha256] = answers[key].dead_channels
+        return answers[key].classes
+
+    for key in done:
         try:
-            say(f"{key}  measuring its latency")
-            found.latency[done[key].model_sha256] = _latency(run, key, recipe.data.resolution)
+            if done[key].model_sha256 not in found.dead_channels:
+                ask(key)
+            if key in pairs and found.agreement_of(done[key], done[pairs[key]]) is None:
+                same = (ask(key) == ask(pairs[key])).double().mean()
+                found.agreement[_pair(done[key], done[pairs[key]])] = round(100 * float(same), 4)
         except UserError as error:
             found.why_not[key] = str(error)
-    answers: dict[str, Tensor] = {}
-    for key in unknown:
-        try:
-            for name in (key, pairs[key]):
-                if name not in answers:
-                    say(f"{name}  asking it for all validation images")
-                    answers[name] = _answers(run, name)
-            same = (answers[key] == answers[pairs[key]]).double().mean()
-            found.agreement[_pair(done[key], done[pairs[key]])] = round(100 * float(same), 4)
-        except UserError as error:
-            found.why_not[key] = str(error)
-    if missing or unknown:
+    if found != before:
         run.report.mkdir(exist_ok=True)
         write_atomically(run.report / FILE_NAME, found.model_dump_json(indent=2) + "\n")
     return found
@@ -116,17 +128,30 @@ def _latency(run: Run, key: str, side: int) -> Latency:
     return Latency(batch_1_ms=batch_ms(1), batch_64_ms=batch_ms(64), where=f"{platform.node()}, {name}")
 
 
-def _answers(run: Run, key: str) -> Tensor:
-    """The class that a finished network takes each validation image for: [N] int64."""
+class _Answers(NamedTuple):
+    """What a network says of all validation images: the class of each, [N] int64; and see `Measured`."""
+
+    classes: Tensor
+    dead_channels: list[int]
+
+
+def _ask(run: Run, key: str) -> _Answers:
     import torch
 
     from gowide_dist.insight.trained import Classifier, open_trained
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = open_trained(run.path, key)
-    classifier = Classifier(trained.network(), trained.info).to(device).to(memory_format=torch.channels_last)
+    network = trained.network()
+    classifier = Classifier(network, trained.info).to(device).to(memory_format=torch.channels_last)
+    classes = []
+    greatest = [torch.zeros(channels, device=device) for channels in network.architecture.block_channels]
     with closing(trained.validation_images(trained.recipe.data.val)) as images, torch.inference_mode():
-        return torch.cat([classifier(batch.images.to(device)).argmax(dim=1).cpu() for batch in images.batches()])
+        for batch in images.batches():
+            blocks = classifier.blocks(batch.images.to(device))
+            classes.append(network.head(blocks[-1]).argmax(dim=1).cpu())
+            greatest = [torch.maximum(most, x.amax((0, 2, 3))) for most, x in zip(greatest, blocks, strict=True)]
+    return _Answers(torch.cat(classes), [int((most == 0).sum()) for most in greatest])
 
 
 def _pair(student: Done, teacher: Done) -> str:

@@ -111,7 +111,7 @@ def _several(views: list[View], folder: Path) -> tuple[str, dict[str, Any]]:
         "beside": compare.beside(groups),
         "differences": compare.differences(groups),
         "runs": [
-            (seen.run.path, seen.recipe.seed, PAGE_HEAD, [_filled(row) for row in seen.rows], seen.unfinished)
+            (seen.run.path, seen.recipe.seed, PAGE_HEAD, [_filled(row) for row in seen.rows], seen.notes)
             for seen in views
         ],
         "pictures": pictures,
@@ -187,9 +187,7 @@ def _table(seen: View, folder: Path) -> str:
     console = Console(file=io.StringIO(), width=160)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
-    notes = [f"  {key}: {progress}" for key, progress in seen.unfinished.items()]
-    notes += [f"  {key}: not measured: {reason}" for key, reason in seen.measured.why_not.items()]
-    return "\n".join([console.file.getvalue().rstrip(), *notes])
+    return "\n".join([console.file.getvalue().rstrip(), *(f"  {note}" for note in seen.notes)])
 
 
 def _render(name: str, path: Path, values: Mapping[str, Any]) -> None:

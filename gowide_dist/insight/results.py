@@ -146,6 +146,25 @@ class View:
         return {key: standing.progress for key, standing in self.standings.items() if not standing.done}
 
     @cached_property
+    def notes(self) -> list[str]:
+        """What is to be said of single instances: not finished, not measured, channels that died."""
+        found = [f"{key}: {progress}" for key, progress in self.unfinished.items()]
+        found += [f"{key}: not measured: {reason}" for key, reason in self.measured.why_not.items()]
+        for key, dead in self.dead_channels.items():
+            channels = self.recipe.instances[key].architecture.block_channels
+            lost = [f"{n} of {channels[i]} channels of block {i + 1}" for i, n in enumerate(dead) if n]
+            if lost:
+                found.append(f"{key}: {', '.join(lost)} are zero for all validation images")
+        return found
+
+    @cached_property
+    def dead_channels(self) -> dict[str, list[int]]:
+        """Of each finished instance that was asked: how many of each block's channels (see `Measured`)."""
+        done = {key: standing.done.model_sha256 for key, standing in self.standings.items() if standing.done}
+        known = self.measured.dead_channels
+        return {key: known[model] for key, model in done.items() if model in known}
+
+    @cached_property
     def times(self) -> dict[str, Times]:
         """Where the time of each instance went, of those that have metrics."""
         found = {key: times(standing, self.recipe.batch_size) for key, standing in self.standings.items()}
@@ -201,6 +220,7 @@ def as_json(seen: View) -> dict[str, Any]:
         "unfinished": seen.unfinished,
         "times": {key: spent_s._asdict() for key, spent_s in seen.times.items()},
         "not_measured": seen.measured.why_not,
+        "dead_channels": seen.dead_channels,
     }
 
 

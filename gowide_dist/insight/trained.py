@@ -38,10 +38,13 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        pixels = images.permute(0, 3, 1, 2).float()
-        last = self.network.blocks((pixels - self.mean) / self.std)[-1]
         # What the network's pooling comes to; exported, that would leave a detour around the strides of its output.
-        return cast(Tensor, self.network.fc(last.mean((2, 3))))
+        return cast(Tensor, self.network.fc(self.blocks(images)[-1].mean((2, 3))))
+
+    def blocks(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Output of every block, [B, C_i, H_i, H_i]."""
+        pixels = images.permute(0, 3, 1, 2).float()
+        return self.network.blocks((pixels - self.mean) / self.std)
 
 
 @dataclass(frozen=True)

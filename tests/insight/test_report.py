@@ -7,6 +7,7 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gowide_dist import load_model, load_recipe
 from gowide_dist.insight import compare
@@ -14,7 +15,7 @@ from gowide_dist.insight.report import report, write_report
 from gowide_dist.insight.results import Standing, times, view
 from gowide_dist.insight.trained import open_trained
 from gowide_dist.pipeline import prepare, walk
-from gowide_dist.run import Run
+from gowide_dist.run import Run, sha256
 from tests.command import gowide, refused
 from tests.fashion import chain, encode_part, write_job
 from tests.insight.browser import look_at
@@ -57,7 +58,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_agreement_and_latency_are_of_the_finished_networks(reported):
+def test_what_is_measured_is_of_the_finished_networks(reported):
     run, text, data = reported
     found = {f"{row['stage']}/{row['network']}": row for row in data["results"]}
     trained = open_trained(run.path, "teacher")
@@ -66,19 +67,37 @@ def test_agreement_and_latency_are_of_the_finished_networks(reported):
     pixels = torch.cat([batch.images.clone() for batch in images.batches()]).permute(0, 3, 1, 2).float()
     images.close()
     with torch.inference_mode():
-        answers = {
-            stage: load_model(run.path, stage)((pixels - mean) / std)[0].argmax(dim=1)
-            for stage in ("teacher", "distill")
-        }
+        outputs = {stage: load_model(run.path, stage)((pixels - mean) / std) for stage in ("teacher", "distill")}
+    answers = {stage: logits.argmax(dim=1) for stage, (logits, _) in outputs.items()}
     share = 100 * (answers["teacher"] == answers["distill"]).double().mean()
     assert found["distill/thin"]["agreement"] == pytest.approx(float(share), abs=0.51)  # one of 200, by rounding
     assert found["teacher/wide"]["agreement"] is None
+    for stage, (_, blocks) in outputs.items():
+        dead = [int((block.amax((0, 2, 3)) == 0).sum()) for block in blocks]
+        assert data["dead_channels"][f"{stage}/{'wide' if stage == 'teacher' else 'thin'}"] == dead
     assert all(row["latency_ms_1"] > 0 and row["latency_ms_64"] > 0 for row in found.values())
     assert f"{found['distill/thin']['agreement']:.2f}" in text
     written = rows(run.report / "results.csv")
     assert [float(row["top1"]) for row in written] == [row["top1"] for row in data["results"]]
     assert all((run.report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
                for name in ("loss", "accuracy", "cost", "time", "imitate-thin"))  # fmt: skip
+
+
+def test_channels_that_died_are_told(copy):
+    before = report([copy])[1]["dead_channels"]["distill/thin"]
+    place = copy.stage("distill/thin")
+    weights = load_file(place.model)
+    weights["layer2.0.bn3.bias"][:3] = -1e6  # the unit ends in a ReLU
+    save_file(weights, place.model)
+    done = json.loads((place.path / "done.json").read_text())
+    (place.path / "done.json").write_text(json.dumps({**done, "model_sha256": sha256(place.model)}))
+    text, data = report([copy])
+    dead = data["dead_channels"]["distill/thin"]
+    assert dead[0] == before[0]
+    assert max(3, before[1]) <= dead[1] <= before[1] + 3
+    told = f"{dead[1]} of 32 channels of block 2 are zero for all validation images"
+    assert told in text
+    assert told in (copy.report / "report.html").read_text()
 
 
 def test_what_was_measured_is_kept(reported, capfd):
