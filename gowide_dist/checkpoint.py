@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gowide_dist.errors import RunError
-from gowide_dist.run import sha256, write_atomically
+from gowide_dist.run import NO_WEIGHTS, sha256, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def load_weights(path: Path, network: nn.Module) -> None:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     except Exception as error:  # safetensors, pickle and torch raise several types
-        raise RunError(f"{path}: holds no weights that can be read: {str(error)[:200]}") from error
+        raise RunError(f"{path}: {NO_WEIGHTS}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     misfits = [
         f"{name} is {shapes.get(name, 'missing')} there, {expected.get(name, 'unknown')} here"

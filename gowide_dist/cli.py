@@ -9,16 +9,35 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from gowide_dist.collector import collect_seldom
 from gowide_dist.errors import InternalError, UserError, is_full
 
 app = typer.Typer(
-    help="Train deep thin image classifiers: go wide, then narrow.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version of this package, and its commit where it lies in a repository, and leave."""
+    if wanted:
+        from gowide_dist.run import code_version
+
+        about = code_version()
+        commit = f" at {about['commit'][:12]}{', changed' if about['dirty'] else ''}" if about["commit"] else ""
+        print_line(f"gowide_dist {about['gowide_dist']}{commit}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=print_version)] = False,
+) -> None:
+    """Train deep thin image classifiers: go wide, then narrow."""
+
 
 data_app = typer.Typer(help="Look after encoded datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -266,6 +285,8 @@ def plan(
     from gowide_dist.recipe import load_recipe
 
     recipe, profile = load_recipe(job, overrides or []), load_profile(cluster) if cluster else None
+    if measure and (profile or scale):
+        raise UserError("plan: --measure times this machine; leave out --cluster and --scale, or run it in a job there")
     if scale:
         assumptions, rows = scales.scale(recipe, data_size(recipe, images, classes), profile)
         if as_json:
@@ -274,8 +295,6 @@ def plan(
         else:
             print_line(scales.table(assumptions, rows))
         return
-    if measure and profile:
-        raise UserError("plan: --measure times this machine; leave out --cluster, or run it in a job there")
     num_processes = nproc or default_num_processes()
     measured = None
     if measure:
@@ -477,7 +496,15 @@ def main() -> None:
     """Entry of the console script."""
     collect_seldom()
     try:
-        app()
+        status = app(standalone_mode=False) or 0
+        if status == 130:  # what typer makes of Ctrl-C
+            sys.stderr.write("gowide: stopped; the same command continues\n")
+        sys.exit(status)
+    except TyperException as error:  # of usage: also without arguments, when it has printed the help and says nothing
+        if message := error.format_message().replace("Value error, ", "").rstrip("."):
+            command = getattr(getattr(error, "ctx", None), "command_path", "gowide")
+            sys.stderr.write(f"gowide: {message}; see `{command} --help`\n")
+        sys.exit(2)
     except UserError as error:
         sys.stderr.write(f"gowide: {error}\n")
         sys.exit(2)
@@ -486,10 +513,6 @@ def main() -> None:
             raise
         sys.stderr.write("gowide: the disk is full or the quota used up; make room, and the same command continues\n")
         sys.exit(2)
-    except SystemExit as left:
-        if left.code == 130:  # what typer makes of Ctrl-C
-            sys.stderr.write("gowide: stopped; the same command continues\n")
-        raise
     except InternalError as error:
         sys.stderr.write(f"gowide: {error}\n")
         sys.exit(1)

@@ -78,6 +78,9 @@ def examine(
     selected = recipe.select(only) if only else recipe.instances
     recipe, checksums = check_data(recipe)
     run = Run(runs / recipe.name)
+    for path in (runs, run.path):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: is no folder; choose another place with --runs")
     prepared = Prepared(recipe, run, selected, identities(recipe, checksums))
     for instance in prepared.unfinished:
         place = run.stage(instance.key)

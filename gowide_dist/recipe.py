@@ -24,6 +24,7 @@ from gowide_dist.schema import (
     Natural,
     NonNegative,
     Positive,
+    Seed,
     apply_override,
     nearest,
     read_yaml,
@@ -56,7 +57,7 @@ class Data(Frozen):
     augment: Augment = Augment()
     center_crop: Annotated[Fraction, Field(gt=0)] | None = None  # side of a validation crop over the shorter side
     order: Literal["random", "quasi-random"] = "random"  # quasi-random: for files larger than memory
-    seed: Natural | None = None  # of order and augmentation, where it is not the stage's: one stream for several seeds
+    seed: Seed | None = None  # of order and augmentation, where it is not the stage's: one stream for several seeds
 
 
 class Widened(Frozen):
@@ -158,7 +159,7 @@ class StageBase(Frozen):
     optim: Optim | None = None  # needed to train
     schedule: Schedule = Schedule()
     ramp: Ramp | None = None  # progressive resizing; needs data.augment.crop
-    seed: Natural | None = None  # of this stage, where it is not the recipe's: a teacher shared by several seeds
+    seed: Seed | None = None  # of this stage, where it is not the recipe's: a teacher shared by several seeds
 
     @model_validator(mode="after")
     def _check_epochs(self) -> StageBase:
@@ -264,7 +265,7 @@ class Recipe(Frozen):
     """An experiment. The weights depend on all but `name`, `log_every_steps`, `eval_every_epochs` and `checkpoints`."""
 
     name: Name
-    seed: Natural = 0
+    seed: Seed = 0
     data: Data
     batch_size: Count  # global, whatever the number of processes
     networks: dict[Name, Network] = Field(min_length=1)

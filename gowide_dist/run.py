@@ -6,11 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +22,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from gowide_dist.errors import RunError
 from gowide_dist.recipe import Instance, Recipe
 
 LOCK_WAIT_S = 150  # a file server frees a dead node's locks only after a while
 IDENTITY_FORMAT = 1  # raised when the code changes so that the same recipe gives other weights
+NO_WEIGHTS = (
+    "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
+)
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
 
 
@@ -85,17 +91,19 @@ def identity(
 
     What has its default is left out, so that a new option does not make strangers of finished stages.
 
-    Raises RunError if a file of weights cannot be read.
+    Raises RunError if a file of weights cannot be read, or does not look like one.
     """
     plain: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
     stage = instance.stage.model_dump(**plain, exclude={"train", "init", "teacher", "seed"})
     init = instance.init and fingerprints[instance.init]
     if instance.init_file:
+        place = f"stages.{instance.stage_name}.init.file: {instance.init_file}"
         try:
             init = sha256(instance.init_file)
+            if not _looks_like_weights(instance.init_file):
+                raise RunError(f"{place}: {NO_WEIGHTS}")
         except OSError as error:
-            place = f"stages.{instance.stage_name}.init.file"
-            raise RunError(f"{place}: {instance.init_file} cannot be read ({error.strerror})") from error
+            raise RunError(f"{place}: cannot be read ({error.strerror})") from error
     return {
         "format": IDENTITY_FORMAT,
         "seed": instance.seed,
@@ -113,6 +121,19 @@ def identity(
         "init": init,
         "teacher": instance.teacher and fingerprints[instance.teacher],
     }
+
+
+def _looks_like_weights(path: Path) -> bool:
+    """Whether a file is whole safetensors, a whole archive of PyTorch's, or a pickle as PyTorch wrote before these."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="numpy"):
+                return True
+        except SafetensorError:
+            return False
+    with path.open("rb") as file:
+        starts_as_pickle = file.read(1) == pickle.PROTO
+        return starts_as_pickle or zipfile.is_zipfile(file)
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance, KlStage, Recipe, TaughtStage
 from gowide_dist.run import Done, Run
 from gowide_dist.stop import Stopped
-from gowide_dist.student import Examples, Student, autocast
+from gowide_dist.student import Examples, Student, TrainingError, autocast
 from gowide_dist.teacher_logits import Answers, Layout, Source, TeacherLogits, stored_logits
 from gowide_dist.world import World, to_device
 
@@ -80,7 +80,7 @@ def train_together(instances: Sequence[Instance], shop: Workshop) -> list[Done]:
     newest step that all of them have saved. Where there is none, those ahead of the others train apart.
 
     Raises RunError if a folder is another training's or another process is writing it, TrainingError on a loss that
-    is no number.
+    is no number or too little memory.
     """
     assert len({(instance.stage_name, instance.data_seed) for instance in instances}) == 1
     with ExitStack() as stack:
@@ -93,8 +93,23 @@ def train_together(instances: Sequence[Instance], shop: Workshop) -> list[Done]:
         done: dict[str, Done] = {}
         for start, keys in shop.world.share(_starts(instances, shop.run) if shop.world.is_main else []):
             team = [instance for instance in instances if instance.key in keys]
-            done |= _Training(team, start, shop, loader).run()
+            with _telling_of_memory(team[0]):
+                done |= _Training(team, start, shop, loader).run()
         return [done[instance.key] for instance in instances]
+
+
+@contextmanager
+def _telling_of_memory(instance: Instance) -> Iterator[None]:
+    """Raises TrainingError in place of PyTorch's error where memory does not suffice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"{instance.key}: out of memory; stages.{instance.stage_name}.optim.accumulate=2 takes half the images at "
+            "a time, more processes share them, and `gowide plan` estimates what a network needs"
+        ) from error
 
 
 def _starts(instances: Sequence[Instance], run: Run) -> list[tuple[int, list[str]]]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,13 @@ def test_encode_an_image_folder(tmp_path):
             ["encode", "fashion-mnist", "--out", "x", "--write-mode", "bmp"],
             "--write-mode bmp: should be raw, jpg or a part",
         ),
-        (["encode", "fashion-mnist", "--out", "x", "--quality", "0"], "quality 0: give a number from 1 to 100"),
+        (["encode", "fashion-mnist", "--out", "x", "--quality", "0"], "--quality 0: give a number from 1 to 100"),
+        (["encode", "fashion-mnist", "--out", "x", "--write-mode", "2"], "--write-mode 2: give a number from 0 to 1"),
+        (["encode", "mnist", "--out", "x"], "'mnist' is not one of 'fashion-mnist', 'cifar10'"),
+        (["runn"], "No such command 'runn'"),
+        (["run"], "Missing argument 'JOB'; see `gowide run --help`"),
+        (["run", "a.yaml", "--nproc", "0"], "Invalid value for '--nproc'"),
+        (["run", DEMO, "seed=9223372036854775808"], "seed: should be less than 9223372036854775808"),
         (["encode", "fashion-mnist", "--out", "x", "--dry-run"], "encode --dry-run: prints the script of a Slurm job"),
         (["data", "verify", "nowhere"], "nowhere/dataset.json: not found"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
@@ -78,11 +85,25 @@ def test_mistakes_are_one_line(tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_commands_and_options_end_with_2():
-    for arguments in (["runn"], ["run"], ["encode", "mnist", "--out", "x"], ["run", "a.yaml", "--nproc", "0"]):
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    write_fashion_mnist(tmp_path / "idx", 50, 20)
+    (tmp_path / "file").write_text("mine")
+    encode = ("encode", "fashion-mnist", "--root", tmp_path / "idx", "--out")
+    assert refused(*encode, tmp_path / "file").endswith("file: is no folder; choose another --out")
+    assert gowide(*encode, tmp_path / "data").returncode == 0
+    run = ("run", DEMO, f"data.train={tmp_path}/data/train.beton", f"data.val={tmp_path}/data/val.beton")
+    line = refused(*run, "batch_size=10", "--runs", tmp_path / "file")
+    assert line.endswith("file: is no folder; choose another place with --runs")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert "batch size 51 is more than the 50 images" in refused("data", "order", tmp_path / "data", "--batch-size", 51)
+
+
+def test_without_arguments_the_help_is_shown():
+    for arguments in ([], ["data"]):
         result = gowide(*arguments)
-        assert result.returncode == 2
-        assert "Traceback" not in result.stderr
+        assert (result.returncode, result.stderr) == (2, "")
+        assert "Usage: gowide" in result.stdout
+    assert gowide("--version").stdout.startswith(f"gowide_dist {metadata.version('gowide_dist')}")
 
 
 def commands(command, *words):

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gowide_dist
 from gowide_dist import checkpoint, load_model, load_recipe, stage, student
 from gowide_dist.checkpoint import whole_checkpoints
 from gowide_dist.data.encode import encode_image_folder
@@ -22,6 +23,7 @@ from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.objectives import Labels
 from gowide_dist.pipeline import check_group, prepare, walk
 from gowide_dist.run import Run, read_metrics
+from gowide_dist.student import TrainingError
 from tests.fashion import SOURCE, chain, encode_part, write_job
 
 
@@ -341,11 +343,24 @@ def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path):
     with pytest.raises(RunError, match=r"fc.weight is \(7, 512\) there, \(10, 512\) here; fc.bias is \(7,\) there"):
         train(networks=networks, stages=stages)
     (tmp_path / "other.pth").write_bytes(b"no weights")
-    with pytest.raises(RunError, match="holds no weights that can be read"):
+    runs = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunError, match=r"stages.teacher.init.file: .*other.pth: holds no weights, or not all"):
         train(networks=networks, stages=stages)
+    assert sorted(tmp_path.rglob("*")) == runs
+    with pytest.raises(RunError, match=r"other.pth: holds no weights, or not all"):
+        checkpoint.load_weights(tmp_path / "other.pth", gowide_dist.build_network({"arch": "resnet18"}, 10))
     (tmp_path / "other.pth").unlink()
-    with pytest.raises(RunError, match=r"stages.teacher.init.file: .*other.pth cannot be read"):
+    with pytest.raises(RunError, match=r"stages.teacher.init.file: .*other.pth: cannot be read"):
         train(networks=networks, stages=stages)
+
+
+def test_too_little_memory_is_one_line(train, monkeypatch):
+    monkeypatch.setattr(stage, "build_network", lambda *_: torch.empty(2**50))
+    with pytest.raises(TrainingError, match=r"teacher/wide: out of memory; stages.teacher.optim.accumulate=2 takes"):
+        train("seed=77", only=["teacher"])
+    monkeypatch.setattr(stage, "build_network", lambda *_: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        train("seed=77", only=["teacher"])
 
 
 def test_a_stage_seed_shares_a_teacher_between_seeds(train, capsys):

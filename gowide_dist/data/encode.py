@@ -61,17 +61,18 @@ class Options:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("jpg_share", 0, 1), ("quality", 1, 100)):
-            value = getattr(self, name)
+        for option, value, low, high in (("write-mode", self.jpg_share, 0, 1), ("quality", self.quality, 1, 100)):
             if value is not None and not low <= value <= high:
-                raise DataError(f"{name} {value}: give a number from {low} to {high}")
+                raise DataError(f"--{option} {value:g}: give a number from {low} to {high}")
         for name in ("max_side_px", "subset", "held_out"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise DataError(f"{name} {value}: give a number above 0")
+                raise DataError(f"--{_dashed(name)} {value}: give a number above 0")
         for name in ("max_side_px", "quality"):
             if self.jpg_share is None and getattr(self, name) != getattr(Options, name):
-                raise DataError(f"{name}: stored images stay as they are unless --write-mode says how to store them")
+                raise DataError(
+                    f"--{_dashed(name)}: stored images stay as they are unless --write-mode says how to store them"
+                )
 
     @property
     def storage(self) -> Storage:
@@ -82,6 +83,10 @@ class Options:
         """What is not the default and changes the result."""
         default = asdict(Options())
         return {name: value for name, value in asdict(self).items() if value != default[name] and name != "workers"}
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def encode_fashion_mnist(out: Path, root: Path | None = None, options: Options | None = None) -> DatasetInfo:
@@ -138,6 +143,8 @@ def encode(name: str, out: Path, root: Path | None, options: Options) -> Dataset
 def _encode(name: str, out: Path, root: Path, options: Options) -> DatasetInfo:
     if options.jpg_share is None and name != "ffcv":
         raise DataError(f"encode {name}: only FFCV files hold images that can stay as they are; give a write mode")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is no folder; choose another --out")
     encoding: Encoding = {"dataset": name, "root": str(root.resolve()), **options.differing()}
     if info := find_encoded(out, encoding):
         return info

@@ -56,7 +56,8 @@ def read_dataset_info(beton_path: Path) -> DatasetInfo:
     try:
         return DatasetInfo.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{path}: not found; make the dataset with `gowide encode`") from None
+        here = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"{path}: not found{here}; make the dataset with `gowide encode`") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:

@@ -232,8 +232,13 @@ class Loader:
 
 
 def describe_orders(beton: Path, batch_size: int) -> dict[str, dict[str, float]]:
-    """How random and how local each order of a file's samples is in its first epoch; see `order_report`."""
+    """How random and how local each order of a file's samples is in its first epoch; see `order_report`.
+
+    Raises DataError if there are fewer samples than a batch has.
+    """
     pages = Beton(beton).pages
+    if len(pages) < batch_size:
+        raise DataError(f"batch size {batch_size:,} is more than the {len(pages):,} images of {beton}")
     orders = {
         "random": random_order(len(pages), seed=0, epoch=0),
         "quasi-random": quasi_random_order(pages, _WINDOW_PAGES, seed=0, epoch=0)[0],

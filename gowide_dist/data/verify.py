@@ -25,7 +25,7 @@ def verify_dataset(folder: Path, workers: int | None = None) -> DatasetInfo:
     info = read_dataset_info(folder / FILE_NAME)
     faults = [fault for split in info.splits.values() for fault in _faults(folder, split, info, workers)]
     if faults:
-        raise DataError(f"{folder}: {len(faults):,} faults, listed above, the first: {faults[0]}; encode again")
+        raise DataError(f"{folder}: encode it again: {len(faults):,} faults, listed above, the first: {faults[0]}")
     return info
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, stdev
@@ -56,12 +58,8 @@ class Statistic(NamedTuple):
 class Group:
     """Runs of one recipe with different seeds."""
 
+    name: str  # what its column is called
     views: list[View]
-
-    @property
-    def name(self) -> str:
-        """What its column is called."""
-        return self.views[0].recipe.name
 
     @property
     def seeds(self) -> str:
@@ -122,7 +120,14 @@ def group(views: list[View]) -> list[Group]:
                         f"{other.run.path} and {view.run.path}: the same recipe and seed, whose results would count "
                         "twice; name one of them"
                     )
-    return [Group(same) for same in found.values()]
+    names = Counter(same[0].recipe.name for same in found.values())
+    paths = {key: same[0].run.path.absolute() for key, same in found.items()}
+    common = os.path.commonpath(paths.values())
+    groups = []
+    for key, same in found.items():
+        name = same[0].recipe.name
+        groups.append(Group(name if names[name] == 1 else str(paths[key].relative_to(common)), same))
+    return groups
 
 
 def differences(groups: list[Group]) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import NamedTuple
 
-from gowide_dist.architecture import Architecture
+from gowide_dist.architecture import Architecture, Conv
 from gowide_dist.recipe import BlocksStage, Instance, KlStage, LabelsStage, Recipe, StageBase
 
 BACKWARD = 2  # a backward pass costs two forward passes: gradients of inputs, and of weights
@@ -45,16 +45,29 @@ def _training_macs_at(resolution: int, instance: Instance, recipe: Recipe, num_c
         whole = student.macs(num_classes, resolution)
         return MacsPerImage(whole, BACKWARD * whole, teacher.macs(num_classes, resolution) if teacher else 0)
     assert teacher is not None
+    between = [sum(conv.macs for conv in convs) for convs in _transforms(student, teacher, resolution)]
     forward, trained, theirs = [], [], []
     for phase in phases(stage, student):
         upto = [
             student.macs(num_classes, resolution, index) for index in (phase.runs_from, phase.trains_from, phase.stop)
         ]
         bottom, first, top = (0 if index == 0 else macs for index, macs in zip(phase[:3], upto, strict=True))
-        forward.append(top - bottom)
-        trained.append(top - first)
+        forward.append(top - bottom + sum(between[phase.runs_from : phase.stop]))
+        trained.append(top - first + sum(between[phase.trains_from : phase.stop]))
         theirs.append(teacher.macs(num_classes, resolution, phase.stop))
     return MacsPerImage(fmean(forward), BACKWARD * fmean(trained), fmean(theirs))
+
+
+def _transforms(student: Architecture, teacher: Architecture, resolution: int) -> list[list[Conv]]:
+    """The linear transforms around each block (see `gowide_dist.transforms`): none where the channels are equal."""
+    down: list[Conv] = []
+    found = []
+    sizes = zip(student.block_channels, teacher.block_channels, student.block_sides(resolution), strict=True)
+    for mine, theirs, side in sizes:
+        up = [Conv(mine, theirs, 1, 1, side)] if mine != theirs else []
+        found.append([*down, *up])
+        down = [Conv(theirs, mine, 1, 1, side) for _ in up]
+    return found
 
 
 def with_teacher(instance: Instance) -> Instance:
@@ -98,10 +111,13 @@ def phases(stage: BlocksStage, student: Architecture) -> list[Phase]:
 
 def validation_macs(instance: Instance, recipe: Recipe, num_classes: int) -> int:
     """Multiply-adds for one validation image, which student and teacher answer as a whole."""
-    networks = [instance.architecture]
-    if instance.teacher:
-        networks.append(recipe.instances[instance.teacher].architecture)
-    return sum(network.macs(num_classes, recipe.data.resolution) for network in networks)
+    student, resolution = instance.architecture, recipe.data.resolution
+    if instance.teacher is None:
+        return student.macs(num_classes, resolution)
+    teacher = recipe.instances[instance.teacher].architecture
+    transforms = _transforms(student, teacher, resolution) if isinstance(instance.stage, BlocksStage) else []
+    between = sum(conv.macs for convs in transforms for conv in convs)
+    return student.macs(num_classes, resolution) + between + teacher.macs(num_classes, resolution)
 
 
 class Memory(NamedTuple):
@@ -111,7 +127,8 @@ class Memory(NamedTuple):
     there is a moving average. activations: what the backward pass needs of the images that a process takes at a time
     (`Architecture.num_activations`), 4 bytes each or 2 in bf16 and fp16. teacher: its weights, three times its largest
     output, and the block outputs that are imitated. images: as bytes, and as the numbers that the network takes.
-    loader: decoded batches that wait, in the host's memory. libraries: of PyTorch with all that it loads, about.
+    loader: decoded batches that wait, in the host's memory. libraries: what PyTorch takes once it is loaded, about; its
+    files, half a GB in memory that all processes of a machine share, come on top.
     """
 
     weights: int
@@ -136,22 +153,32 @@ def memory_per_process(instance: Instance, recipe: Recipe, num_classes: int, sha
     size = 4 if recipe.precision == "float32" else 2
     optim = stage.optim
     at_once = share // (optim.accumulate if optim else 1)
-    trained, kept, targets = student.num_parameters(num_classes), student.num_activations(side), 0
-    if isinstance(stage, BlocksStage):
-        parts = phases(stage, student)
-        trained = max(_of_blocks(phase, lambda count: student.num_parameters(num_classes, count)) for phase in parts)
-        kept = max(_of_blocks(phase, lambda count: student.num_activations(side, count)) for phase in parts)
+    weights = student.num_parameters(num_classes)
+    trained, kept, targets = weights, student.num_activations(side), 0
     teacher = recipe.instances[instance.teacher].architecture if instance.teacher else None
     if teacher and isinstance(stage, BlocksStage):
+        between = _transforms(student, teacher, side)
+        theirs = [sum(conv.in_channels * conv.out_channels for conv in convs) for convs in between]
+        written = [sum(conv.num_outputs for conv in convs) for convs in between]
+        parts = phases(stage, student)
+        trained = max(
+            _of_blocks(phase, lambda count: student.num_parameters(num_classes, count) + sum(theirs[:count]))
+            for phase in parts
+        )
+        kept = max(
+            _of_blocks(phase, lambda count: student.num_activations(side, count) + sum(written[:count]))
+            for phase in parts
+        )
+        weights += sum(theirs)
         outputs = zip(teacher.block_channels, teacher.block_sides(side), strict=True)
         targets = sum(channels * block_side**2 for channels, block_side in outputs)
     answers = at_once * size * (3 * teacher.largest_activation(side) + targets) if teacher else 0
     pixels = 3 * side**2
     return Memory(
-        weights=4 * student.num_parameters(num_classes),
+        weights=4 * weights,
         gradients=4 * trained if stage.epochs else 0,
         momentum=4 * trained if optim and optim.momentum else 0,
-        average=4 * student.num_parameters(num_classes) if optim and optim.ema else 0,
+        average=4 * weights if optim and optim.ema else 0,
         activations=size * at_once * kept if stage.epochs else 0,
         teacher=(4 * teacher.num_parameters(num_classes) if teacher else 0) + answers,
         images=share * pixels * (1 + 4),

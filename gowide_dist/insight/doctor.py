@@ -312,6 +312,8 @@ def check_accounting() -> Finding:
 def check_folder_of_runs(runs: Path, profile: Profile | None, has_slurm: bool) -> Finding:
     """Writable, with locks; and seen by all nodes where there are nodes."""
     folder = _existing(runs.absolute())
+    if runs.exists() and not runs.is_dir():
+        return Finding("runs", BAD, f"{runs}: is no folder", "choose --runs DIR")
     kind = _file_system(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".gowide-doctor-") as file:

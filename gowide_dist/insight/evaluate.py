@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from gowide_dist.errors import RunError, is_full
+from gowide_dist.insight.text import rendered
 from gowide_dist.insight.trained import Classifier, Trained
 from gowide_dist.objectives import accuracy
 from gowide_dist.progress import Track
@@ -185,10 +185,7 @@ def table(found: Evaluation) -> str:
     for label, other, count in _most_confused(found.confusion):
         share = 100 * count / found.per_class_images[label]
         pairs.add_row(found.classes[label], found.classes[other], f"{count:,}", f"{share:.1f}")
-    console = Console(file=io.StringIO(), width=130)
-    console.print(by_class, pairs)
-    assert isinstance(console.file, io.StringIO)
-    return f"{head}\n{console.file.getvalue().rstrip()}"
+    return f"{head}\n{rendered(by_class, pairs)}"
 
 
 def _most_confused(confusion: list[list[int]]) -> list[tuple[int, int, int]]:

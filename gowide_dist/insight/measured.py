@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
-from gowide_dist.errors import UserError
+from gowide_dist.errors import UserError, is_full
 from gowide_dist.progress import say
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run, write_atomically
@@ -98,8 +98,13 @@ def measure(run: Run, recipe: Recipe) -> Measured:
         except UserError as error:
             found.why_not[key] = str(error)
     if found != before:
-        run.report.mkdir(exist_ok=True)
-        write_atomically(run.report / FILE_NAME, found.model_dump_json(indent=2) + "\n")
+        try:
+            run.report.mkdir(exist_ok=True)
+            write_atomically(run.report / FILE_NAME, found.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            if is_full(error):
+                raise
+            say(f"{run.report}: cannot be written ({error.strerror}), so what was measured is not kept")
     return found
 
 

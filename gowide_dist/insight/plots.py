@@ -10,6 +10,7 @@ from itertools import count, groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gowide_dist.insight.results import TIME_HEAD, Standing, View
+from gowide_dist.recipe import KlStage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ DARK = {INK: "#e6edf3", PALE: "#30363e"}
 COLOURS = ("#3b82d0", "#e07b28", "#3fa35c", "#b95aa8", "#8c7a50", "#c8504c", "#2aa3ab", "#7a7f8a")
 SIZE = (5.2, 3.6)  # inches
 LOSSES = {"labels": "cross-entropy", "blocks": "mean squared error", "kl": "KL divergence"}
+MIXED = "KL divergence and cross-entropy"
 
 
 class Picture(NamedTuple):
@@ -77,7 +79,9 @@ def by_stage(view: View) -> dict[str, list[Standing]]:
 
 def draw_loss(axes: Axes, name: str, standings: list[Standing]) -> None:
     """A stage's loss over epochs, imitation with a curve per block: lines in training, dots in validation."""
-    axes.set(title=name, xlabel="epoch", ylabel=LOSSES[standings[0].instance.stage.objective])
+    stage = standings[0].instance.stage
+    is_mixed = isinstance(stage, KlStage) and stage.labels_weight > 0
+    axes.set(title=name, xlabel="epoch", ylabel=MIXED if is_mixed else LOSSES[stage.objective])
     colours = iter(COLOURS * 8)
     for standing in standings:
         for loss in _losses(standing):

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from gowide_dist.errors import RunError, is_full
 from gowide_dist.insight import compare, plots, results
 from gowide_dist.insight.measured import measure
 from gowide_dist.insight.results import View, view
-from gowide_dist.insight.text import in_hours
+from gowide_dist.insight.text import in_hours, rendered
 from gowide_dist.run import Run, write_atomically
 
 PAGE_HEAD = (*results.HEAD, "hours")
@@ -58,11 +57,10 @@ def _one(seen: View, folder: Path) -> tuple[str, dict[str, Any]]:
     writer.writerows(seen.rows)
     write_atomically(folder / "results.csv", text.getvalue())
     pictures = _draw_one(seen, folder)
-    environment = seen.run.path / "environment.json"
     try:
-        about = json.loads(environment.read_text())
+        about = json.loads((seen.run.path / "environment.json").read_text())
     except (OSError, ValueError):
-        about = {}
+        about = None
     where = sorted({latency.where for latency in seen.measured.latency.values()})
     _render("report", folder / "report.html", {
         "seen": seen,
@@ -75,7 +73,7 @@ def _one(seen: View, folder: Path) -> tuple[str, dict[str, Any]]:
         "time_head": results.TIME_HEAD,
         "times": [results.time_cells(key, spent) for key, spent in seen.times.items()],
         "recipe": seen.run.recipe_path.read_text(),
-        "environment": about,
+        "environment": about if isinstance(about, dict) else {},
     })  # fmt: skip
     return _table(seen, folder), results.as_json(seen)
 
@@ -179,15 +177,12 @@ def _table(seen: View, folder: Path) -> str:
     rows = [results.cells(row) for row in seen.rows]
     used = [index for index in range(len(results.HEAD)) if index < 10 or any(row[index] for row in rows)]
     count = f"{seen.run.path}: {len(rows)} of {len(seen.standings)} stages done; more in {folder}"
-    table = Table(box=box.SIMPLE_HEAD, caption=count, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for index in used:
         table.add_column(results.HEAD[index], justify="left" if index < 2 else "right")
     for row in rows:
         table.add_row(*(row[index] for index in used))
-    console = Console(file=io.StringIO(), width=160)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join([console.file.getvalue().rstrip(), *(f"  {note}" for note in seen.notes)])
+    return "\n".join([rendered(table, width=160), *(f"  {note}" for note in (count, *seen.notes))])
 
 
 def _render(name: str, path: Path, values: Mapping[str, Any]) -> None:

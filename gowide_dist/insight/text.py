@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def listed(values: Mapping[str, str]) -> str:
@@ -21,6 +26,15 @@ def columns(lines: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def rendered(*tables: Table, width: int = 130) -> str:
+    """Tables as text, in which nothing is taken for markup: class names and paths may hold anything."""
+    from rich.console import Console
+
+    with io.StringIO() as text:
+        Console(file=text, width=width, markup=False, emoji=False, highlight=False).print(*tables)
+        return text.getvalue().rstrip()
 
 
 def in_hours(hours: float) -> str:

@@ -130,6 +130,8 @@ def test_what_is_measured_is_chosen(job):
         bench.choose(no_teacher, ["imitate"])
     with pytest.raises(UserError, match="nothing called 'lop' to measure, did you mean 'loop'"):
         bench.choose(recipe, ["lop"])
+    with pytest.raises(UserError, match="--data and --images are for `loader`"):
+        next(bench.measure(recipe, ["loop"], data=Path("elsewhere")))
 
 
 def test_sides_take_turns_and_are_timed_apart():

@@ -42,6 +42,8 @@ def test_places_for_runs(tmp_path):
     assert doctor.check_folder_of_runs(tmp_path / "a" / "b", None, has_slurm=False).state == GOOD
     refused = doctor.check_folder_of_runs(doctor.Path("/proc/self"), None, has_slurm=False)
     assert refused.state == BAD
+    (tmp_path / "file").write_text("")
+    assert doctor.check_folder_of_runs(tmp_path / "file", None, has_slurm=False).state == BAD
     here = doctor.check_folder_of_runs(doctor.Path("/tmp/runs"), doctor.Profile(), has_slurm=True)
     assert (here.state, "each node's own" in here.text) == (BAD, True)
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,7 @@ def test_other_images(finished_run, other_data):
     assert lines[0].endswith(f"on 300 images of {other_data / 'val.beton'}")
     assert "when it was trained" not in lines[1]
     assert f"({own.top1:.2f} when it was trained)" in table(own)
+    assert "[red]pear" in table(replace(own, classes=("[red]pear", *own.classes[1:])))
 
 
 def test_what_does_not_fit(finished_run, other_data, tmp_path):

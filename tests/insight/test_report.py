@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -108,6 +110,17 @@ def test_what_was_measured_is_kept(reported, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_where_its_folder_cannot_be_written(copy, tmp_path, capfd):
+    """What was measured is shown, though not kept."""
+    shutil.rmtree(copy.report)
+    copy.report.write_text("no folder")
+    (copy.path / "environment.json").write_text("[1]")
+    text, data = report([copy], out=tmp_path / "out")
+    assert all(row["latency_ms_1"] > 0 for row in data["results"])
+    assert f"more in {tmp_path / 'out'}" in text
+    assert "what was measured is not kept" in capfd.readouterr().err
+
+
 def test_without_its_data(copy):
     recipe = copy.recipe_path.read_text().replace("val.beton", "gone.beton")
     copy.recipe_path.write_text(recipe)
@@ -183,6 +196,14 @@ def test_runs_that_differ_in_more(runs, copy, tmp_path):
     assert [len(group["runs"]) for group in data["groups"]] == [2, 1]
     assert "| stages.baseline.epochs" in text
     assert "stages.baseline.epochs" in (tmp_path / "out" / "runs.html").read_text()
+    named = copy.path.parent / "elsewhere"
+    shutil.copytree(copy.path, named)
+    recipe = (named / "recipe.yaml").read_text().replace("epochs: 4", "epochs: 5")
+    (named / "recipe.yaml").write_text(recipe.replace("name: chain-0", "name: other"))
+    report([*runs, copy, Run(named)], out=tmp_path / "out")
+    names = [row["recipe"] for row in rows(tmp_path / "out" / "runs.csv")]
+    common = Path(os.path.commonpath([runs[0].path, copy.path]))
+    assert list(dict.fromkeys(names)) == [*(str(run.path.relative_to(common)) for run in (runs[0], copy)), "other"]
 
 
 def test_the_same_twice_is_refused(runs, copy):

@@ -72,6 +72,8 @@ def measure(
     Raises UserError if the data is not there.
     """
     effort = effort or Effort()
+    if (data or images) and "loader" not in names:
+        raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
     if "loader" in names:
         resolution = recipe.data.resolution if recipe.data.augment.crop else None
         folder = data or recipe.data.train.parent
