@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gowide_dist.insight.assumed import DataSize, decoded_per_s, device_of
 from gowide_dist.insight.costs import training_macs, with_teacher
-from gowide_dist.insight.text import gigabytes
+from gowide_dist.insight.text import duration, gigabytes
 from gowide_dist.launch.profile import Device, Profile, Resources
 from gowide_dist.recipe import Instance, KlStage, Recipe
 
@@ -68,7 +68,7 @@ def warnings_of(
         )
         if unsaved:
             found.append(
-                f"{stage.stage}: takes {stage.hours:,.1f} hours, longer than timeout_min ({resources.timeout_min}), "
+                f"{stage.stage}: takes {duration(stage.hours)}, longer than timeout_min ({resources.timeout_min}), "
                 "without checkpoints in between: a node that fails loses all of it; set checkpoints.every_minutes"
             )
         if math.isinf(stage.requeues):
@@ -108,14 +108,15 @@ def notes_on_stored_logits(
         if stage.teacher_logits == "stored":
             found.append(
                 f"{names}: {instance.teacher}'s answers are stored once, {file}; "
-                f"that saves {(count - 1) * once:,.3g} of {count * once:,.3g} device hours"
+                f"that saves {duration((count - 1) * once)} of {duration(count * once)} on all devices"
             )
         else:
-            saved = f"{(count - 1) * once:,.3g} of {count * once:,.3g} device hours" if count > 1 else "nothing yet"
+            all_of_it = duration(count * once)
+            saved = f"{duration((count - 1) * once)} of {all_of_it} on all devices" if count > 1 else "nothing yet"
             found.append(
                 f"{names}: {macs.teacher / macs.total:.0%} of a step is {instance.teacher}'s answers; "
-                f"teacher_logits: stored would save {saved}, {once:,.3g} for each further student or seed of the same "
-                f"stream, for {file}"
+                f"teacher_logits: stored would save {saved}, {duration(once)} for each further student or seed of the "
+                f"same stream, for {file}"
             )
     return found
 

@@ -25,7 +25,7 @@ from gowide_dist.insight.costs import (
     without_teacher,
 )
 from gowide_dist.insight.simulate import longest_path, restarts
-from gowide_dist.insight.text import columns, in_hours, listed
+from gowide_dist.insight.text import columns, duration, listed
 from gowide_dist.launch.profile import Device, Profile, Resources
 from gowide_dist.pipeline import Prepared, check_data, sibling
 from gowide_dist.recipe import Instance, KlStage, Recipe
@@ -340,7 +340,7 @@ def _assumptions(
 def table(plan: Plan) -> str:
     """The plan as lines of text."""
     head = ("stage", "state", "epochs", "steps", "forward", "backward", "teacher", "TFLOPs", "parameters", "GB/process",
-            "processes", "batch", "hours", "device hours", "requeues")  # fmt: skip
+            "processes", "batch", "time", "device time", "requeues")  # fmt: skip
     lines: list[tuple[str, ...]] = [head]
     for stage in plan.stages:
         flops = (f"{macs / 1e6:,.3f}".rstrip("0").rstrip(".") for macs in stage.macs)
@@ -348,16 +348,15 @@ def table(plan: Plan) -> str:
             (
                 stage.stage, stage.state, str(stage.epochs), f"{stage.steps:,}", *flops,
                 f"{stage.total_macs / 1e12:,.2f}", f"{stage.parameters:,}", f"{sum(stage.memory) / 1e9:.2f}",
-                str(stage.num_processes), str(stage.batch_per_process), in_hours(stage.hours),
-                in_hours(stage.device_hours), f"{stage.requeues:g}",
+                str(stage.num_processes), str(stage.batch_per_process), duration(stage.hours),
+                duration(stage.device_hours), f"{stage.requeues:g}",
             )
         )  # fmt: skip
-    text = f"{plan.recipe}: forward, backward and teacher in MFLOPs for a training image; hours of what is left\n"
+    text = f"{plan.recipe}: forward, backward and teacher in MFLOPs for a training image; time of what is left\n"
     text += f"{columns(lines, left=(0, 1))}\n\n"
-    text += (
-        f"one after the other: {in_hours(plan.hours)} hours; all stages: {in_hours(plan.device_hours)} device hours\n"
-    )
-    text += f"longest path: {in_hours(plan.longest_hours)} hours, {' -> '.join(plan.longest_path)}\n"
+    start = ", the start of the run included" if plan.start_hours else ""
+    text += f"one after the other: {duration(plan.hours)}{start}; on all devices: {duration(plan.device_hours)}\n"
+    text += f"longest path: {duration(plan.longest_hours)}, {' -> '.join(plan.longest_path)}\n"
     text += listed(plan.assumptions)
     text += "".join(f"\nwarning: {line}" for line in plan.warnings)
     return text + "".join(f"\nnote: {line}" for line in plan.notes)

@@ -16,10 +16,10 @@ from gowide_dist.errors import RunError, is_full
 from gowide_dist.insight import compare, plots, results
 from gowide_dist.insight.measured import measure
 from gowide_dist.insight.results import View, view
-from gowide_dist.insight.text import in_hours, rendered
+from gowide_dist.insight.text import duration, rendered
 from gowide_dist.run import Run, write_atomically
 
-PAGE_HEAD = (*results.HEAD, "hours")
+PAGE_HEAD = (*results.HEAD, "time")
 
 
 def report(runs: Sequence[Run], *, measured: bool = True, out: Path | None = None) -> tuple[str, dict[str, Any]]:
@@ -153,7 +153,7 @@ def _filled(row: results.Result) -> list[str]:
     """The cells of a row under PAGE_HEAD, saying what is not measured; a teacher has none to agree with."""
     nothing = {results.HEAD.index("agrees %"): "" if row.teacher is None else "not measured"}
     measured = [cell or nothing.get(index, "not measured") for index, cell in enumerate(results.cells(row))]
-    return [*measured, in_hours(row.hours)]
+    return [*measured, duration(row.hours)]
 
 
 def _imitations(seen: View) -> list[tuple[str, list[str], list[list[str]]]]:

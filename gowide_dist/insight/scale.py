@@ -10,7 +10,7 @@ from gowide_dist.insight.advice import FEW_IMAGES_PER_GPU
 from gowide_dist.insight.assumed import DataSize, decoded_per_s, device_of
 from gowide_dist.insight.costs import training_macs, validation_macs
 from gowide_dist.insight.simulate import Cluster, Simulated, Work, simulate
-from gowide_dist.insight.text import columns, in_hours, listed
+from gowide_dist.insight.text import columns, duration, listed
 from gowide_dist.launch.profile import Device, Profile, Resources
 from gowide_dist.recipe import BlocksStage, Instance, Recipe
 
@@ -91,12 +91,12 @@ def work_of(instance: Instance, recipe: Recipe, size: DataSize) -> Work:
 
 def table(assumptions: dict[str, str], rows: Sequence[Simulated]) -> str:
     """The simulation as lines of text."""
-    lines = [("nodes", "batch/device", "hours", "device hours", "efficiency", "bound by", "")]
+    lines = [("nodes", "batch/device", "time", "device time", "efficiency", "bound by", "")]
     for row in rows:
         note = f"fewer than {FEW_IMAGES_PER_GPU} images a device" if row.batch_per_device < FEW_IMAGES_PER_GPU else ""
         lines.append(
             (
-                str(row.num_nodes), f"{row.batch_per_device:g}", in_hours(row.hours), in_hours(row.device_hours),
+                str(row.num_nodes), f"{row.batch_per_device:g}", duration(row.hours), duration(row.device_hours),
                 f"{row.efficiency:.0%}", row.bound, note,
             )
         )  # fmt: skip

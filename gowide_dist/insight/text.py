@@ -37,9 +37,13 @@ def rendered(*tables: Table, width: int = 130) -> str:
         return text.getvalue().rstrip()
 
 
-def in_hours(hours: float) -> str:
-    """Three digits of a few hours, one decimal of many."""
-    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.3g}"
+def duration(hours: float) -> str:
+    """In seconds, minutes or hours, whatever reads best."""
+    if hours == 0:
+        return "0"
+    if hours < 1:
+        return f"{3600 * hours:.3g} s" if hours < 1 / 60 else f"{60 * hours:.3g} min"
+    return f"{hours:,.1f} h"
 
 
 def gigabytes(num_bytes: float) -> str:

@@ -229,4 +229,4 @@ def test_the_page_in_a_browser(reported, runs, tmp_path, several):
         assert [name for name in shown["asked"] if not name.startswith("data:")] == []
         assert all(number in shown["text"] for number in numbers)
         assert "not measured" not in shown["text"] or several
-        assert "hours" in shown["text"]
+        assert "time" in shown["text"]
