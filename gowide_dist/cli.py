@@ -268,7 +268,9 @@ def plan(
     images: Annotated[int | None, typer.Option(help="Training images, where they are not encoded.", min=1)] = None,
     classes: Annotated[int | None, typer.Option(help="Classes, where the images are not encoded.", min=1)] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time a few real steps of each stage here.")] = False,
-    scale: Annotated[bool, typer.Option("--scale", help="Simulate 1 to 64 nodes: the profile's, else of 8 GPUs.")] = False,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Simulate 1 to 64 nodes: the profile's, else of 8 GPUs.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a recipe costs before anything is spent: FLOPs, memory, hours, requeues, and what looks wrong.

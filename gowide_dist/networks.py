@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -150,7 +151,8 @@ class ResNet(nn.Module):
     def compile_blocks(self) -> None:
         """Let torch.compile make code for each block, in place; names and values of the weights stay."""
         for index in range(self.num_blocks):
-            self.layer(index).compile()
+            # Each by itself: the code that torch.compile wraps is one for all, and so would be its limit of 8 versions.
+            self.layer(index).compile(isolate_recompiles=True, recompile_limit=32)
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
@@ -251,4 +253,24 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    conv = _conv if stride == 1 or in_channels >= _ONEDNN_BLOCK else _SubsampledConv
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+
+# Channels that oneDNN takes at a time. With fewer, its gradient of a strided 1x1 convolution's weights in channels_last
+# is garbage, or it writes out of bounds (github.com/uxlfoundation/oneDNN/issues/6035, seen with torch 2.14.1).
+_ONEDNN_BLOCK = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
+
+
+class _SubsampledConv(nn.Conv2d):
+    """A strided 1x1 convolution that takes every so manieth pixel first, where oneDNN's own gradient is wrong."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, kernel, stride, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C_in, H, H] -> [B, C_out, H / stride, H / stride]."""
+        if not torch.is_grad_enabled() or input.device.type != "cpu":
+            return super().forward(input)
+        rows, columns = self.stride
+        return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)

@@ -75,6 +75,9 @@ class Descent:
             weight_decay=optim.weight_decay,
             fused=True,
         )
+        if scaled and optim.momentum:  # a fused first step that overflows would leave its momentum uninitialised
+            for parameter in self._parameters:
+                self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self._clip_norm = optim.clip_norm
         self._scaler = torch.amp.GradScaler(self._parameters[0].device.type, enabled=scaled)
 

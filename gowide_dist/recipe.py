@@ -38,6 +38,14 @@ class RandomCrop(Frozen):
     scale: tuple[Positive, Positive] = (0.08, 1.0)  # least and greatest part of the area
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width over height
 
+    @model_validator(mode="after")
+    def _check(self) -> RandomCrop:
+        if not self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError("scale: should be [least, greatest] part of the area, at most 1")
+        if self.ratio[0] > self.ratio[1]:
+            raise ValueError("ratio: should be [least, greatest] width over height")
+        return self
+
 
 class Augment(Frozen):
     """Random changes to training images, each a function of (seed, epoch, sample index)."""
@@ -58,6 +66,12 @@ class Data(Frozen):
     center_crop: Annotated[Fraction, Field(gt=0)] | None = None  # side of a validation crop over the shorter side
     order: Literal["random", "quasi-random"] = "random"  # quasi-random: for files larger than memory
     seed: Seed | None = None  # of order and augmentation, where it is not the stage's: one stream for several seeds
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if self.augment.translate >= self.resolution:
+            raise ValueError(f"augment.translate: {self.augment.translate} px shift {self.resolution} px out of sight")
+        return self
 
 
 class Widened(Frozen):
@@ -89,6 +103,15 @@ class Optim(Frozen):
     clip_norm: Positive | None = None  # greatest norm of the whole gradient
     accumulate: Count = 1  # parts in which a process takes its share of a batch, where memory is short
     ema: Fraction | None = None  # decay per step of the moving average of weights that is evaluated and kept
+
+    @model_validator(mode="after")
+    def _check(self) -> Optim:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum")
+        for name in ("momentum", "ema"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name} of 1 never moves; it should be less")
+        return self
 
 
 class Schedule(Frozen):
@@ -131,6 +154,10 @@ class File(Frozen):
 
 
 Reference = Annotated[str, Field(strict=True)]  # `stage` or `stage/network`
+Start = Annotated[
+    Annotated[Reference, Tag("stage")] | Annotated[File, Tag("file")],
+    Discriminator(lambda value: "file" if isinstance(value, File | Mapping) else "stage"),
+]
 
 
 class Ramp(Frozen):
@@ -154,7 +181,7 @@ class StageBase(Frozen):
     """What all stages have in common. One instance runs for each network in `train`."""
 
     train: Annotated[tuple[Name, ...], BeforeValidator(_listed), Field(min_length=1)]
-    init: Reference | File | None = None  # a stage, whose weights of the same network it starts from, or a file
+    init: Start | None = None  # a stage, whose weights of the same network it starts from, or a file
     epochs: Natural  # 0 takes the weights of `init` as they are
     optim: Optim | None = None  # needed to train
     schedule: Schedule = Schedule()
@@ -441,6 +468,8 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     parts = [str(part) for part in location]
     if parts[:1] in (["networks"], ["stages"]) and len(parts) > 2 and parts[2] != "[key]":
         del parts[2]
+        if parts[2:3] == ["init"]:
+            del parts[3:4]
     return ".".join(part for part in parts if part != "[key]")
 
 

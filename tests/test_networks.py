@@ -1,6 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 import torchvision
+from torch._dynamo.utils import counters
 
 from gowide_dist import build_network
 from gowide_dist.architecture import Architecture
@@ -120,6 +123,44 @@ def test_a_bad_architecture_is_one_line():
     with pytest.raises(RecipeError, match=r"network: unknown key 'widht', did you mean 'width'\?$"):
         build_network({"arch": "resnet50", "widht": 2}, 10)
     assert build_network(Architecture(block="basic", depths=(1,), base=4), 3).num_classes == 3
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
+def test_gradients_of_few_channels_in_channels_last(channels, num_threads):
+    """oneDNN's gradient of a strided 1x1 convolution is garbage where there are few of them."""
+    torch.manual_seed(0)
+    network = build_network({"block": "basic", "depths": [1, 1], "base": channels, "stem": "small"}, 3)
+    precise = build_network(network.architecture, 3).double()
+    precise.load_state_dict(network.state_dict())
+    network.to(memory_format=torch.channels_last)
+    images = torch.randn(64, 3, 14, 14)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        network(images.contiguous(memory_format=torch.channels_last))[1][-1].square().mean().backward()
+        precise(images.double())[1][-1].square().mean().backward()
+    finally:
+        torch.set_num_threads(before)
+    mine, theirs = (dict(net.named_parameters())["layer2.0.downsample.0.weight"].grad for net in (network, precise))
+    assert torch.allclose(mine.double(), theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_every_block_and_mode_is_compiled():
+    """Also those of further networks: by default torch.compile stops after eight versions of all blocks together."""
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    images = torch.randn(2, 3, 16, 16)
+    for _ in range(3):
+        network = build_network({"block": "basic", "depths": [1, 1], "base": 8, "stem": "strided"}, 3)
+        for index in range(network.num_blocks):
+            network.layer(index).compile = partial(network.layer(index).compile, backend="eager")
+        network.compile_blocks()
+        for training in (True, False):
+            network.train(training)(images)
+            with torch.no_grad():
+                network(images)
+    assert counters["stats"]["unique_graphs"] == 3 * 2 * 4
 
 
 def test_compiled_blocks_answer_alike():

@@ -92,6 +92,21 @@ def test_loss_scaling_changes_nothing_but_leaves_out_overflows(clip):
     assert descend(optim, [1.0, float("inf"), 2.0], scaled=True) == pytest.approx(descend(optim, [1.0, 2.0]))
 
 
+def test_an_overflow_in_the_first_step_leaves_no_trace():
+    """Fused SGD then keeps a momentum that it has not filled: here made visible by filling it with NaN."""
+    torch.use_deterministic_algorithms(True)
+    before, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    try:
+        optim = {"momentum": 0.9}
+        assert descend(optim, [float("inf"), 1.0, 2.0], scaled=True) == pytest.approx(descend(optim, [1.0, 2.0]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+
+
 def test_moving_average_by_hand():
     module = torch.nn.BatchNorm1d(1, affine=False)
     average = MovingAverage(module, decay=0.75)

@@ -148,6 +148,13 @@ BAD = {
     "stages.teacher.optim=null": "stages.teacher: optim is required to train",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, inputs: teacher, prefix: trained}": "prefix: trained needs inputs: student",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, start: teacher, init: teacher}": "stages.imitate: start: teacher and init both say",
+    "stages.teacher.init={fil: x}": "stages.teacher.init: unknown key 'fil', did you mean 'file'?",
+    "stages.teacher.init=5": "stages.teacher.init: should be a valid string, not '5'",
+    "stages.distill.optim={lr: 0.1, momentum: 0, nesterov: true}": "stages.distill.optim: nesterov needs a momentum",
+    "stages.distill.optim.ema=1": "stages.distill.optim: ema of 1 never moves",
+    "data.augment.crop={scale: [1, 0.1]}": "data.augment.crop: scale: should be [least, greatest] part of the area",
+    "data.augment.crop={ratio: [2, 1]}": "data.augment.crop: ratio: should be [least, greatest] width over height",
+    "data.augment.translate=32": "data: augment.translate: 32 px shift 28 px out of sight",
     "name=../up": "name: should be a name of letters",
 }  # fmt: skip
 

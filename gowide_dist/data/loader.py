@@ -95,7 +95,9 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._resolution, self._order, self._window_pages = resolution, order, window_pages
         self.seconds_waited = 0.0
-        self._threads = DaemonThreads(num_threads)
+        # Waiting for an event of another GPU, a thread on the first would take half a GB of that one's memory.
+        on_gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
+        self._threads = DaemonThreads(num_threads, on_gpu)
         try:
             self._beton = self._wait(self._threads.submit(partial(Beton, beton)))
             self.num_samples = len(self._beton)

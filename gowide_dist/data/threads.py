@@ -15,7 +15,9 @@ class DaemonThreads:
     Unlike ThreadPoolExecutor's they are daemons: one that is stuck in a dead file system cannot keep the process alive.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, begin: Callable[[], None] | None = None):
+        """`begin`: what every thread does first."""
+        self._begin = begin
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"loader-{i}", daemon=True) for i in range(count)]
         for thread in self._threads:
@@ -35,6 +37,8 @@ class DaemonThreads:
             thread.join()
 
     def _work(self) -> None:
+        if self._begin:
+            self._begin()
         while task := self._tasks.get():
             future, function = task
             if future.set_running_or_notify_cancel():
