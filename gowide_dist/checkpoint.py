@@ -78,26 +78,35 @@ def snapshot(state: Any) -> Any:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, about: dict[str, Any], keep: int) -> None:
-    """Write the state after `step` steps, then delete all but the `keep` newest. `about` is for readers."""
+    """Write the state after `step` steps, then delete all but the `keep` newest that are whole and not ahead of it.
+
+    about: what to say of it beside it, its `fingerprint` among that.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()
     path = folder / f"step-{step:09d}.pt"
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
     about = {"step": step, **about, "sha256": hashlib.sha256(content).hexdigest()}
     write_atomically(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
-        old.with_suffix(".json").unlink(missing_ok=True)
-        old.unlink()
+    states = sorted(folder.glob("step-*.pt"))
+    kept = [state for state in states if state <= path and state.with_suffix(".json").exists()][-keep:]
+    for old in states:
+        if old not in kept:
+            old.with_suffix(".json").unlink(missing_ok=True)
+            old.unlink()
 
 
-def whole_checkpoints(folder: Path) -> list[int]:
-    """The steps whose states are there and undamaged, oldest first."""
+def whole_checkpoints(folder: Path, fingerprint: str) -> list[int]:
+    """The steps whose states are there, undamaged and of the training with this fingerprint, oldest first."""
     whole = []
     for path in sorted(folder.glob("step-*.pt")):
         try:
             about = json.loads(path.with_suffix(".json").read_text())
-            if sha256(path) == about["sha256"]:
+            if about["fingerprint"] != fingerprint:
+                log.warning("%s: of another recipe, passed over", path)
+            elif sha256(path) == about["sha256"]:
                 whole.append(int(about["step"]))
             else:
                 log.warning("%s: damaged, passed over", path)

@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from gowide_dist.collector import collect_seldom
-from gowide_dist.errors import InternalError, UserError, is_full
+from gowide_dist.errors import InternalError, UserError, mendable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -328,6 +328,7 @@ def submit(
     """
     from gowide_dist.insight.status import graph
     from gowide_dist.launch.profile import load_profile
+    from gowide_dist.launch.queue import require
     from gowide_dist.pipeline import prepare_chain, rehearse_chain, write
     from gowide_dist.recipe import load_recipe
 
@@ -336,8 +337,9 @@ def submit(
         chain = rehearse_chain(recipe, runs, profile, only=only or [], fresh=fresh)
         print_line("\n".join(chain.scripts() if dry_run else chain.try_out()) or "nothing to submit")
         return
+    require("sbatch")
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
-    write(prepared, fresh=fresh)
+    write(prepared, fresh=fresh, in_jobs={*chain.queued, *chain.leaving})
     print_line(graph(prepared, {**chain.queued, **chain.submit()}))
 
 
@@ -511,9 +513,9 @@ def main() -> None:
         sys.stderr.write(f"gowide: {error}\n")
         sys.exit(2)
     except OSError as error:
-        if not is_full(error):
+        if (line := mendable(error)) is None:
             raise
-        sys.stderr.write("gowide: the disk is full or the quota used up; make room, and the same command continues\n")
+        sys.stderr.write(f"gowide: {line}\n")
         sys.exit(2)
     except InternalError as error:
         sys.stderr.write(f"gowide: {error}\n")

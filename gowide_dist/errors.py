@@ -26,6 +26,18 @@ class RunError(UserError):
     """A run directory holds something else than this recipe would write."""
 
 
+FULL_DISK = "the disk is full or the quota used up; make room, and the same command continues"
+
+
+def mendable(error: OSError) -> str | None:
+    """The line for an error of the operating system that the user can mend; None for any other."""
+    if is_full(error):
+        return FULL_DISK
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: {error.strerror}; change its permissions, or choose another place"
+    return None
+
+
 def is_full(error: OSError) -> bool:
     """Whether a file could not be written for want of room."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from gowide_dist import stop
 from gowide_dist.collector import collect_seldom
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
-from gowide_dist.errors import DataError, RecipeError, RunError, UserError, is_full
-from gowide_dist.launch.local import leave_error, num_gpus, torchrun
+from gowide_dist.errors import DataError, RecipeError, RunError, UserError, is_full, mendable
+from gowide_dist.launch.local import end_with_launcher, leave_error, num_gpus, torchrun
 from gowide_dist.launch.profile import Profile
-from gowide_dist.launch.queue import newest_jobs
+from gowide_dist.launch.queue import job_name, newest_jobs, read_jobs
 from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
 from gowide_dist.recipe import Instance, KlStage, Recipe, load_recipe
-from gowide_dist.run import Done, Run, StageDir, fingerprint, identities, write_atomically
+from gowide_dist.run import Done, Run, StageDir, fingerprint, identities, sha256, write_atomically
 
 if TYPE_CHECKING:
     from gowide_dist.networks import ResNet
@@ -95,15 +95,17 @@ def examine(
     return prepared
 
 
-def write(prepared: Prepared, *, fresh: bool = False) -> None:
-    """Write the run directory, and take over what a sibling run has finished. `fresh` as in `prepare`."""
+def write(prepared: Prepared, *, fresh: bool = False, in_jobs: Collection[str] = ()) -> None:
+    """Write the run directory, and take over what a sibling run has finished. `fresh` as in `prepare`.
+
+    in_jobs: instances whose folders are left alone, for Slurm jobs write them.
+    """
     run = prepared.run
     for instance in prepared.unfinished if fresh else ():
-        if run.stage(instance.key).path.exists():
-            shutil.rmtree(run.stage(instance.key).path)
+        run.stage(instance.key).forget()
     run.write_recipe(prepared.recipe)
     for instance in prepared.unfinished:
-        if there := sibling(instance, prepared):
+        if instance.key not in in_jobs and (there := sibling(instance, prepared)):
             _adopt(instance, there, prepared)
 
 
@@ -116,16 +118,23 @@ def prepare_chain(
     """
     run = Run(runs.absolute() / recipe.name)
     check_folder(run.slurm, profile)
-    states = newest_jobs(run.slurm, job_names(recipe))
+    known = read_jobs(run.slurm)
+    states = newest_jobs(run.slurm, recipe.name)
     queued = {key: state.job_id for key, state in states.items() if state.is_waiting or state.is_running}
     leaving = {key: state.job_id for key, state in states.items() if state.is_leaving}
     prepared = examine(recipe, run.path.parent, only=only, fresh=fresh, in_jobs={*queued, *leaving})
+    unfinished = [instance.key for instance in prepared.unfinished]
+    stale: dict[str, str] = {}
+    for key in unfinished:  # parents first
+        waits_in_vain = {*recipe.instances[key].parents} & {*unfinished} - {*queued}
+        if key in queued and states[key].is_waiting and waits_in_vain:
+            stale[key] = queued.pop(key)
     left = [
         instance
         for instance in prepared.unfinished
         if instance.key not in queued and sibling(instance, prepared) is None
     ]
-    return prepared, Chain(run.slurm, _jobs(left, recipe, run, profile), queued, leaving)
+    return prepared, Chain(run.slurm, _jobs(left, recipe, run, profile), queued, leaving, stale, known)
 
 
 def rehearse_chain(
@@ -151,13 +160,8 @@ def _jobs(instances: Iterable[Instance], recipe: Recipe, run: Run, profile: Prof
         for num_processes in resources.num_processes:
             check_group(recipe, num_processes, on_gpus=resources.gpus_per_node > 0)
         worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
-        jobs.append(Job(instance.key, job_names(recipe)[instance.key], instance.parents, worker, resources))
+        jobs.append(Job(instance.key, job_name(recipe.name, instance.key), instance.parents, worker, resources))
     return tuple(jobs)
-
-
-def job_names(recipe: Recipe) -> dict[str, str]:
-    """What the jobs of every instance are called."""
-    return {key: f"{recipe.name}:{key}" for key in recipe.instances}
 
 
 def run_here(prepared: Prepared, num_processes: int, *, apart: bool = False) -> None:
@@ -188,6 +192,8 @@ def walk(run: Run, keys: Sequence[str], *, apart: bool = False) -> None:
     from gowide_dist.stage import Workshop, train_together
 
     recipe = load_recipe(run.recipe_path)
+    if unknown := [key for key in keys if key not in recipe.instances]:
+        raise RunError(f"{run.recipe_path}: no longer has {', '.join(unknown)}; `gowide cancel` ends its jobs")
     recipe, checksums = check_data(recipe)
     with worlds.join() as world:
         check_group(recipe, world.size, on_gpus=world.device.type == "cuda")
@@ -260,7 +266,7 @@ def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Rec
     ]
     if len(found) != 1:
         raise RunError(f"{run.path}: name one of its stages and networks: {', '.join(recipe.instances)}")
-    if (done := run.stage(found[0].key).done) is None:
+    if (done := run.finished(recipe).get(found[0].key)) is None:
         raise RunError(f"{run.path}: {found[0].key} is not finished; run the recipe again to continue it")
     return recipe, found[0], done
 
@@ -313,12 +319,12 @@ def _is_done(instance: Instance, shop: Workshop) -> bool:
 
 
 def sibling(instance: Instance, prepared: Prepared) -> StageDir | None:
-    """Where another run beside this one has finished an instance with the same fingerprint."""
+    """Where another run beside this one has finished the same instance, with its weights as they were."""
     mine = fingerprint(prepared.identities[instance.key])
     for path in sorted(prepared.run.path.parent.glob("*/stages/*/*/done.json")):
         place = StageDir(path.parent, "/".join(path.parts[-3:-1]))
         with contextlib.suppress(RunError):
-            if place.is_done(mine):
+            if place.is_done(mine) and place.done and sha256(place.model) == place.done.model_sha256:
                 return place
     return None
 
@@ -327,10 +333,12 @@ def _adopt(instance: Instance, there: StageDir, prepared: Prepared) -> None:
     """Take over what another run has finished."""
     here = prepared.run.stage(instance.key)
     assert there.done is not None
-    here.claim(prepared.identities[instance.key])
-    write_atomically(here.model, there.model.read_bytes())
-    shutil.copyfile(there.metrics, here.metrics)
-    here.finish(there.done.model_copy(update={"stage": instance.stage_name, "network": instance.network_name}))
+    with here.lock():
+        here.claim(prepared.identities[instance.key])
+        write_atomically(here.model, there.model.read_bytes())
+        if there.metrics.exists():
+            shutil.copyfile(there.metrics, here.metrics)
+        here.finish(there.done.model_copy(update={"stage": instance.stage_name, "network": instance.network_name}))
     sys.stdout.write(f"{instance.key}  is {there.path} already: taken from there\n")
 
 
@@ -365,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(task: Callable[[], None], place: Path) -> int:
     """Do a launched process's task; its exit status, as `main` says. `place`: where it writes."""
+    end_with_launcher()
     collect_seldom()
     stop.listen()
     try:
@@ -373,9 +382,9 @@ def work(task: Callable[[], None], place: Path) -> int:
         leave_error(str(error))
         return 2
     except OSError as error:
-        if not is_full(error):
+        if (line := mendable(error)) is None:
             raise
-        leave_error(f"{place}: the disk is full or the quota used up; make room, and the same command continues")
+        leave_error(f"{place}: {line}" if is_full(error) else line)
         return 2
     except stop.Stopped as stopped:
         return 128 + stopped.signum

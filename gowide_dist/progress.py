@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -56,7 +58,8 @@ class Track:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
-            self._bar.stop()
+            with _terminal_may_be_gone():
+                self._bar.stop()
 
     def update(self, done: int, note: str = "") -> None:
         """`done` things are done; `note` stands behind the rate."""
@@ -73,8 +76,18 @@ class Track:
             self.line(f"{self._name}  {done:,}/{self._total:,} {self._unit}  {note}  {clock(left)} left")
 
     def line(self, text: str) -> None:
-        """Print a line that stays."""
-        self._console.print(text, soft_wrap=True)
+        """Print a line that stays. Where the terminal has been closed it is lost, and the work goes on."""
+        with _terminal_may_be_gone():
+            self._console.print(text, soft_wrap=True)
+
+
+@contextmanager
+def _terminal_may_be_gone() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def say(text: str) -> None:

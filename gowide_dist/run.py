@@ -52,12 +52,21 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
 def try_lock(path: Path) -> Iterator[bool]:
     """Whether this process is the only one inside for this lock file."""
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield _flock(file, fcntl.LOCK_EX)
+
+
+def _flock(file: IO[str], kind: int) -> bool:
+    """Lock an open file, if nobody else has. Raises RunError where the file system has no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise RunError(
+            f"{file.name}: cannot be locked ({error.strerror}), so two runs could write at once; choose a file system "
+            "with locks with --runs"
+        ) from error
+    return True
 
 
 def sha256(path: Path) -> str:
@@ -93,8 +102,7 @@ def identity(
 
     Raises RunError if a file of weights cannot be read, or does not look like one.
     """
-    plain: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
-    stage = instance.stage.model_dump(**plain, exclude={"train", "init", "teacher", "seed"})
+    own = _own_identity(instance, recipe)
     init = instance.init and fingerprints[instance.init]
     if instance.init_file:
         place = f"stages.{instance.stage_name}.init.file: {instance.init_file}"
@@ -106,20 +114,28 @@ def identity(
             raise RunError(f"{place}: cannot be read ({error.strerror})") from error
     return {
         "format": IDENTITY_FORMAT,
+        **own,
+        "data": {**data_checksums, **own["data"]},
+        "init": init,
+        "teacher": instance.teacher and fingerprints[instance.teacher],
+    }
+
+
+def _own_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:
+    """The identity but for what lies outside the recipe: the data's files and what was trained before."""
+    plain: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
+    return {
         "seed": instance.seed,
         "batch_size": recipe.batch_size,
         "precision": recipe.precision,
         "compile": recipe.compile,
         "sync_batch_norm": recipe.sync_batch_norm,
         "data": {
-            **data_checksums,
             **recipe.data.model_dump(**plain, exclude={"train", "val", "classes", "seed"}),
             **({"seed": instance.data_seed} if instance.data_seed != instance.seed else {}),
         },
         "network": instance.architecture.model_dump(**plain),
-        "stage": stage,
-        "init": init,
-        "teacher": instance.teacher and fingerprints[instance.teacher],
+        "stage": instance.stage.model_dump(**plain, exclude={"train", "init", "teacher", "seed"}),
     }
 
 
@@ -201,7 +217,8 @@ class StageDir:
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Raises RunError, naming what differs, if the folder holds another training than this."""
-        if (claimed := self.read_identity()) is None:
+        claimed = self.read_identity()
+        if claimed is None or fingerprint(claimed) == fingerprint(identity):
             return
         there, here = flat(claimed), flat(identity)
         differs = [
@@ -209,11 +226,10 @@ class StageDir:
             for key in {**there, **here}
             if there.get(key) != here.get(key)
         ]
-        if differs:
-            raise RunError(
-                f"{self.path}: holds {self.key} of another recipe ({'; '.join(differs[:4])}); "
-                "take another name, or --fresh to train it again"
-            )
+        raise RunError(
+            f"{self.path}: holds {self.key} of another recipe ({'; '.join(differs[:4])}); "
+            "take another name, or --fresh to train it again"
+        )
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Make the folder this training's own."""
@@ -225,37 +241,52 @@ class StageDir:
         """Mark the stage as finished: the last thing that is written."""
         write_atomically(self.path / "done.json", done.model_dump_json(indent=2) + "\n")
 
+    def forget(self) -> None:
+        """Delete what was trained here. Cut off anywhere, it leaves nothing that could be taken for this training's."""
+        if not self.path.exists():
+            return
+        with self.lock():
+            order = {"done.json": 0, "lock": 2, "identity.json": 3}  # all else between
+            for path in sorted(self.path.iterdir(), key=lambda path: order.get(path.name, 1)):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+        self.__dict__.pop("done", None)
+
+    def writer(self) -> str | None:
+        """Who is training here now: process and host. Raises RunError where that cannot be told."""
+        try:
+            with (self.path / "lock").open() as file:
+                return None if _flock(file, fcntl.LOCK_SH) else file.read().strip() or "another process"
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunError(f"{self.path}/lock: cannot be read ({error.strerror})") from error
+
     def check_unlocked(self) -> None:
         """Raises RunError, naming the writer, if there is one now."""
-        path = self.path / "lock"
-        if path.exists():
-            with path.open() as file:
-                self._flock(file, fcntl.LOCK_SH)
+        if writer := self.writer():
+            raise self._taken(writer)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Be the only writer. Raises RunError, naming the other, if there is one and it stays."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
-            self._flock(file, fcntl.LOCK_EX, wait_s=LOCK_WAIT_S)
+            deadline = time.monotonic() + LOCK_WAIT_S
+            while not _flock(file, fcntl.LOCK_EX):
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise self._taken(file.read().strip() or "another process")
+                time.sleep(1)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
             yield
 
-    def _flock(self, file: IO[str], kind: int, wait_s: float = 0) -> None:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                return fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    file.seek(0)
-                    raise RunError(
-                        f"{self.path}: {file.read().strip() or 'another process'} is training {self.key} there; "
-                        "wait for it or end it"
-                    ) from error
-            time.sleep(1)
+    def _taken(self, writer: str) -> RunError:
+        return RunError(f"{self.path}: {writer} is training {self.key} there; wait for it or end it")
 
 
 @dataclass(frozen=True)
@@ -287,6 +318,25 @@ class Run:
     def report(self) -> Path:
         """Folder of the report."""
         return self.path / "report"
+
+    def finished(self, recipe: Recipe) -> dict[str, Done]:
+        """What is done of a recipe, by instance, parents first; without what another recipe has left there.
+
+        Needs no data. Raises RunError if something is damaged.
+        """
+        found: dict[str, Done] = {}
+        for key, instance in recipe.instances.items():
+            place = self.stage(key)
+            identity = place.read_identity() if place.done else None
+            if place.done is None or identity is None:
+                continue
+            data = {name: value for name, value in identity["data"].items() if name not in ("train", "val")}
+            own = _own_identity(instance, recipe)
+            there = {name: identity.get(name) for name in own} | {"data": data}
+            parents = [found[parent].fingerprint if parent in found else None for parent in instance.parents]
+            if fingerprint(there) == fingerprint(own) and set(parents) == set(place.done.parents.values()):
+                found[key] = place.done
+        return found
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Create the folder, with the recipe resolved. Raises RunError if it cannot be written."""
@@ -350,7 +400,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted paths to values, as text."""
     found: dict[str, str] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             found |= flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = json.dumps(value)

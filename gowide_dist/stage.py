@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from gowide_dist.checkpoint import Background, load_weights, whole_checkpoints
 from gowide_dist.data.loader import Batch, Loader
+from gowide_dist.errors import RunError
 from gowide_dist.metrics import mean_over_samples
 from gowide_dist.networks import ResNet, Teacher, build_network, take_over
 from gowide_dist.objectives import build_objective
 from gowide_dist.optim import learning_rate
 from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance, KlStage, Recipe, TaughtStage
-from gowide_dist.run import Done, Run
+from gowide_dist.run import Done, Run, fingerprint, sha256
 from gowide_dist.stop import Stopped
 from gowide_dist.student import Examples, Student, TrainingError, autocast
 from gowide_dist.teacher_logits import Answers, Layout, Source, TeacherLogits, stored_logits
@@ -91,7 +92,7 @@ def train_together(instances: Sequence[Instance], shop: Workshop) -> list[Done]:
                 place.claim(shop.identities[place.key])
         loader.preflight(shop.images.num_classes)
         done: dict[str, Done] = {}
-        for start, keys in shop.world.share(_starts(instances, shop.run) if shop.world.is_main else []):
+        for start, keys in shop.world.share(_starts(instances, shop) if shop.world.is_main else []):
             team = [instance for instance in instances if instance.key in keys]
             with _telling_of_memory(team[0]):
                 done |= _Training(team, start, shop, loader).run()
@@ -112,9 +113,12 @@ def _telling_of_memory(instance: Instance) -> Iterator[None]:
         ) from error
 
 
-def _starts(instances: Sequence[Instance], run: Run) -> list[tuple[int, list[str]]]:
+def _starts(instances: Sequence[Instance], shop: Workshop) -> list[tuple[int, list[str]]]:
     """The steps to start from, and which instances do."""
-    saved = {i.key: whole_checkpoints(run.stage(i.key).checkpoints) or [0] for i in instances}
+    saved = {}
+    for key in (instance.key for instance in instances):
+        own = fingerprint(shop.identities[key])
+        saved[key] = whole_checkpoints(shop.run.stage(key).checkpoints, own) or [0]
     if common := set.intersection(*map(set, saved.values())):
         return [(max(common), list(saved))]
     starts = defaultdict(list)
@@ -124,9 +128,12 @@ def _starts(instances: Sequence[Instance], run: Run) -> list[tuple[int, list[str
 
 
 def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
-    """The finished network of a stage instance, on the CPU."""
+    """The finished network of a stage instance, on the CPU. Raises RunError if its weights are not those."""
     network = build_network(instance.architecture, num_classes)
-    load_weights(run.stage(instance.key).model, network)
+    place = run.stage(instance.key)
+    load_weights(place.model, network)
+    if place.done and sha256(place.model) != place.done.model_sha256:
+        raise RunError(f"{place.path}: not the weights that were trained; delete it to train {instance.key} again")
     return network
 
 

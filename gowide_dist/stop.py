@@ -17,8 +17,8 @@ class Stopped(Exception):  # noqa: N818 -- no error
 
 
 def listen() -> None:
-    """From now on note SIGUSR2 (Slurm's warning), SIGTERM and SIGINT instead of dying of them."""
-    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+    """From now on note SIGUSR2 (Slurm's warning), SIGTERM, SIGINT and SIGHUP (no terminal any more), and live on."""
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _note)
 
 

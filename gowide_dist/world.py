@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +21,6 @@ from gowide_dist.collector import collect_as_usual
 
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("GOWIDE_COLLECTIVE_TIMEOUT_S", "600")))
-_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _GLOO_THREADS_SETTLE_S = 0.1
 
@@ -156,7 +153,6 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 @contextmanager
 def join() -> Iterator[World]:
     """Join the process group that torchrun (or a Slurm job with the same variables) describes."""
-    _end_with_parent()
     collect_as_usual()
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN_VARIABLES)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -197,9 +193,3 @@ def _keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # not in every C library
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
         mallopt(_M_MMAP_MAX, 0)  # no block apart from the heap
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel to end this process when the launcher is killed: an orphan would go on writing."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

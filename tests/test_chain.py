@@ -1,7 +1,14 @@
 """The whole chain on real images in real processes: exact, resumable, and careful with what is there."""
 
+import contextlib
 import json
+import os
+import pty
 import shutil
+import signal
+import subprocess
+import threading
+import time
 
 import pytest
 import torch
@@ -10,7 +17,7 @@ from safetensors.torch import load_file
 from gowide_dist import load_model
 from gowide_dist.data.encode import Options, encode_image_folder
 from gowide_dist.run import Run, code_version, read_metrics
-from tests.command import gowide, killed_when, refused
+from tests.command import GOWIDE, LIMIT_S, gowide, killed_when, refused
 from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, without_times, write_job
 
@@ -192,6 +199,43 @@ def test_a_loss_that_is_no_number_stops_the_stage(job, tmp_path):
     assert state["step"] == step - 1
     assert all(value.isfinite().all() for value in state["objective"].values())
     assert place.done is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_leaves(finished, job, tmp_path, number):
+    """Also where the terminal is closed: then with it what is printed."""
+    command = ("run", job, "--nproc", 2, "--runs", tmp_path, "--only", "teacher")
+    place = Run(tmp_path / "chain").stage("teacher/wide")
+    unplanned = ("checkpoints.every_steps=null", "checkpoints.every_minutes=null", "log_every_steps=1")
+    master, terminal = pty.openpty()
+    launcher = subprocess.Popen(
+        [GOWIDE, *map(str, command), *unplanned], stdout=terminal, stderr=terminal, start_new_session=True
+    )
+    os.close(terminal)
+    reader = threading.Thread(target=read_all, args=(master,), daemon=True)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        reader.start()
+        while not read_metrics(place.metrics):
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        launcher.send_signal(number)
+        launcher.wait(LIMIT_S)
+    finally:
+        launcher.kill()
+        launcher.wait()
+        os.close(master)
+    assert len(list(place.checkpoints.glob("step-*.json"))) == 1
+    assert gowide(*command).returncode == 0
+    assert place.done.model_sha256 == weights(finished[0])["teacher/wide"]
+
+
+def read_all(file):
+    """Until the other end is closed."""
+    with contextlib.suppress(OSError):
+        while os.read(file, 1 << 16):
+            pass
 
 
 @pytest.mark.parametrize(

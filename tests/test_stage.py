@@ -22,7 +22,7 @@ from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.objectives import Labels
 from gowide_dist.pipeline import check_group, prepare, walk
-from gowide_dist.run import Run, read_metrics
+from gowide_dist.run import Run, fingerprint, read_metrics
 from gowide_dist.student import TrainingError
 from tests.fashion import SOURCE, chain, encode_part, write_job
 
@@ -241,7 +241,8 @@ def test_checkpoints_are_snapshots_written_while_training_goes_on(train, monkeyp
         patch.setattr(student, "save_checkpoint", slow_save)
         patch.setattr(student.Student, "descend", count)
         train(*overrides, **again)
-    assert whole_checkpoints(tmp_path / "elsewhere" / "cut" / "stages" / "teacher" / "wide" / "checkpoints") == [3]
+    cut = Run(tmp_path / "elsewhere" / "cut").stage("teacher/wide")
+    assert whole_checkpoints(cut.checkpoints, fingerprint(cut.read_identity())) == [3]
     assert sha(train(*overrides, **again)) == sha(undisturbed)
 
 

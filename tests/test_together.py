@@ -9,7 +9,7 @@ from gowide_dist import load_recipe, student
 from gowide_dist.checkpoint import whole_checkpoints
 from gowide_dist.networks import Teacher
 from gowide_dist.pipeline import prepare, walk
-from gowide_dist.run import Run, read_metrics
+from gowide_dist.run import Run, fingerprint, read_metrics
 from gowide_dist.student import TrainingError
 from tests import fashion
 from tests.command import gowide, killed_when
@@ -130,7 +130,8 @@ def test_those_ahead_train_apart(train, monkeypatch):
         train("checkpoints.keep=1", only=["imitate"], place="cut")
     monkeypatch.undo()
     run = Run(undisturbed.path.parent.parent / "cut" / "chain")
-    steps = [whole_checkpoints(run.stage(f"imitate/{name}").checkpoints) for name in NETWORKS]
+    places = [run.stage(f"imitate/{name}") for name in NETWORKS]
+    steps = [whole_checkpoints(place.checkpoints, fingerprint(place.read_identity())) for place in places]
     assert steps == [[6], [3], [3]]
     assert results(train("checkpoints.keep=1", only=["imitate"], place="cut"), ["imitate"]) == results(
         undisturbed, ["imitate"]

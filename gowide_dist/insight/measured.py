@@ -69,7 +69,7 @@ def teacher_of(instance: Instance, recipe: Recipe) -> str | None:
 def measure(run: Run, recipe: Recipe) -> Measured:
     """What is known of the finished networks, after measuring what was missing. What cannot be measured says why."""
     found = read_measured(run)
-    done = {key: finished for key in recipe.instances if (finished := run.stage(key).done)}
+    done = run.finished(recipe)
     pairs = {key: teacher for key in done if (teacher := teacher_of(recipe.instances[key], recipe)) in done}
     before = found.model_copy(deep=True)
     for key in done:

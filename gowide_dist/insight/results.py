@@ -204,10 +204,12 @@ def view(run: Run) -> View:
         raise RunError(f"{run.path}: no run directory, it has no {run.recipe_path.name}")
     recipe = load_recipe(run.recipe_path)
     standings = {}
+    finished = run.finished(recipe)
     for key, instance in recipe.instances.items():
         place = run.stage(key)
-        lines = [line for line in read_metrics(place.metrics) if "epoch" in line]
-        standings[key] = Standing(instance, place.done, lines)
+        is_of_another = place.done is not None and key not in finished
+        lines = [line for line in read_metrics(place.metrics) if "epoch" in line and not is_of_another]
+        standings[key] = Standing(instance, finished.get(key), lines)
     return View(run, recipe, standings, read_measured(run))
 
 

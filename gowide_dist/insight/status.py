@@ -10,12 +10,13 @@ from typing import Any
 
 from gowide_dist.data.info import check_split
 from gowide_dist.errors import RunError, UserError
+from gowide_dist.launch.local import read_error
 from gowide_dist.launch.queue import JobState, cancel, newest_jobs, read_jobs
-from gowide_dist.launch.slurm import error_file, log_file, read_error
-from gowide_dist.pipeline import Prepared, job_names
+from gowide_dist.launch.slurm import log_file, start_of
+from gowide_dist.pipeline import Prepared
 from gowide_dist.progress import clock
 from gowide_dist.recipe import Instance, Recipe, load_recipe
-from gowide_dist.run import Run, StageDir, read_metrics
+from gowide_dist.run import Done, Run, StageDir, read_metrics
 
 FOLLOW_EVERY_S = 0.5
 LOOK_AT_QUEUE_EVERY_S = 5.0
@@ -41,20 +42,36 @@ class StageStatus:
 def status(run: Run) -> list[StageStatus]:
     """The stages of a run, parents first. Raises UserError if there is no run or Slurm does not answer."""
     recipe = load_recipe(run.recipe_path)
-    jobs = newest_jobs(run.slurm, job_names(recipe))
+    jobs = newest_jobs(run.slurm, recipe.name)
     ids = {key: submitted[-1] for key, submitted in read_jobs(run.slurm).items()}
-    return [_status(instance, recipe, run, ids.get(key), jobs.get(key)) for key, instance in recipe.instances.items()]
+    finished = run.finished(recipe)
+    rows = [
+        _status(instance, recipe, run, finished.get(key), ids.get(key), jobs.get(key))
+        for key, instance in recipe.instances.items()
+    ]
+    gone = {key: job for key, job in jobs.items() if key not in recipe.instances and (job.is_waiting or job.is_running)}
+    return rows + [
+        StageStatus(
+            key, "queued" if job.is_waiting else "running", job.job_id, job.nodes or None, restarts=job.restarts,
+            note="the recipe no longer has it",
+        )
+        for key, job in gone.items()
+    ]  # fmt: skip
 
 
-def _status(instance: Instance, recipe: Recipe, run: Run, job_id: str | None, job: JobState | None) -> StageStatus:
+def _status(
+    instance: Instance, recipe: Recipe, run: Run, done: Done | None, job_id: str | None, job: JobState | None
+) -> StageStatus:
     place = run.stage(instance.key)
     common: dict[str, Any] = {"stage": instance.key, "job": job_id, "restarts": job.restarts if job else None}
+    if done:
+        return StageStatus(**common, state="done", step=done.steps, steps=done.steps, top1=done.top1)
     if place.done:
-        return StageStatus(**common, state="done", step=place.done.steps, steps=place.done.steps, top1=place.done.top1)
+        return StageStatus(**common, state="absent", note="its folder holds the result of another recipe")
     common |= _progress(instance, recipe, place)
     if job and (job.is_running or job.is_leaving):
         return StageStatus(**common, state="running", where=job.nodes, note=job.state.lower() * job.is_leaving)
-    if (writer := _writer(place)) and not job:
+    if (writer := _writer(place)) and not (job and job.is_waiting):
         return StageStatus(**common, state="running", where=writer)
     del common["images_per_s"], common["seconds_left"]
     if job is None:
@@ -81,18 +98,17 @@ def _progress(instance: Instance, recipe: Recipe, place: StageDir) -> dict[str, 
 
 
 def _writer(place: StageDir) -> str | None:
-    """Who is training on this machine, without Slurm."""
+    """Who is training without Slurm, if that can be told."""
     try:
-        place.check_unlocked()
+        return place.writer()
     except RunError:
-        return "this machine"
-    return None
+        return None
 
 
 def _why(run: Run, job: JobState) -> str:
     """Why a job failed: what its processes left, else Slurm's word and the last error in its log."""
-    for start in range(job.restarts, -1, -1):
-        if line := read_error(error_file(run.slurm, job.job_id, start)):
+    for path in sorted(run.slurm.glob(f"{job.job_id}_*_error.json"), key=start_of, reverse=True):
+        if line := read_error(path):
             return line
     log = log_file(run.slurm, job.job_id)
     if not log.exists():
@@ -168,13 +184,13 @@ def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterat
         time.sleep(FOLLOW_EVERY_S)
         if time.monotonic() - looked > LOOK_AT_QUEUE_EVERY_S:
             looked = time.monotonic()
-            job = newest_jobs(run.slurm, {keys[0]: job_names(recipe)[keys[0]]}).get(keys[0])
+            job = newest_jobs(run.slurm, recipe.name).get(keys[0])
             is_over = job is None or not (job.is_waiting or job.is_running or job.is_leaving)
 
 
 def cancel_run(run: Run) -> list[str]:
     """Cancel all jobs of a run that are queued or running; their names. Raises UserError if Slurm does not answer."""
-    jobs = newest_jobs(run.slurm, job_names(load_recipe(run.recipe_path)))
+    jobs = newest_jobs(run.slurm, load_recipe(run.recipe_path).name)
     active = {key: job.job_id for key, job in jobs.items() if job.is_waiting or job.is_running}
     if active:
         cancel(active.values())

@@ -12,7 +12,7 @@ from gowide_dist.data.encode import Options, encode
 from gowide_dist.errors import UserError
 from gowide_dist.launch.local import leave_error
 from gowide_dist.launch.profile import Profile
-from gowide_dist.launch.queue import newest_jobs
+from gowide_dist.launch.queue import job_name, newest_jobs
 from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
 
 KEY = "encode"
@@ -29,14 +29,13 @@ def encode_job(
     out = out.absolute()
     folder = out.with_name(f"{out.name}.slurm")
     check_folder(folder, profile)
-    name = f"{KEY}:{out.name}"
-    state = None if rehearse else newest_jobs(folder, {KEY: name}).get(KEY)
+    state = None if rehearse else newest_jobs(folder, out.name).get(KEY)
     queued = {KEY: state.job_id} if state and (state.is_waiting or state.is_running) else {}
     leaving = {KEY: state.job_id} if state and state.is_leaving else {}
     resources = profile.encode_resources()
     options = replace(options, workers=options.workers or resources.cpus_per_task)
     worker = Worker(__name__, (dataset, str(out), str(root.absolute()) if root else "", json.dumps(asdict(options))))
-    job = Job(KEY, name, (), worker, resources)
+    job = Job(KEY, job_name(out.name, KEY), (), worker, resources)
     return Chain(folder, () if queued else (job,), queued, leaving)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import logging
@@ -15,9 +16,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from gowide_dist.errors import InternalError, UserError
+from gowide_dist.errors import FULL_DISK, InternalError, UserError
 
 ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker leaves the error that the launcher shows
+_LAUNCHER_VARIABLE = "GOWIDE_LAUNCHER"  # its process id
+_PR_SET_PDEATHSIG = 1
 
 _TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -78,7 +81,7 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
                 elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
             if error_file.exists():
-                raise UserError(json.loads(error_file.read_text())["message"]) from error
+                raise UserError(read_error(error_file) or FULL_DISK) from error
             rank, failure = error.get_first_failure()
             raise WorkerError(f"process {rank} ended with exit code {failure.exitcode}; see its error above") from error
         except SignalException as error:
@@ -97,6 +100,7 @@ def _for_workers(error_file: Path, num_processes: int) -> Iterator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ[ERROR_FILE_VARIABLE] = str(error_file)
+    os.environ[_LAUNCHER_VARIABLE] = str(os.getpid())
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -109,6 +113,24 @@ def _for_workers(error_file: Path, num_processes: int) -> Iterator[None]:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
+
+
+def end_with_launcher() -> None:
+    """In a worker, first of all: end when the launcher is killed, or was before; an orphan would go on writing."""
+    launcher = os.environ.get(_LAUNCHER_VARIABLE)
+    if launcher and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(launcher):
+            os._exit(128 + signal.SIGKILL)
+
+
+def read_error(path: Path) -> str | None:
+    """The line in an error file, if there is one. On a full disk it is empty."""
+    try:
+        line: str = json.loads(path.read_text())["message"]
+    except (FileNotFoundError, ValueError):
+        return None
+    return line
 
 
 def leave_error(message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from gowide_dist.errors import RunError, UserError
 from gowide_dist.run import write_atomically
 
 ANSWER_WITHIN_S = 60
-_QUEUE_FIELDS = ("JobID", "Name", "State", "Reason", "NodeList", "RestartCnt", "StartTime")
+_QUEUE_FIELDS = ("JobID", "State", "Reason", "NodeList", "RestartCnt", "StartTime", "Name")  # a name may hold anything
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING"}
 
@@ -51,8 +51,7 @@ class JobState:
 
 def call(*command: str, stderr: bool = False) -> str:
     """The output of a Slurm command, or what it writes to stderr. Raises SlurmError with what it complains of."""
-    if not shutil.which(command[0]):
-        raise SlurmError(f"{command[0]} is not there: this is no machine of a Slurm cluster; `gowide run` trains here")
+    require(command[0])
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -60,6 +59,12 @@ def call(*command: str, stderr: bool = False) -> str:
     if result.returncode:
         raise SlurmError(complaint(command[0], result.stderr))
     return result.stderr if stderr else result.stdout
+
+
+def require(command: str) -> None:
+    """Raises SlurmError if a command of Slurm's is not there."""
+    if not shutil.which(command):
+        raise SlurmError(f"{command} is not there: this is no machine of a Slurm cluster; `gowide run` trains here")
 
 
 def complaint(command: str, stderr: str) -> str:
@@ -87,25 +92,27 @@ def write_job(folder: Path, key: str, job_id: str) -> None:
     write_atomically(folder / "jobs.json", json.dumps(jobs, indent=2) + "\n")
 
 
-def newest_jobs(folder: Path, names: Mapping[str, str]) -> dict[str, JobState]:
-    """Slurm's word on the newest job of each instance. `names`: the name of every instance's jobs.
+def job_name(run: str, key: str) -> str:
+    """What the jobs of an instance are called."""
+    return f"{run}:{key}"
 
-    A job of another name is not ours: ids begin again when a cluster is set up anew.
+
+def newest_jobs(folder: Path, run: str) -> dict[str, JobState]:
+    """Slurm's word on the newest job of each instance that was submitted, also of those that the recipe no longer has.
+
+    A job that is not called as the run's are is not ours: ids begin again when a cluster is set up anew.
     """
-    wanted = {ids[-1]: key for key, ids in read_jobs(folder).items() if key in names}
+    wanted = {ids[-1]: key for key, ids in read_jobs(folder).items()}
     if not wanted:
         return {}
-    found = {
-        wanted[state.job_id]: state
-        for state, name in _from_squeue()
-        if state.job_id in wanted and name == names[wanted[state.job_id]]
-    }
+
+    def ours(jobs: Iterable[tuple[JobState, str]]) -> dict[str, JobState]:
+        named = ((wanted.get(state.job_id), state, name) for state, name in jobs)
+        return {key: state for key, state, name in named if key and name == job_name(run, key)}
+
+    found = ours(_from_squeue())
     if missing := [job_id for job_id, key in wanted.items() if key not in found]:
-        found |= {
-            wanted[state.job_id]: state
-            for state, name in _from_sacct(missing)
-            if state.job_id in wanted and name == names[wanted[state.job_id]]
-        }
+        found |= ours(_from_sacct(missing))
     return found
 
 
@@ -117,7 +124,7 @@ def cancel(job_ids: Iterable[str]) -> None:
 def _from_squeue() -> Iterable[tuple[JobState, str]]:
     fields = ",".join(f"{field}:|" for field in _QUEUE_FIELDS)
     for line in call("squeue", "--me", "--noheader", "--states=all", f"--Format={fields}").splitlines():
-        job_id, name, state, reason, nodes, restarts, starts = line.split("|")[: len(_QUEUE_FIELDS)]
+        job_id, state, reason, nodes, restarts, starts, name = line.removesuffix("|").split("|", len(_QUEUE_FIELDS) - 1)
         yield (
             JobState(
                 job_id,
@@ -133,9 +140,9 @@ def _from_squeue() -> Iterable[tuple[JobState, str]]:
 
 def _from_sacct(job_ids: list[str]) -> Iterable[tuple[JobState, str]]:
     try:
-        lines = call("sacct", "-X", "-n", "-P", "--format=JobID,JobName,State,NodeList", "-j", ",".join(job_ids))
+        lines = call("sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,JobName", "-j", ",".join(job_ids))
     except SlurmError:
         return  # no accounting on this cluster: what squeue has forgotten is over
     for line in lines.splitlines():
-        job_id, name, state, nodes = line.split("|")
+        job_id, state, nodes, name = line.split("|", 3)
         yield JobState(job_id, state.split(" ")[0], nodes="" if nodes == "None assigned" else nodes), name

@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import json
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gowide_dist.errors import RunError
-from gowide_dist.launch.local import ERROR_FILE_VARIABLE
+from gowide_dist.launch.local import ERROR_FILE_VARIABLE, read_error
 from gowide_dist.launch.profile import Profile, Resources
-from gowide_dist.launch.queue import SlurmError, call, cancel, complaint, write_job
+from gowide_dist.launch.queue import SlurmError, call, cancel, complaint, read_jobs, write_job
+from gowide_dist.run import try_lock
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -88,13 +88,9 @@ def error_file(folder: Path, job_id: str, start: int) -> Path:
     return folder / f"{job_id}_{start}_error.json"
 
 
-def read_error(path: Path) -> str | None:
-    """The line in an error file, if there is one. On a full disk it is empty."""
-    try:
-        line: str = json.loads(path.read_text())["message"]
-    except (FileNotFoundError, ValueError):
-        return None
-    return line
+def start_of(path: Path) -> int:
+    """Which start of its job an error file is of."""
+    return int(path.name.split("_")[-2])
 
 
 def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
@@ -116,13 +112,16 @@ class Chain:
     """The jobs of a run that are to be submitted, parents first.
 
     queued: ids of jobs, by instance, that Slurm has already. leaving: ids of jobs that are just being ended; another
-    job of the same instance begins after that.
+    job of the same instance begins after that. stale: ids of jobs that wait for one which has failed: they are
+    cancelled. known: what jobs the run had when all this was found out.
     """
 
     folder: Path
     jobs: tuple[Job, ...]
     queued: Mapping[str, str]
     leaving: Mapping[str, str]
+    stale: Mapping[str, str] = field(default_factory=dict)
+    known: Mapping[str, Sequence[str]] | None = None
 
     def scripts(self) -> list[str]:
         """The sbatch scripts as they would be submitted; ids that are not known yet read `ID_OF_stage/network`."""
@@ -144,7 +143,19 @@ class Chain:
         return answers
 
     def submit(self) -> dict[str, str]:
-        """Submit the jobs and note their ids. Raises SlurmError, with nothing submitted, if one is refused."""
+        """Submit the jobs and note their ids.
+
+        Raises SlurmError, with nothing submitted, if one is refused or another command submits jobs of the same run.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with try_lock(self.folder / "lock") as mine:
+            if not mine or (self.known is not None and read_jobs(self.folder) != self.known):
+                raise SlurmError(f"{self.folder}: another command has just submitted jobs of this run; try again")
+            if self.stale:
+                cancel(self.stale.values())
+            return self._submit()
+
+    def _submit(self) -> dict[str, str]:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         ids: dict[str, str] = {}

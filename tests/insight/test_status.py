@@ -1,6 +1,8 @@
 """Where a run stands, told without Slurm."""
 
 import json
+import os
+import platform
 
 import pytest
 
@@ -31,13 +33,14 @@ def test_a_run_that_has_not_begun(run):
 def test_a_run_on_this_machine(run):
     place = run.stage("teacher/wide")
     row = {"kind": "train", "step": 3, "images_per_s": 30.0}
+    writer = f"process {os.getpid()} on {platform.node()}"
     with place.lock():
         place.metrics.write_text(json.dumps(row) + "\n")
         running = status(run)[0]
-    assert (running.state, running.where, running.step, running.images_per_s) == ("running", "this machine", 3, 30.0)
+    assert (running.state, running.where, running.step, running.images_per_s) == ("running", writer, 3, 30.0)
     assert running.seconds_left == 2
     assert table([running]).splitlines()[1].split() == [
-        "teacher/wide", "running", "this", "machine", "3/4", "30", "0:02",
+        "teacher/wide", "running", *writer.split(), "3/4", "30", "0:02",
     ]  # fmt: skip
     stopped = status(run)[0]
     assert (stopped.state, stopped.seconds_left) == ("stopped", None)

@@ -3,7 +3,7 @@
 # Parameters
 #SBATCH --cpus-per-task=96
 #SBATCH --exclusive
-#SBATCH --job-name=encode:imagenet
+#SBATCH --job-name=imagenet:encode
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mem=900G
 #SBATCH --nodes=1

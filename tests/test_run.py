@@ -1,0 +1,119 @@
+"""The run directory: whose it is, who writes it, and what of it belongs to the recipe."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from gowide_dist.checkpoint import save_checkpoint
+from gowide_dist.errors import RunError
+from gowide_dist.insight.report import write_report
+from gowide_dist.insight.status import status
+from gowide_dist.pipeline import find_finished
+from gowide_dist.run import StageDir, fingerprint
+from tests.command import GOWIDE, LIMIT_S
+from tests.fashion import chain, encode_part, train, write_job
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return encode_part(tmp_path_factory.mktemp("fashion"), 240, 100)
+
+
+def test_every_difference_is_refused(tmp_path):
+    place = StageDir(tmp_path / "a", "a/thin")
+    place.claim({"stage": {"epochs": 2}, "data": {}})
+    place.claim({"data": {}, "stage": {"epochs": 2}})
+    for other, told in [
+        ({"stage": {"epochs": 3}, "data": {}}, "stage.epochs is 2 there, 3 here"),
+        ({"stage": {"epochs": 2}, "data": {"crop": {}}}, r"data.crop is absent there, \{\} here"),
+    ]:
+        with pytest.raises(RunError, match=told):
+            place.claim(other)
+
+
+def test_what_another_recipe_has_left_is_not_of_this_one(data, tmp_path):
+    """A teacher trained anew: what the old one has taught is neither shown nor taken."""
+    recipe = chain(data, log_every_steps=1)
+    run = train(tmp_path, recipe, "distill")
+    assert [row.state for row in status(run)] == ["done", "done", "done", "absent"]
+    done = run.stage("teacher/wide").done.fingerprint
+    command = [GOWIDE, "run", str(write_job(tmp_path, recipe)), "--runs", str(tmp_path), "seed=1", "--nproc", "1"]
+    subprocess.run([*command, "--only", "teacher", "--fresh"], check=True, stdout=subprocess.DEVNULL)
+    assert run.stage("teacher/wide").done.fingerprint != done
+    rows = status(run)
+    assert [row.state for row in rows] == ["done", "absent", "absent", "absent"]
+    assert rows[2].note == "its folder holds the result of another recipe"
+    assert "1 of 4 stages done" in write_report(run)
+    with pytest.raises(RunError, match="distill/thin is not finished"):
+        find_finished(run, "distill")
+
+
+def test_what_is_forgotten_never_comes_back(data, tmp_path):
+    """Checkpoints that a killed --fresh has left are of another training."""
+    recipe = chain(data)
+    run = train(tmp_path, recipe, "teacher")
+    place = run.stage("teacher/wide")
+    save_checkpoint(place.checkpoints, {}, step=3, about={"fingerprint": "of another"}, keep=1)
+    (place.path / "done.json").unlink()
+    (place.path / "identity.json").unlink()
+    again = train(tmp_path, recipe, "teacher").stage("teacher/wide").done
+    assert again.fingerprint == fingerprint(place.read_identity())
+    place.forget()  # after which nothing is left that could
+    assert [path.name for path in place.path.iterdir()] == ["lock"]
+    assert place.done is None
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+    def flock(file, kind):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    place = StageDir(tmp_path / "a", "a/thin")
+    with pytest.raises(RunError, match=r"lock: cannot be locked \(.*choose a file system with locks"), place.lock():
+        pass
+    with pytest.raises(RunError, match="cannot be locked"):
+        place.check_unlocked()
+
+
+def test_a_launcher_that_is_killed_at_once_leaves_no_worker(data, tmp_path):
+    """Before the worker has even loaded PyTorch."""
+    job = write_job(tmp_path, chain(data, name="orphan"))
+    command = [GOWIDE, "run", str(job), "--runs", str(tmp_path), "--nproc", "1"]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def workers():
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = path.read_bytes()
+            except OSError:
+                continue
+            if b"gowide_dist.pipeline" in line and str(tmp_path).encode() in line:
+                found.append(int(path.parent.name))
+        return found
+
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not workers():
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        launcher.kill()
+        launcher.wait()
+        while left := workers():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+        assert not (tmp_path / "orphan" / "stages").exists()
+    finally:
+        for process in [launcher.pid, *workers()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        launcher.wait()
