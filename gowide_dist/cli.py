@@ -110,6 +110,7 @@ def encode(
     Example: `gowide encode imagefolder --root /data/imagenet --out data/imagenet --max-side-px 512`
     """
     from gowide_dist.data import encode as encoders
+    from gowide_dist.stop import raise_on_sigterm
 
     jpg_share = {DatasetKind.IMAGEFOLDER: 1.0, DatasetKind.FFCV: None}.get(dataset, 0.0)
     if write_mode:
@@ -132,6 +133,7 @@ def encode(
         job_id = {**chain.queued, **chain.submit()}[KEY]
         print_line(f"{out}  job {job_id}{' already' if chain.queued else ''}  {log_file(chain.folder, job_id)}")
         return
+    raise_on_sigterm()
     info = encoders.encode(dataset.value, out, root, options)
     counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
     print_line(f"{out}: {info.source}, {counts} images in {len(info.classes)} classes")

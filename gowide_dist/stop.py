@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 from types import FrameType
 
+_PR_SET_PDEATHSIG = 1
 _received = 0  # the greatest number, so that SIGTERM (the end) outweighs SIGUSR2 (a warning) and SIGINT
 
 
@@ -20,6 +24,19 @@ def listen() -> None:
     """From now on note SIGUSR2 (Slurm's warning), SIGTERM, SIGINT and SIGHUP (no terminal any more), and live on."""
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _note)
+
+
+def end_with(parent: int) -> None:
+    """From now on end, by SIGKILL, when the parent process ends; at once if it already has."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+def raise_on_sigterm() -> None:
+    """From now on SIGTERM raises SystemExit, so that what is half written is cleared away."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def received() -> int:

@@ -33,6 +33,7 @@ _FIELDS = (("image", 2), ("label", 1))  # FFCV's numbers of RGBImageField and In
 _FIELD_TYPES: dict[int, tuple[str, np.dtype[np.void] | str]] = {2: ("image", _IMAGE), 1: ("label", "<i8")}
 _TABLE_OFFSET = _HEADER.itemsize + len(_FIELDS) * _FIELD.itemsize
 
+_READ_AHEAD_BYTES = 1 << 17  # Linux's usual read-ahead window, to which it cuts each request
 MAX_SIDE_PX = int(np.iinfo(np.uint16).max)
 
 
@@ -151,7 +152,8 @@ def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:
     allocations = allocations[np.argsort(allocations["offset"])]
     images = samples["image"]
     places = np.searchsorted(allocations["offset"], images["offset"]).clip(max=len(allocations) - 1)
-    if (allocations["offset"][places] != images["offset"]).any():
+    ends = allocations["offset"][places] + allocations["size"][places]
+    if (allocations["offset"][places] != images["offset"]).any() or ends.max() > len(content):
         raise broken
     columns = (images["mode"], images["height"], images["width"], images["offset"], allocations["size"][places])
     rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -208,5 +210,6 @@ class Beton:
 
     def read_ahead(self, page: int) -> None:
         """Ask the system to read a page of the file into its cache. Returns at once."""
-        start = page * self.page_bytes
-        self._map.madvise(mmap.MADV_WILLNEED, start, min(self.page_bytes, len(self._map) - start))
+        end = min((page + 1) * self.page_bytes, len(self._map))
+        for start in range(page * self.page_bytes, end, _READ_AHEAD_BYTES):
+            self._map.madvise(mmap.MADV_WILLNEED, start, min(_READ_AHEAD_BYTES, end - start))

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gowide_dist import stop
 from gowide_dist.data.beton import Beton, BetonWriter, index_checksum, read_index
 from gowide_dist.data.images import BadImage, Sample, Storage, encode_sample
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
@@ -23,6 +25,7 @@ from gowide_dist.data.sources import (
     Dataset,
     Images,
     SplitName,
+    check_utf8,
     read_cifar,
     read_fashion_mnist,
     read_ffcv,
@@ -31,9 +34,11 @@ from gowide_dist.data.sources import (
 )
 from gowide_dist.errors import DataError
 from gowide_dist.progress import say, track
+from gowide_dist.run import try_lock
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
-SKIPPED_FILE_NAME = "skipped.txt"
+SKIPPED_FILE_NAME, LOCK_FILE_NAME, PARTIAL_NAME = "skipped.txt", ".lock", ".partial"
+MIN_STD = 1 / 255  # of a channel that is the same everywhere, by which images are divided
 
 _CHUNK = 32  # files that a worker is sent at a time
 _CHUNKS_AHEAD = 4  # for each worker
@@ -145,6 +150,9 @@ def _encode(name: str, out: Path, root: Path, options: Options) -> DatasetInfo:
         raise DataError(f"encode {name}: only FFCV files hold images that can stay as they are; give a write mode")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is no folder; choose another --out")
+    if out.resolve() == root.resolve():
+        raise DataError(f"{out}: is where the images are; choose another --out")
+    check_utf8(root.resolve())
     encoding: Encoding = {"dataset": name, "root": str(root.resolve()), **options.differing()}
     if info := find_encoded(out, encoding):
         return info
@@ -202,24 +210,41 @@ def _divide(dataset: Dataset, options: Options) -> Dataset:
 
 
 def write_dataset(out: Path, dataset: Dataset, encoding: Encoding, options: Options) -> DatasetInfo:
-    """Write the files of a dataset beside `out`, then move them in, dataset.json last: without it there is no dataset.
+    """Write the files of a dataset into a folder in `out`, then move them up, dataset.json last: it makes the dataset.
 
-    Raises DataError if an image is bad or the folder cannot be written; nothing is then left.
+    Raises DataError if an image is bad, the folder cannot be written, another process is encoding into it, or it holds
+    somebody's files; nothing is then left.
     """
-    partial = out.with_name(f".{out.name}.partial")
+    is_new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with try_lock(out / LOCK_FILE_NAME) as mine:
+            if not mine:
+                raise DataError(f"{out}: another process is encoding into it; wait for it, or choose another --out")
+            try:
+                return _write_in(out, dataset, encoding, options)
+            except BaseException:
+                if is_new:
+                    shutil.rmtree(out, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from error
+
+
+def _write_in(out: Path, dataset: Dataset, encoding: Encoding, options: Options) -> DatasetInfo:
+    partial = out / PARTIAL_NAME
+    theirs = sorted(path.name for path in out.glob("*.beton"))
+    if theirs and not (out / FILE_NAME).exists() and not partial.exists():
+        raise DataError(f"{out}: holds {theirs[0]}, which was not encoded there; move it, or choose another --out")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            info = _write_files(partial, dataset, encoding, options)
-            out.mkdir(exist_ok=True)
-            (out / FILE_NAME).unlink(missing_ok=True)
-            for path in sorted(partial.iterdir(), key=lambda path: path.name == FILE_NAME):
-                path.replace(out / path.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
+        partial.mkdir()
+        info = _write_files(partial, dataset, encoding, options)
+        (out / FILE_NAME).unlink(missing_ok=True)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == FILE_NAME):
+            path.replace(out / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return info
 
 
@@ -252,7 +277,9 @@ def _write_files(folder: Path, dataset: Dataset, encoding: Encoding, options: Op
             "mend or remove them, or leave them out with --skip-bad"
         )
     if bad:
-        (folder / SKIPPED_FILE_NAME).write_text("".join(f"{image.path}\t{image.reason}\n" for image in bad))
+        lines = "".join(f"{image.path}\t{image.reason}\n" for image in bad)
+        (folder / SKIPPED_FILE_NAME).write_text(lines, encoding="utf-8", errors="surrogateescape")
+    variance = moments[1] - moments[0] ** 2  # may come out below zero where all pixels are alike
     info = DatasetInfo(
         source=dataset.description,
         encoding=encoding,
@@ -261,10 +288,10 @@ def _write_files(folder: Path, dataset: Dataset, encoding: Encoding, options: Op
         max_side_px=max(sides),
         fixed_side_px=max(sides) if len(sides) == 1 else None,
         mean=tuple(moments[0].round(6)),
-        std=tuple(np.sqrt(moments[1] - moments[0] ** 2).round(6)),
+        std=tuple(np.sqrt(variance.clip(min=MIN_STD**2)).round(6)),
         splits=files,
     )
-    (folder / FILE_NAME).write_text(info.model_dump_json(indent=2) + "\n")
+    (folder / FILE_NAME).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return info
 
 
@@ -292,7 +319,7 @@ def _encode_samples(images: Images, options: Options) -> Iterator[Sample | BadIm
             yield from _encode_chunk(*chunk)
         return
     pending: deque[Future[list[Sample | BadImage]]] = deque()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),))
     try:
         for chunk in chunks:
             pending.append(pool.submit(_encode_chunk, *chunk))
@@ -304,6 +331,12 @@ def _encode_samples(images: Images, options: Options) -> Iterator[Sample | BadIm
         raise DataError("a worker process of the encoding died; is there enough memory? try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end with it however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop.end_with(parent)
 
 
 def _encode_chunk(

@@ -1,6 +1,7 @@
 """The idx files of MNIST and Fashion-MNIST (http://yann.lecun.com/exdb/mnist): big-endian sizes, then bytes."""
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -35,6 +36,6 @@ def read_idx(path: Path, num_dims: int) -> NDArray[np.uint8]:
     if (zeros, kind, dims) != (0, 0x08, num_dims):
         raise DataError(f"{path}: not an idx file of bytes with {num_dims} dimensions (magic {content[:4].hex()})")
     values = np.frombuffer(content, np.uint8, offset=header.size)
-    if values.size != np.prod(shape):
-        raise DataError(f"{path}: {values.size:,} values instead of {np.prod(shape):,}; get the file again")
+    if values.size != math.prod(shape) or not values.size:
+        raise DataError(f"{path}: {values.size:,} values instead of {math.prod(shape):,}; get the file again")
     return values.reshape(shape)

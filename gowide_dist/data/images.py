@@ -7,14 +7,19 @@ from typing import NamedTuple, TypeAlias
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from gowide_dist.data.beton import JPEG, MAX_SIDE_PX, RAW, EncodedImage, StoredImage
+from gowide_dist.data.beton import JPEG, MAX_SIDE_PX, PAGE_BYTES, RAW, EncodedImage, StoredImage
 from gowide_dist.data.order import draw
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
 _JPEG_MAX_SIDE_PX = 65_500  # of libjpeg
+_UPRIGHT = {  # by EXIF's orientation; ImageOps.exif_transpose would write all of EXIF anew, and fails on odd tags
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -53,9 +58,11 @@ def encode_sample(source: Path | StoredImage | Pixels, label: int, index: int, s
             else:
                 stored = source.read()
                 pixels = decode(stored)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+        except UnidentifiedImageError:
+            return BadImage(path, "no image of a kind that Pillow knows")
+        except Exception as error:  # on damaged files Pillow and its plugins may raise anything
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            return BadImage(path, " ".join(reason.replace(f"{path}", "").split()))
+            return BadImage(path, " ".join(reason.replace(f"{path}", "").split()) or type(error).__name__)
     if storage.jpg_share is None:
         assert stored is not None, "only what lies in an FFCV file can stay as it is"
         return Sample(stored, label, channel_moments(pixels))
@@ -65,6 +72,12 @@ def encode_sample(source: Path | StoredImage | Pixels, label: int, index: int, s
     if longest > (_JPEG_MAX_SIDE_PX if as_jpg else MAX_SIDE_PX):
         return BadImage(Path(str(source)), f"{longest:,} px wide or high: too large; use --max-side-px")
     image = encode_jpg(pixels, storage.quality) if as_jpg else encode_raw(pixels)
+    if len(image.data) > PAGE_BYTES:
+        return BadImage(
+            Path(str(source)),
+            f"{image.width}x{image.height} px take {len(image.data):,} bytes, more than a page of {PAGE_BYTES:,}; "
+            "use --write-mode jpg or a smaller --max-side-px",
+        )
     return Sample(image, label, channel_moments(pixels))
 
 
@@ -72,13 +85,15 @@ def read_rgb(content: bytes) -> Pixels:
     """Decode an image file of any kind that Pillow knows to upright RGB: [H, W, 3].
 
     Turned as its EXIF says; CMYK, grey, palette and 16-bit images converted; transparency ignored, as torchvision
-    does. Raises OSError or ValueError if it is no image or not whole.
+    does. Raises ValueError if its numbers have no known scale, and whatever Pillow does if it is no whole image.
     """
     if not content:
         raise ValueError("empty file")
     with Image.open(io.BytesIO(content)) as file:
-        image: Image.Image = file
-        ImageOps.exif_transpose(image, in_place=True)
+        turned = _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+        image: Image.Image = file if turned is None else file.transpose(turned)
+        if image.mode == "F" or (image.mode == "I" and file.format == "TIFF"):
+            raise ValueError("floating-point or 32-bit numbers, and nothing says which is white; make it 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255 instead of scaling
             return np.repeat((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[:, :, None], 3, 2)
         return np.asarray(image.convert("RGB"))

@@ -1,5 +1,6 @@
 """The data stream: one process's share of every batch, in an order that is the same for any number of processes."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Generator
@@ -103,6 +104,8 @@ class Loader:
             self.num_samples = len(self._beton)
             self._validation = validation_share(self.num_samples, rank, world_size) if samples is None else samples
             self.steps_per_epoch = self.num_samples // batch_size if train else -(-len(self._validation) // self._share)
+            if not train and samples is None and self.num_samples < world_size:
+                raise DataError(f"{beton}: {self.num_samples:,} images for {world_size} processes; take fewer of these")
             if train and not self.steps_per_epoch:
                 raise DataError(f"{beton}: {self.num_samples:,} images, fewer than one batch of {batch_size:,}")
             self._geometry: decode.Shift | decode.RandomCrop | decode.CenterCrop
@@ -113,14 +116,15 @@ class Loader:
             else:
                 self._check_sides()
                 self._geometry = decode.Shift(flip, translate) if train else decode.Shift(False, 0)
+            self._ahead = num_threads + _BATCHES_AHEAD
+            shape = (self._ahead + 1, self._share * resolution * resolution * 3)  # one more, which the consumer holds
+            self._check_memory(math.prod(shape))
         except DataError:
             self.close()
             raise
 
         self._source = decode.source_of(self._beton)
         self._scratch: SimpleQueue[decode.Scratch] = SimpleQueue()
-        self._ahead = num_threads + _BATCHES_AHEAD
-        shape = (self._ahead + 1, self._share * resolution * resolution * 3)  # one more, which the consumer holds
         self._buffers = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self.memory_bytes = self._buffers.nbytes
         for _ in range(num_threads):
@@ -135,12 +139,7 @@ class Loader:
             raise DataError(
                 f"{self._path}: labels {labels.min()} to {labels.max()}, but there are {num_classes} classes"
             )
-        available = available_memory_bytes()
-        if self.memory_bytes > available:
-            raise DataError(
-                f"{self._path}: loading takes {self.memory_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are "
-                "free; take a smaller batch, fewer threads or more processes"
-            )
+        self._check_memory(self.memory_bytes)
         batches = self.batches()
         next(batches)
         batches.close()
@@ -153,7 +152,7 @@ class Loader:
         timeout_s.
         """
         side = resolution or self._resolution
-        order, pages = self._epoch_order(epoch)
+        order, pages = self._epoch_order(epoch, start)
         key = epoch_key(self._seed, epoch, AUGMENT_STREAM)
         steps = iter(range(start, self.steps_per_epoch))
         pending: deque[Future[Batch]] = deque()
@@ -184,18 +183,21 @@ class Loader:
         if not self._stalled:
             self._threads.close()
 
-    def _epoch_order(self, epoch: int) -> tuple[Indices, deque[tuple[int, int]]]:
+    def _epoch_order(self, epoch: int, start: int) -> tuple[Indices, deque[tuple[int, int]]]:
         """The order of samples of all processes (in validation, of this one), and when to read which page ahead.
 
-        The latter as (step, page): a window before the page is needed, evenly over the epoch.
+        The latter as (step, page): a window before the page is needed, evenly over the epoch; without those that the
+        steps before `start` alone need.
         """
         if not self._train:
             return self._validation, deque()
         if self._order == "random":
             return random_order(self.num_samples, self._seed, epoch), deque()
         order, pages = quasi_random_order(self._beton.pages, self._window_pages, self._seed, epoch)
-        steps = (np.arange(len(pages)) - self._window_pages) * self.steps_per_epoch // len(pages)
-        return order, deque(zip(steps.tolist(), pages.tolist(), strict=True))
+        rank, window = np.arange(len(pages)), self._window_pages
+        steps = (rank - window) * self.steps_per_epoch // len(pages)
+        left = (rank // window + 1) * window * self.steps_per_epoch > start * len(pages)
+        return order, deque(zip(steps[left].tolist(), pages[left].tolist(), strict=True))
 
     def _indices(self, order: Indices, step: int) -> Indices:
         if self._train:
@@ -223,6 +225,14 @@ class Loader:
             ) from None
         finally:
             self.seconds_waited += time.monotonic() - start
+
+    def _check_memory(self, wanted: int) -> None:
+        available = available_memory_bytes()
+        if wanted > available:
+            raise DataError(
+                f"{self._path}: loading takes {wanted / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are "
+                "free; take a smaller batch, fewer threads or more processes"
+            )
 
     def _check_sides(self) -> None:
         sides = np.concatenate([self._beton.heights, self._beton.widths])

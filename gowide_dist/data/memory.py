@@ -11,7 +11,10 @@ def available_memory_bytes() -> int:
 
 
 def _cgroup_headrooms() -> list[int]:
-    """Limit less use of this process's version 2 control groups, from its own up to the root."""
+    """Limit less use of this process's version 2 control groups, from its own up to the root.
+
+    The kernel counts files that it has cached as used, but gives that memory away when it is wanted.
+    """
     root = Path("/sys/fs/cgroup")
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
@@ -22,7 +25,12 @@ def _cgroup_headrooms() -> list[int]:
     for folder in (group, *group.parents):
         limit, use = folder / "memory.max", folder / "memory.current"
         if limit.exists() and (text := limit.read_text().strip()) != "max":
-            headrooms.append(int(text) - int(use.read_text()))
+            headrooms.append(int(text) - int(use.read_text()) + _cached_files(folder / "memory.stat"))
         if folder == root:
             break
     return headrooms
+
+
+def _cached_files(stat: Path) -> int:
+    values = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return int(values.get("inactive_file", 0)) + int(values.get("active_file", 0))

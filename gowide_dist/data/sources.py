@@ -17,6 +17,7 @@ from gowide_dist.errors import DataError
 
 SplitName: TypeAlias = Literal["train", "val", "test"]
 
+MANY_CLASSES = 1_000_000  # beyond, labels are more likely damaged than meant
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -149,19 +150,35 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder}: no class folders in it")
+    for name in names:
+        check_utf8(folder / name)
     return tuple(names)
+
+
+def check_utf8(path: Path) -> None:
+    """Raises DataError unless a path is text, which dataset.json can hold."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{str(path)!a}: its name is no UTF-8; rename it") from None
 
 
 def _list_images(folder: Path, classes: tuple[str, ...]) -> Images:
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        for parent, folders, files in os.walk(folder / name, followlinks=True):
+        if not (folder / name).is_dir():
+            continue  # the validation part need not have every class
+        for parent, folders, files in os.walk(folder / name, onerror=_raise, followlinks=True):
             folders.sort()
             images = [Path(parent, file) for file in sorted(files) if not file.startswith(".")]
             paths += images
             labels += [label] * len(images)
     return _objects(paths, np.array(labels, np.int64))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _objects(items: Sequence[Path | StoredImage], labels: NDArray[np.int64]) -> Images:
@@ -184,6 +201,8 @@ def read_ffcv(root: Path) -> Dataset:
     highest = max(int(split.labels.max()) for split in splits.values())
     lowest = min(int(split.labels.min()) for split in splits.values())
     file = root / "classes.txt"
+    if highest > MANY_CLASSES and not file.exists():
+        raise DataError(f"{root}: labels up to {highest:,}; give the names of so many classes in {file}")
     lines = file.read_text(errors="replace").splitlines() if file.exists() else map(str, range(highest + 1))
     classes = tuple(lines)
     if lowest < 0 or highest >= len(classes):

@@ -14,6 +14,7 @@ from gowide_dist.launch.local import leave_error
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import job_name, newest_jobs
 from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
+from gowide_dist.stop import raise_on_sigterm
 
 KEY = "encode"
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     """Entry of the job: exit status 2 for a UserError, which is left for the job's log."""
     # Nothing could be saved before the end of the allocation, and queued again the job would run into it for ever.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    raise_on_sigterm()
     dataset, out, root, options = arguments
     try:
         encode(dataset, Path(out), Path(root) if root else None, Options(**json.loads(options)))

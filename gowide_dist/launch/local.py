@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import json
 import logging
@@ -16,11 +15,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from gowide_dist import stop
 from gowide_dist.errors import FULL_DISK, InternalError, UserError
 
 ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker leaves the error that the launcher shows
 _LAUNCHER_VARIABLE = "GOWIDE_LAUNCHER"  # its process id
-_PR_SET_PDEATHSIG = 1
 
 _TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -117,11 +116,8 @@ def _for_workers(error_file: Path, num_processes: int) -> Iterator[None]:
 
 def end_with_launcher() -> None:
     """In a worker, first of all: end when the launcher is killed, or was before; an orphan would go on writing."""
-    launcher = os.environ.get(_LAUNCHER_VARIABLE)
-    if launcher and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(launcher):
-            os._exit(128 + signal.SIGKILL)
+    if launcher := os.environ.get(_LAUNCHER_VARIABLE):
+        stop.end_with(int(launcher))
 
 
 def read_error(path: Path) -> str | None:
