@@ -22,7 +22,7 @@ from gowide_dist import stop
 from gowide_dist.collector import collect_seldom
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.errors import DataError, RecipeError, RunError, UserError, is_full, mendable
-from gowide_dist.launch.local import end_with_launcher, leave_error, num_gpus, torchrun
+from gowide_dist.launch.local import end_with_launcher, leave, leave_error, num_gpus, torchrun
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import job_name, newest_jobs, read_jobs
 from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
@@ -392,4 +392,4 @@ def work(task: Callable[[], None], place: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

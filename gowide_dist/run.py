@@ -28,7 +28,7 @@ from gowide_dist.errors import RunError
 from gowide_dist.recipe import Instance, Recipe
 
 LOCK_WAIT_S = 150  # a file server frees a dead node's locks only after a while
-IDENTITY_FORMAT = 1  # raised when the code changes so that the same recipe gives other weights
+IDENTITY_FORMAT = 2  # raised when the code changes so that the same recipe gives other weights
 NO_WEIGHTS = (
     "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
 )

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from gowide_dist.data.info import check_split
 from gowide_dist.insight.costs import phases, training_macs, with_teacher, without_teacher
-from gowide_dist.launch.local import torchrun
+from gowide_dist.launch.local import leave, torchrun
 from gowide_dist.launch.profile import this_machine
 from gowide_dist.pipeline import check_data, open_images, work
 from gowide_dist.progress import say
@@ -268,4 +268,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
