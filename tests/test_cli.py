@@ -144,7 +144,7 @@ def test_ctrl_c_while_encoding(tmp_path):
     command = [*heard, GOWIDE, "encode", "fashion-mnist", "--out", tmp_path / "data"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + LIMIT_S
-        while not (tmp_path / ".data.partial" / "train.beton").exists():
+        while not (tmp_path / "data" / ".partial" / "train.beton").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)

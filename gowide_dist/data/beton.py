@@ -88,6 +88,8 @@ class BetonWriter:
         with self._file:
             if kind is None:
                 self._write_tables()
+                self._file.flush()
+                os.fsync(self._file.fileno())  # a power cut must not leave an index of images that are not there
 
     def _write_tables(self) -> None:
         samples = self._samples[: self.num_samples]

@@ -40,7 +40,7 @@ FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's pa
 SKIPPED_FILE_NAME, LOCK_FILE_NAME, PARTIAL_NAME = "skipped.txt", ".lock", ".partial"
 MIN_STD = 1 / 255  # of a channel that is the same everywhere, by which images are divided
 
-_CHUNK = 32  # files that a worker is sent at a time
+_CHUNK = 8  # files that a worker is sent at a time; raw ones take up to 8 MB each
 _CHUNKS_AHEAD = 4  # for each worker
 
 Encoding: TypeAlias = dict[str, str | int | float | bool | None]

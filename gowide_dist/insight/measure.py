@@ -230,12 +230,12 @@ def _shortened(instance: Instance, epochs: int) -> Instance:
 
 
 def _leave_untrained(teacher: Instance, shop: Workshop) -> None:
-    """Weights where those of a finished teacher are read from."""
+    """Weights where those of a finished teacher are read from, unless it was timed itself and has left some."""
     from gowide_dist.checkpoint import save_weights
     from gowide_dist.networks import build_network
 
-    if shop.world.is_main:
-        path = shop.run.stage(teacher.key).model
+    path = shop.run.stage(teacher.key).model
+    if shop.world.is_main and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_weights(path, build_network(teacher.architecture, shop.images.num_classes))
     shop.world.share(None)  # none goes on before they are there

@@ -19,7 +19,7 @@ from gowide_dist.insight.scale import scale
 from gowide_dist.insight.text import duration
 from gowide_dist.launch.profile import Device, Profile
 from gowide_dist.pipeline import check_data
-from gowide_dist.run import Done, Run, fingerprint, identities
+from gowide_dist.run import Done, Run, fingerprint, identities, sha256
 from tests.command import gowide, refused
 from tests.fashion import chain, write_job, write_part
 
@@ -154,7 +154,7 @@ def test_what_is_done_and_what_is_left(job, tmp_path):
     teacher.finish(
         Done(
             stage="teacher", network="wide", fingerprint=fingerprint(known["teacher/wide"]), parents={},
-            model_sha256="", top1=1, top5=1, epochs=2, steps=6, images=360, stream="0", seconds=1, world_size=1,
+            model_sha256=sha256(teacher.model), top1=1, top5=1, epochs=2, steps=6, images=360, stream="0", seconds=1, world_size=1,
         )
     )  # fmt: skip
     about = {"step": 3, "fingerprint": fingerprint(known["imitate/thin"])}
