@@ -27,7 +27,7 @@ from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import job_name, newest_jobs, read_jobs
 from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
 from gowide_dist.recipe import Instance, KlStage, Recipe, load_recipe
-from gowide_dist.run import Done, Run, StageDir, fingerprint, identities, sha256, write_atomically
+from gowide_dist.run import Done, Run, StageDir, fingerprint, identities, write_atomically
 
 if TYPE_CHECKING:
     from gowide_dist.networks import ResNet
@@ -324,7 +324,8 @@ def sibling(instance: Instance, prepared: Prepared) -> StageDir | None:
     for path in sorted(prepared.run.path.parent.glob("*/stages/*/*/done.json")):
         place = StageDir(path.parent, "/".join(path.parts[-3:-1]))
         with contextlib.suppress(RunError):
-            if place.is_done(mine) and place.done and sha256(place.model) == place.done.model_sha256:
+            if place.is_done(mine):
+                place.check_weights()
                 return place
     return None
 

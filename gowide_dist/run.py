@@ -62,10 +62,7 @@ def _flock(file: IO[str], kind: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        raise RunError(
-            f"{file.name}: cannot be locked ({error.strerror}), so two runs could write at once; choose a file system "
-            "with locks with --runs"
-        ) from error
+        raise RunError(f"{file.name}: cannot be locked ({error.strerror}): choose a file system with locks") from error
     return True
 
 
@@ -204,6 +201,15 @@ class StageDir:
         """Whether the stage with this fingerprint is finished here."""
         return self.done is not None and self.done.fingerprint == fingerprint and self.model.is_file()
 
+    def check_weights(self) -> None:
+        """Raises RunError unless the finished weights are there as they were trained."""
+        try:
+            if self.done and sha256(self.model) == self.done.model_sha256:
+                return
+        except OSError:
+            pass
+        raise RunError(f"{self.path}: not the weights that were trained; delete it to train {self.key} again")
+
     def read_identity(self) -> dict[str, Any] | None:
         """The identity of the training that claimed the folder, if one has. Raises RunError if it is damaged."""
         path = self.path / "identity.json"
@@ -330,7 +336,7 @@ class Run:
             identity = place.read_identity() if place.done else None
             if place.done is None or identity is None:
                 continue
-            data = {name: value for name, value in identity["data"].items() if name not in ("train", "val")}
+            data = {name: value for name, value in identity.get("data", {}).items() if name not in ("train", "val")}
             own = _own_identity(instance, recipe)
             there = {name: identity.get(name) for name in own} | {"data": data}
             parents = [found[parent].fingerprint if parent in found else None for parent in instance.parents]

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from gowide_dist.checkpoint import Background, load_weights, whole_checkpoints
 from gowide_dist.data.loader import Batch, Loader
-from gowide_dist.errors import RunError
 from gowide_dist.metrics import mean_over_samples
 from gowide_dist.networks import ResNet, Teacher, build_network, take_over
 from gowide_dist.objectives import build_objective
 from gowide_dist.optim import learning_rate
 from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance, KlStage, Recipe, TaughtStage
-from gowide_dist.run import Done, Run, fingerprint, sha256
+from gowide_dist.run import Done, Run, fingerprint
 from gowide_dist.stop import Stopped
 from gowide_dist.student import Examples, Student, TrainingError, autocast
 from gowide_dist.teacher_logits import Answers, Layout, Source, TeacherLogits, stored_logits
@@ -132,8 +131,8 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
     network = build_network(instance.architecture, num_classes)
     place = run.stage(instance.key)
     load_weights(place.model, network)
-    if place.done and sha256(place.model) != place.done.model_sha256:
-        raise RunError(f"{place.path}: not the weights that were trained; delete it to train {instance.key} again")
+    if place.done:
+        place.check_weights()
     return network
 
 

@@ -22,8 +22,10 @@ class Stopped(Exception):  # noqa: N818 -- no error
 
 def listen() -> None:
     """From now on note SIGUSR2 (Slurm's warning), SIGTERM, SIGINT and SIGHUP (no terminal any more), and live on."""
-    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _note)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        signal.signal(signal.SIGHUP, _note)
 
 
 def end_with(parent: int) -> None:

@@ -231,6 +231,27 @@ def test_a_signal_saves_and_leaves(finished, job, tmp_path, number):
     assert place.done.model_sha256 == weights(finished[0])["teacher/wide"]
 
 
+def test_under_nohup_a_closed_terminal_changes_nothing(finished, job, tmp_path):
+    place = Run(tmp_path / "chain").stage("teacher/wide")
+    command = ["nohup", GOWIDE, "run", str(job), "--nproc", "2", "--runs", str(tmp_path), "--only", "teacher"]
+    with (tmp_path / "out").open("w") as out:
+        launcher = subprocess.Popen(
+            [*command, "log_every_steps=1"], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while not read_metrics(place.metrics):
+                assert launcher.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.killpg(launcher.pid, signal.SIGHUP)
+            assert launcher.wait(LIMIT_S) == 0, (tmp_path / "out").read_text()
+        finally:
+            launcher.kill()
+            launcher.wait()
+    assert place.done.model_sha256 == weights(finished[0])["teacher/wide"]
+
+
 def read_all(file):
     """Until the other end is closed."""
     with contextlib.suppress(OSError):

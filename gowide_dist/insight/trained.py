@@ -18,7 +18,7 @@ from gowide_dist.errors import DataError, RunError
 from gowide_dist.networks import ResNet
 from gowide_dist.pipeline import find_finished
 from gowide_dist.recipe import Instance, Recipe
-from gowide_dist.run import Done, Run, sha256
+from gowide_dist.run import Done, Run
 from gowide_dist.stage import load_trained
 
 BATCH_SIZE = 64
@@ -97,12 +97,9 @@ def open_trained(run: Path, name: str) -> Trained:
     stage, _, network = name.partition("/")
     recipe, instance, done = find_finished(place, stage, network or None)
     folder = place.stage(instance.key)
-    try:
-        is_whole = sha256(folder.model) == done.model_sha256
-    except OSError:
-        is_whole = False
+    folder.check_weights()
     identity = folder.read_identity()
-    if not is_whole or identity is None:
+    if identity is None:
         raise RunError(f"{folder.path}: not the weights that were trained; delete it to train {instance.key} again")
     info = read_dataset_info(recipe.data.train)
     checksums = {split.file: split.checksum for split in info.splits.values()}

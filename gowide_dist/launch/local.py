@@ -75,6 +75,7 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
             max_restarts=0,
             monitor_interval=0.1,
             start_method="spawn",
+            signals_to_handle=",".join(_signals_to_handle()),
         )
         try:
             with _for_workers(error_file, num_processes):
@@ -86,6 +87,12 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
             raise WorkerError(f"process {rank} ended with exit code {failure.exitcode}; see its error above") from error
         except SignalException as error:
             raise KeyboardInterrupt from error
+
+
+def _signals_to_handle() -> list[str]:
+    """The signals at which torchrun ends the workers: all of its own, but for SIGHUP under nohup, which ignores it."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number.name for number in _TORCHRUN_SIGNALS if not (is_ignored and number == signal.SIGHUP)]
 
 
 @contextlib.contextmanager
@@ -117,8 +124,8 @@ def _for_workers(error_file: Path, num_processes: int) -> Iterator[None]:
 
 def end_with_launcher() -> None:
     """In a worker, first of all: end when the launcher is killed, or was before; an orphan would go on writing."""
-    if launcher := os.environ.get(_LAUNCHER_VARIABLE):
-        stop.end_with(int(launcher))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's: ours, or one that the user has started
+        stop.end_with(int(os.environ.get(_LAUNCHER_VARIABLE, os.getppid())))
 
 
 def leave(status: int) -> NoReturn:
