@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gowide_dist.networks import ResNet, build_network
+    from gowide_dist.networks.resnet import ResNet, build_network
     from gowide_dist.pipeline import load_model
     from gowide_dist.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "ResNet", "build_network", "load_model", "load_recipe"]
 
-_HOMES = {"Recipe": "recipe", "load_recipe": "recipe", "ResNet": "networks", "build_network": "networks",
+_HOMES = {"Recipe": "recipe", "load_recipe": "recipe", "ResNet": "networks.resnet", "build_network": "networks.resnet",
           "load_model": "pipeline"}  # fmt: skip
 
 

@@ -154,24 +154,6 @@ def verify(
     print_line(f"{folder}: whole, {counts} images in {len(info.classes)} classes")
 
 
-@data_app.command()
-def order(
-    folder: Annotated[Path, typer.Argument(help="A folder that `gowide encode` wrote.", metavar="DIR")],
-    batch_size: Annotated[int, typer.Option(help="Of all processes together.", min=1)] = 256,
-) -> None:
-    """Say how random and how local the orders are: 8 MiB pages that a batch touches, correlation of neighbours.
-
-    Example: `gowide data order data/imagenet --batch-size 1024`
-    """
-    from gowide_dist.data.loader import describe_orders
-
-    for name, report in describe_orders(folder / "train.beton", batch_size).items():
-        print_line(
-            f"{name:13} {report['pages_per_batch']:10,.1f} of {report['pages']:,.0f} pages per batch   "
-            f"correlation of neighbours {report['adjacent_correlation']:+.4f}"
-        )
-
-
 @app.command()
 def bench(
     job: Job,
@@ -230,8 +212,8 @@ def run(
     runs: Runs = Path("runs"),
     only: Only = None,
     fresh: Annotated[bool, typer.Option(help="Forget what another recipe has left in this run's folder.")] = False,
-    apart: Annotated[
-        bool, typer.Option("--apart", help="Train the networks of a stage one after the other: takes less memory.")
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Train the networks of a stage one after the other: takes less memory.")
     ] = False,
 ) -> None:
     """Train all stages of a recipe on this machine, or what is left of them, and print the table of results.
@@ -242,13 +224,13 @@ def run(
     Example: `gowide run jobs/demo.yaml --nproc 2 stages.finetune.epochs=5`
     """
     from gowide_dist.insight.report import write_report
-    from gowide_dist.launch.local import default_num_processes
-    from gowide_dist.pipeline import prepare, run_here
+    from gowide_dist.launch.local import default_num_processes, num_gpus, run_here
+    from gowide_dist.prepare import prepare
     from gowide_dist.recipe import load_recipe
 
     recipe = load_recipe(job, overrides or [])
     num_processes = nproc or default_num_processes()
-    prepared = prepare(recipe, runs, num_processes=num_processes, only=only or [], fresh=fresh)
+    prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=num_gpus() > 0, only=only or [], fresh=fresh)
     total, left = len(prepared.selected), len(prepared.unfinished)
     if left:
         print_line(
@@ -256,7 +238,7 @@ def run(
         )
     else:
         print_line(f"{prepared.run.path}: all {total} stages are done, nothing to train")
-    run_here(prepared, num_processes, apart=apart)
+    run_here(prepared, num_processes, sequential=sequential)
     print_line(write_report(prepared.run))
 
 
@@ -329,9 +311,10 @@ def submit(
     Example: `gowide submit jobs/demo.yaml --cluster slurm/clusters/devcluster.yaml`
     """
     from gowide_dist.insight.status import graph
+    from gowide_dist.launch.chain import prepare_chain, rehearse_chain
     from gowide_dist.launch.profile import load_profile
     from gowide_dist.launch.queue import require
-    from gowide_dist.pipeline import prepare_chain, rehearse_chain, write
+    from gowide_dist.prepare import write_run
     from gowide_dist.recipe import load_recipe
 
     recipe, profile = load_recipe(job, overrides or []), load_profile(cluster)
@@ -341,7 +324,7 @@ def submit(
         return
     require("sbatch")
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
-    write(prepared, fresh=fresh, in_jobs={*chain.queued, *chain.leaving})
+    write_run(prepared, fresh=fresh, in_jobs={*chain.queued, *chain.leaving})
     print_line(graph(prepared, {**chain.queued, **chain.submit()}))
 
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from gowide_dist.architecture import Architecture
 from gowide_dist.errors import RecipeError
+from gowide_dist.networks.architecture import Architecture
 from gowide_dist.schema import (
     Count,
     Fraction,
@@ -218,6 +218,14 @@ class TaughtStage(StageBase):
         return self
 
 
+class Phase(NamedTuple):
+    """What a phase of an imitation runs and trains, as blocks of the student; the stem belongs to block 0."""
+
+    runs: range  # forward: the lowest ones only where they feed those that train
+    trains: range  # backward
+    targets: range  # compared with the teacher's
+
+
 class BlocksStage(TaughtStage):
     """Imitation of the teacher's block outputs: mean squared errors, one for each block.
 
@@ -229,6 +237,19 @@ class BlocksStage(TaughtStage):
     inputs: Literal["student", "teacher"] = "student"  # whose lower block's output a block works on while it trains
     prefix: Literal["frozen", "trained"] = "frozen"  # whether a block's error also trains the blocks below it
     classifier: Literal["teacher", "fresh"] = "teacher"
+
+    def phases(self, num_blocks: int) -> list[Phase]:
+        """The phases of the stage, equally long: one for each block bottom-up, one for all blocks jointly."""
+        if self.order == "joint":
+            return [Phase(*[range(num_blocks)] * 3)]
+        return [
+            Phase(
+                range(index if self.inputs == "teacher" else 0, index + 1),
+                range(0 if self.prefix == "trained" else index, index + 1),
+                range(index, index + 1),
+            )
+            for index in range(num_blocks)
+        ]
 
     @model_validator(mode="after")
     def _check_prefix(self) -> BlocksStage:

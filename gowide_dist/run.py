@@ -3,73 +3,30 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-import pickle
 import platform
 import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError, safe_open
 
 from gowide_dist.errors import RunError
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.files import flock, sha256, write_atomically
+from gowide_dist.identity import fingerprint, recipe_identity
+from gowide_dist.recipe import Recipe
 
 LOCK_WAIT_S = 150  # a file server frees a dead node's locks only after a while
-IDENTITY_FORMAT = 2  # raised when the code changes so that the same recipe gives other weights
-NO_WEIGHTS = (
-    "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
-)
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
-
-
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Whether this process is the only one inside for this lock file."""
-    with path.open("a") as file:
-        yield _flock(file, fcntl.LOCK_EX)
-
-
-def _flock(file: IO[str], kind: int) -> bool:
-    """Lock an open file, if nobody else has. Raises RunError where the file system has no locks."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise RunError(f"{file.name}: cannot be locked ({error.strerror}): choose a file system with locks") from error
-    return True
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Done(BaseModel):
@@ -88,80 +45,6 @@ class Done(BaseModel):
     stream: str  # digest of which samples were seen at which step: equal for any number of processes and restarts
     seconds: float  # over all restarts; of students that trained together, each has an equal share
     world_size: int
-
-
-def identity(
-    instance: Instance, recipe: Recipe, data_checksums: Mapping[str, str], fingerprints: Mapping[str, str]
-) -> dict[str, Any]:
-    """All that determines the result of a stage instance, and nothing of where or under which name it runs.
-
-    What has its default is left out, so that a new option does not make strangers of finished stages.
-
-    Raises RunError if a file of weights cannot be read, or does not look like one.
-    """
-    own = _own_identity(instance, recipe)
-    init = instance.init and fingerprints[instance.init]
-    if instance.init_file:
-        place = f"stages.{instance.stage_name}.init.file: {instance.init_file}"
-        try:
-            init = sha256(instance.init_file)
-            if not _looks_like_weights(instance.init_file):
-                raise RunError(f"{place}: {NO_WEIGHTS}")
-        except OSError as error:
-            raise RunError(f"{place}: cannot be read ({error.strerror})") from error
-    return {
-        "format": IDENTITY_FORMAT,
-        **own,
-        "data": {**data_checksums, **own["data"]},
-        "init": init,
-        "teacher": instance.teacher and fingerprints[instance.teacher],
-    }
-
-
-def _own_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:
-    """The identity but for what lies outside the recipe: the data's files and what was trained before."""
-    plain: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
-    return {
-        "seed": instance.seed,
-        "batch_size": recipe.batch_size,
-        "precision": recipe.precision,
-        "compile": recipe.compile,
-        "sync_batch_norm": recipe.sync_batch_norm,
-        "data": {
-            **recipe.data.model_dump(**plain, exclude={"train", "val", "classes", "seed"}),
-            **({"seed": instance.data_seed} if instance.data_seed != instance.seed else {}),
-        },
-        "network": instance.architecture.model_dump(**plain),
-        "stage": instance.stage.model_dump(**plain, exclude={"train", "init", "teacher", "seed"}),
-    }
-
-
-def _looks_like_weights(path: Path) -> bool:
-    """Whether a file is whole safetensors, a whole archive of PyTorch's, or a pickle as PyTorch wrote before these."""
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="numpy"):
-                return True
-        except SafetensorError:
-            return False
-    with path.open("rb") as file:
-        starts_as_pickle = file.read(1) == pickle.PROTO
-        return starts_as_pickle or zipfile.is_zipfile(file)
-
-
-def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Hash of an identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def identities(recipe: Recipe, data_checksums: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The identity of every instance of a recipe."""
-    found: dict[str, dict[str, Any]] = {}
-    fingerprints: dict[str, str] = {}
-    for key, instance in recipe.instances.items():
-        found[key] = identity(instance, recipe, data_checksums, fingerprints)
-        fingerprints[key] = fingerprint(found[key])
-    return found
 
 
 @dataclass(frozen=True)
@@ -264,7 +147,7 @@ class StageDir:
         """Who is training here now: process and host. Raises RunError where that cannot be told."""
         try:
             with (self.path / "lock").open() as file:
-                return None if _flock(file, fcntl.LOCK_SH) else file.read().strip() or "another process"
+                return None if flock(file, fcntl.LOCK_SH) else file.read().strip() or "another process"
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -281,7 +164,7 @@ class StageDir:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
             deadline = time.monotonic() + LOCK_WAIT_S
-            while not _flock(file, fcntl.LOCK_EX):
+            while not flock(file, fcntl.LOCK_EX):
                 if time.monotonic() >= deadline:
                     file.seek(0)
                     raise self._taken(file.read().strip() or "another process")
@@ -337,7 +220,7 @@ class Run:
             if place.done is None or identity is None:
                 continue
             data = {name: value for name, value in identity.get("data", {}).items() if name not in ("train", "val")}
-            own = _own_identity(instance, recipe)
+            own = recipe_identity(instance, recipe)
             there = {name: identity.get(name) for name in own} | {"data": data}
             parents = [found[parent].fingerprint if parent in found else None for parent in instance.parents]
             if fingerprint(there) == fingerprint(own) and set(parents) == set(place.done.parents.values()):

@@ -93,7 +93,7 @@ class World:
         dist.all_gather(parts, values.contiguous())
         return torch.cat(parts)
 
-    def share(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         """The main process's value, on every process."""
         if self.size == 1:
             return value
@@ -101,7 +101,7 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def share_buffers(self, module: nn.Module) -> None:
+    def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every process the main process's batch-norm statistics, which are the ones that are kept."""
         if self.size > 1:
             for buffer in module.buffers():
@@ -110,7 +110,7 @@ class World:
     def wrap(self, module: nn.Module) -> nn.Module:
         """`module`, with the gradients of its trainable parameters averaged over the processes.
 
-        Batch-norm statistics stay each process's own: the main process's are the module's (`share_buffers`), which
+        Batch-norm statistics stay each process's own: the main process's are the module's (`broadcast_buffers`), which
         is what DDP's per-step broadcast would leave behind, without its cost. Buckets have DDP's own size and the graph
         is not declared static: with 1 and 100 MiB, or static, two processes on CPUs were no faster beyond the spread.
         """
@@ -136,9 +136,9 @@ class World:
         return max(0, timed.get("avg_backward_comm_time", 0) - hidden) / 1e9
 
     @staticmethod
-    def gradients_apart(wrapped: nn.Module, apart: bool = True) -> AbstractContextManager[None]:
-        """Inside, if `apart`, gradients of a wrapped module add up in each process and are not averaged yet."""
-        if apart and isinstance(wrapped, DistributedDataParallel):
+    def no_sync(wrapped: nn.Module, skip: bool = True) -> AbstractContextManager[None]:
+        """Inside, if `skip`, gradients of a wrapped module add up in each process and are not averaged yet."""
+        if skip and isinstance(wrapped, DistributedDataParallel):
             return wrapped.no_sync()
         return nullcontext()
 

@@ -9,7 +9,8 @@ import yaml
 
 from gowide_dist import load_recipe
 from gowide_dist.data.encode import encode_fashion_mnist
-from gowide_dist.pipeline import prepare, walk
+from gowide_dist.pipeline import walk
+from gowide_dist.prepare import prepare
 from gowide_dist.run import Run
 from tests.idx import write_idx
 

@@ -12,18 +12,18 @@ PACKAGE = Path(__file__).parent.parent / "gowide_dist"
 FLOORS = [
     ["cli"],
     ["insight"],
+    ["bench"],
     ["pipeline"],
     ["launch"],
-    ["stage"],
-    ["student"],
-    ["objectives"],
-    ["transforms"],
-    ["networks", "optim", "checkpoint", "metrics", "teacher_logits"],
-    ["data", "mirror"],
+    ["prepare"],
+    ["train"],
+    ["data"],
     ["run"],
-    ["recipe", "world"],
-    ["architecture"],
-    ["schema", "progress", "stop", "collector"],
+    ["identity"],
+    ["recipe"],
+    ["networks"],
+    ["schema", "world", "progress", "timeline"],
+    ["files", "stop", "collector"],
     ["errors"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -61,7 +61,7 @@ def test_every_room_has_its_floor():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "pipeline", "recipe", "run", "insight.report", "launch.local", "launch.slurm", "launch.queue", "launch.profile", "insight.status", "insight.plan", "insight.simulate", "data.info"]
+    "module", ["cli", "pipeline", "prepare", "recipe", "run", "identity", "networks.architecture", "insight.report", "launch.local", "launch.slurm", "launch.chain", "launch.queue", "launch.profile", "insight.status", "insight.plan", "insight.simulate", "data.info"]
 )  # fmt: skip
 def test_login_nodes_import_no_torch(module):
     code = (

@@ -9,7 +9,8 @@ from PIL import Image
 from gowide_dist import load_model, load_recipe
 from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.insight.costs import spent
-from gowide_dist.pipeline import prepare, walk
+from gowide_dist.pipeline import walk
+from gowide_dist.prepare import prepare
 from gowide_dist.run import read_metrics
 from tests.command import gowide
 

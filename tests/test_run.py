@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from gowide_dist import load_recipe
-from gowide_dist.checkpoint import save_checkpoint
 from gowide_dist.errors import RunError, mendable
+from gowide_dist.identity import fingerprint
 from gowide_dist.insight.report import write_report
 from gowide_dist.insight.status import status
-from gowide_dist.pipeline import examine, find_finished, write
-from gowide_dist.run import StageDir, fingerprint
+from gowide_dist.pipeline import find_finished
+from gowide_dist.prepare import check_run, write_run
+from gowide_dist.run import StageDir
+from gowide_dist.train.checkpoint import save_checkpoint
 from tests.command import GOWIDE, LIMIT_S
 from tests.fashion import chain, encode_part, train, write_job
 
@@ -122,11 +124,11 @@ def test_a_launcher_that_is_killed_at_once_leaves_no_worker(data, tmp_path):
 
 def test_what_a_job_is_training_is_not_taken_from_elsewhere(data, tmp_path):
     train(tmp_path, chain(data), "teacher")
-    prepared = examine(load_recipe(write_job(tmp_path, chain(data, name="other"))), tmp_path, only=["teacher"])
+    prepared = check_run(load_recipe(write_job(tmp_path, chain(data, name="other"))), tmp_path, only=["teacher"])
     place = prepared.run.stage("teacher/wide")
-    write(prepared, in_jobs={"teacher/wide"})
+    write_run(prepared, in_jobs={"teacher/wide"})
     assert not place.path.exists()
-    write(prepared)
+    write_run(prepared)
     assert prepared.run.stage("teacher/wide").done is not None
 
 

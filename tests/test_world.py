@@ -13,7 +13,7 @@ import torch
 from gowide_dist import build_network
 from gowide_dist.errors import UserError
 from gowide_dist.launch.local import WorkerError, torchrun
-from gowide_dist.objectives import Labels
+from gowide_dist.train.objectives import Labels
 from gowide_dist.world import join
 
 BATCH = 12

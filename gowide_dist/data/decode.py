@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numba
 import numba.experimental.function_type  # lets compiled code take `imdecode` as an argument, which keeps it cacheable
@@ -63,6 +63,9 @@ class CenterCrop(NamedTuple):
     """
 
     ratio: float
+
+
+Geometry: TypeAlias = Shift | RandomCrop | CenterCrop
 
 
 class Scratch(NamedTuple):

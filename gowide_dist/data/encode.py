@@ -33,8 +33,8 @@ from gowide_dist.data.sources import (
     stratified,
 )
 from gowide_dist.errors import DataError
+from gowide_dist.files import try_lock
 from gowide_dist.progress import say, track
-from gowide_dist.run import try_lock
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 SKIPPED_FILE_NAME, LOCK_FILE_NAME, PARTIAL_NAME = "skipped.txt", ".lock", ".partial"

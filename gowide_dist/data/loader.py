@@ -1,7 +1,6 @@
 """The data stream: one process's share of every batch, in an order that is the same for any number of processes."""
 
 import math
-import time
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, wait
@@ -22,14 +21,14 @@ from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.data.order import (
     AUGMENT_STREAM,
     epoch_key,
-    order_report,
     quasi_random_order,
     random_order,
-    training_batch,
-    validation_share,
+    validation_part,
 )
 from gowide_dist.data.threads import DaemonThreads
 from gowide_dist.errors import DataError
+from gowide_dist.recipe import Data
+from gowide_dist.timeline import Batching
 
 _BATCHES_AHEAD = 2  # finished ones, beside those that the threads are working on
 _WINDOW_PAGES = 256  # 2 GiB of the file
@@ -50,74 +49,68 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
+def geometry_of(data: Data, *, train: bool) -> decode.Geometry:
+    """How a recipe wants its images cut: training images with augmentation, validation images without."""
+    augment = data.augment
+    if train and augment.crop:
+        return decode.RandomCrop(augment.flip, *augment.crop.scale, *augment.crop.ratio)
+    if train:
+        return decode.Shift(augment.flip, augment.translate)
+    return decode.CenterCrop(data.center_crop) if data.center_crop else decode.Shift(False, 0)
+
+
 class Loader:
-    """One process's share of the data stream of an FFCV file.
+    """One process's part of the data stream of an FFCV file.
 
-    batch_size: of all processes together; num_threads: of this process; resolution: side of the images in pixels.
+    Training (train=True) goes through all samples in a random order, in whole batches. The images are augmented as
+    `geometry` says, keyed by (seed, epoch, sample). order="quasi-random" reads a window of `window_pages` pages (8 MiB
+    each) at a time, ahead: for files larger than memory on slow disks.
 
-    Training (train=True) goes through all samples in a random order, in whole batches. The images are augmented, keyed
-    by (seed, epoch, sample): flipped half of the time if `flip`, and either shifted by up to `translate` pixels or,
-    with crop_scale (least and greatest part of the area) and crop_ratio (width over height), cropped and resized.
-    order="quasi-random" reads a window of `window_pages` pages (8 MiB each) at a time, ahead: for files larger than
-    memory on slow disks.
+    Validation goes once through this process's part of the samples, or through `samples` alone (int64 [N]).
 
-    Validation goes once through this process's part of the samples, or through `samples` alone (int64 [N]), as they are
-    or, with center_crop_ratio, resized to resolution / center_crop_ratio on the shorter side and cropped in the middle.
-
-    seconds_waited: how long the consumer has waited for batches, in all. memory_bytes: what the loader takes at most,
-    beside the cache of the file. Raises DataError if the file is damaged, if its images do not fit, or if it cannot be
-    read within timeout_s.
+    resolution: side of the images in pixels. num_threads: decoding threads of this process. memory_bytes: what the
+    loader takes at most, beside the cache of the file. Raises DataError if the file is damaged, if its images do not
+    fit, or if it cannot be read within timeout_s.
     """
 
     def __init__(
         self,
         beton: Path,
+        batching: Batching,
         *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
         train: bool,
-        seed: int = 0,
-        flip: bool = False,
-        translate: int = 0,
-        crop_scale: tuple[float, float] | None = None,
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        center_crop_ratio: float | None = None,
-        samples: Indices | None = None,
         resolution: int,
+        geometry: decode.Geometry = decode.Shift(False, 0),
+        seed: int = 0,
+        samples: Indices | None = None,
         order: Literal["random", "quasi-random"] = "random",
         window_pages: int = _WINDOW_PAGES,
         num_threads: int = 1,
         timeout_s: float = 300.0,
     ):
         self._path, self._timeout_s, self._stalled = beton, timeout_s, False
-        self._train, self._seed = train, seed
-        self._batch_size, self._share = batch_size, batch_size // world_size
-        self._rank, self._world_size = rank, world_size
-        self._resolution, self._order, self._window_pages = resolution, order, window_pages
-        self.seconds_waited = 0.0
+        self._batching, self._train, self._seed = batching, train, seed
+        self._geometry, self._resolution, self._order, self._window_pages = geometry, resolution, order, window_pages
         # Waiting for an event of another GPU, a thread on the first would take half a GB of that one's memory.
         on_gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
         self._threads = DaemonThreads(num_threads, on_gpu)
+        # A buffer for each batch that is being decoded or waits, and one more: the consumer still holds the last.
+        self._ahead = num_threads + _BATCHES_AHEAD
+        shape = (self._ahead + 1, batching.local_batch * resolution * resolution * 3)
         try:
             self._beton = self._wait(self._threads.submit(partial(Beton, beton)))
             self.num_samples = len(self._beton)
-            self._validation = validation_share(self.num_samples, rank, world_size) if samples is None else samples
-            self.steps_per_epoch = self.num_samples // batch_size if train else -(-len(self._validation) // self._share)
-            if not train and samples is None and self.num_samples < world_size:
-                raise DataError(f"{beton}: {self.num_samples:,} images for {world_size} processes; take fewer of these")
-            if train and not self.steps_per_epoch:
-                raise DataError(f"{beton}: {self.num_samples:,} images, fewer than one batch of {batch_size:,}")
-            self._geometry: decode.Shift | decode.RandomCrop | decode.CenterCrop
-            if train and crop_scale:
-                self._geometry = decode.RandomCrop(flip, *map(float, crop_scale), *map(float, crop_ratio))
-            elif not train and center_crop_ratio:
-                self._geometry = decode.CenterCrop(float(center_crop_ratio))
-            else:
+            self._validation = (
+                validation_part(self.num_samples, batching.rank, batching.num_processes) if samples is None else samples
+            )
+            self.steps_per_epoch = (
+                self.num_samples // batching.global_batch
+                if train
+                else math.ceil(len(self._validation) / batching.local_batch)
+            )
+            self._check_samples(given=samples is not None)
+            if isinstance(geometry, decode.Shift):
                 self._check_sides()
-                self._geometry = decode.Shift(flip, translate) if train else decode.Shift(False, 0)
-            self._ahead = num_threads + _BATCHES_AHEAD
-            shape = (self._ahead + 1, self._share * resolution * resolution * 3)  # one more, which the consumer holds
             self._check_memory(math.prod(shape))
         except DataError:
             self.close()
@@ -143,7 +136,6 @@ class Loader:
         batches = self.batches()
         next(batches)
         batches.close()
-        self.seconds_waited = 0.0
 
     def batches(self, epoch: int = 0, start: int = 0, resolution: int | None = None) -> Generator[Batch, None, None]:
         """The batches of an epoch from step `start` on. One iteration at a time; closing it early stops the work ahead.
@@ -201,8 +193,10 @@ class Loader:
 
     def _indices(self, order: Indices, step: int) -> Indices:
         if self._train:
-            return training_batch(order, step, self._batch_size, self._rank, self._world_size)
-        return order[step * self._share : (step + 1) * self._share]
+            rows = self._batching.local_rows(step)
+            return order[rows.start : rows.stop]
+        local_batch = self._batching.local_batch
+        return order[step * local_batch : (step + 1) * local_batch]
 
     def _decode(self, indices: Indices, key: np.uint64, images: Tensor, copied: torch.cuda.Event | None) -> Batch:
         if copied is not None:
@@ -215,7 +209,6 @@ class Loader:
         return Batch(images, torch.from_numpy(self._beton.labels[indices]), torch.from_numpy(indices))
 
     def _wait(self, future: Future[Result]) -> Result:
-        start = time.monotonic()
         try:
             return future.result(self._timeout_s)
         except TimeoutError:
@@ -223,8 +216,6 @@ class Loader:
             raise DataError(
                 f"{self._path}: nothing came within {self._timeout_s:g} s; is the file system reachable?"
             ) from None
-        finally:
-            self.seconds_waited += time.monotonic() - start
 
     def _check_memory(self, wanted: int) -> None:
         available = available_memory_bytes()
@@ -234,25 +225,21 @@ class Loader:
                 "free; take a smaller batch, fewer threads or more processes"
             )
 
+    def _check_samples(self, *, given: bool) -> None:
+        batching = self._batching
+        if not self._train and not given and self.num_samples < batching.num_processes:
+            raise DataError(
+                f"{self._path}: {self.num_samples:,} images for {batching.num_processes} processes; take fewer of these"
+            )
+        if self._train and not self.steps_per_epoch:
+            raise DataError(
+                f"{self._path}: {self.num_samples:,} images, fewer than one batch of {batching.global_batch:,}"
+            )
+
     def _check_sides(self) -> None:
         sides = np.concatenate([self._beton.heights, self._beton.widths])
         if sides.min() != self._resolution or sides.max() != self._resolution:
             raise DataError(
                 f"{self._path}: images of {sides.min()} to {sides.max()} px, but the resolution is {self._resolution}; "
-                "set it to theirs, or crop_scale and center_crop_ratio to crop and resize"
+                "set it to theirs, or crop and resize (data.augment.crop, data.center_crop)"
             )
-
-
-def describe_orders(beton: Path, batch_size: int) -> dict[str, dict[str, float]]:
-    """How random and how local each order of a file's samples is in its first epoch; see `order_report`.
-
-    Raises DataError if there are fewer samples than a batch has.
-    """
-    pages = Beton(beton).pages
-    if len(pages) < batch_size:
-        raise DataError(f"batch size {batch_size:,} is more than the {len(pages):,} images of {beton}")
-    orders = {
-        "random": random_order(len(pages), seed=0, epoch=0),
-        "quasi-random": quasi_random_order(pages, _WINDOW_PAGES, seed=0, epoch=0)[0],
-    }
-    return {name: order_report(order, pages, batch_size) for name, order in orders.items()}

@@ -55,29 +55,6 @@ def quasi_random_order(
     return np.lexsort((draws, window[page_of_sample])), distinct[shuffled]
 
 
-def order_report(order: NDArray[np.int64], pages: NDArray[np.int64], batch_size: int) -> dict[str, float]:
-    """How local and how random an order is.
-
-    pages_per_batch: pages that a global batch touches, on average. adjacent_correlation: between the places in the file
-    of samples that follow each other; 0 for a random order, 1 for the order of the file.
-    """
-    batches = [order[start : start + batch_size] for start in range(0, len(order) - batch_size + 1, batch_size)]
-    return {
-        "pages": float(len(np.unique(pages))),
-        "pages_per_batch": float(np.mean([len(np.unique(pages[batch])) for batch in batches])),
-        "adjacent_correlation": float(np.corrcoef(order[:-1], order[1:])[0, 1]),
-    }
-
-
-def training_batch(
-    order: NDArray[np.int64], step: int, batch_size: int, rank: int, world_size: int
-) -> NDArray[np.int64]:
-    """The samples of process `rank` in global batch `step`: [batch_size // world_size]."""
-    share = batch_size // world_size
-    start = step * batch_size + rank * share
-    return order[start : start + share]
-
-
-def validation_share(num_samples: int, rank: int, world_size: int) -> NDArray[np.int64]:
+def validation_part(num_samples: int, rank: int, world_size: int) -> NDArray[np.int64]:
     """The samples that process `rank` evaluates: a contiguous part, every sample in exactly one process's."""
     return np.arange(num_samples * rank // world_size, num_samples * (rank + 1) // world_size)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import NamedTuple
 
-from gowide_dist.architecture import Architecture, Conv
+from gowide_dist.networks.architecture import Architecture, Conv
 from gowide_dist.recipe import BlocksStage, Instance, KlStage, LabelsStage, Recipe, StageBase
 
 BACKWARD = 2  # a backward pass costs two forward passes: gradients of inputs, and of weights

@@ -259,8 +259,9 @@ def _read(beton: Path) -> NDArray[np.uint8]:
     from contextlib import closing
 
     from gowide_dist.data.loader import Loader
+    from gowide_dist.timeline import Batching
 
-    with closing(Loader(beton, batch_size=8, train=False, resolution=32)) as loader:
+    with closing(Loader(beton, Batching(8), train=False, resolution=32)) as loader:
         pixels: NDArray[np.uint8] = next(loader.batches()).images.numpy().copy()
     return pixels
 

@@ -17,11 +17,11 @@ from rich.table import Table
 from torch import Tensor
 
 from gowide_dist.errors import RunError, is_full
+from gowide_dist.files import write_atomically
 from gowide_dist.insight.text import rendered
 from gowide_dist.insight.trained import Classifier, Trained
-from gowide_dist.objectives import accuracy
 from gowide_dist.progress import Track
-from gowide_dist.run import write_atomically
+from gowide_dist.train.losses import accuracy
 
 NUM_BINS = 15
 MANY_CLASSES = 20  # from which on only the worst of them are printed

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
-from gowide_dist.architecture import ARCHITECTURES, Architecture
 from gowide_dist.data.loader import Loader
 from gowide_dist.errors import InternalError, RunError, UserError, is_full
+from gowide_dist.files import sha256
 from gowide_dist.insight.text import rendered
 from gowide_dist.insight.trained import BATCH_SIZE, Classifier, Trained
-from gowide_dist.networks import fold_batch_norms
+from gowide_dist.networks.architecture import ARCHITECTURES, Architecture
+from gowide_dist.networks.teacher import fold_batch_norms
 from gowide_dist.progress import Track, say
-from gowide_dist.run import sha256
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -23,17 +23,20 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import BaseModel
 
 from gowide_dist.data.info import check_split
+from gowide_dist.files import write_atomically
+from gowide_dist.identity import fingerprint, identities
 from gowide_dist.insight.costs import phases, training_macs, with_teacher, without_teacher
 from gowide_dist.launch.local import leave, torchrun
 from gowide_dist.launch.profile import this_machine
-from gowide_dist.pipeline import check_data, open_images, work
+from gowide_dist.pipeline import open_images, work
+from gowide_dist.prepare import check_data
 from gowide_dist.progress import say
 from gowide_dist.recipe import BlocksStage, Checkpoints, Instance, KlStage, Recipe, load_recipe
-from gowide_dist.run import Run, fingerprint, identities, read_metrics, write_atomically
+from gowide_dist.run import Run, read_metrics
 
 if TYPE_CHECKING:
     from gowide_dist.data.loader import Batch, Loader
-    from gowide_dist.stage import Images, Workshop
+    from gowide_dist.train.loop import Images, TrainContext
     from gowide_dist.world import World
 
 STEPS = 40  # of a phase
@@ -130,8 +133,8 @@ def _time(
     instance: Instance, recipe: Recipe, run: Run, world: World, images: Images, identities: Mapping[str, Any]
 ) -> Timing | None:
     """Train a shortened stage by the one loop there is, and take its time apart, on the main process."""
-    from gowide_dist.optim import Timeline
-    from gowide_dist.stage import Workshop, train_stage
+    from gowide_dist.train.loop import TrainContext, train_stage
+    from gowide_dist.train.optim import Timeline
 
     num_phases = len(phases(instance.stage, instance.architecture)) if isinstance(instance.stage, BlocksStage) else 1
     row_steps = _steps_of_row(instance, recipe, images.num_classes, world.num_threads * world.size)
@@ -152,10 +155,10 @@ def _time(
         "checkpoints": Checkpoints(every_minutes=None),
     }
     shortened = replace(images, train=train, val=cast("Loader", validation))
-    shop = Workshop(recipe.model_copy(update=updates), run, world, shortened, identities)
+    ctx = TrainContext(recipe.model_copy(update=updates), run, world, shortened, identities)
     if instance.teacher:
-        _leave_untrained(recipe.instances[instance.teacher], shop)
-    done = train_stage(_shortened(instance, epochs), shop)
+        _leave_untrained(recipe.instances[instance.teacher], ctx)
+    done = train_stage(_shortened(instance, epochs), ctx)
     if not world.is_main:
         return None
     rows = read_metrics(run.stage(instance.key).metrics)
@@ -229,22 +232,22 @@ def _shortened(instance: Instance, epochs: int) -> Instance:
     return instance._replace(stage=short, init=None, init_file=None)
 
 
-def _leave_untrained(teacher: Instance, shop: Workshop) -> None:
+def _leave_untrained(teacher: Instance, ctx: TrainContext) -> None:
     """Weights where those of a finished teacher are read from, unless it was timed itself and has left some."""
-    from gowide_dist.checkpoint import save_weights
-    from gowide_dist.networks import build_network
+    from gowide_dist.networks.resnet import build_network
+    from gowide_dist.networks.weights import save_weights
 
-    path = shop.run.stage(teacher.key).model
-    if shop.world.is_main and not path.exists():
+    path = ctx.run.stage(teacher.key).model
+    if ctx.world.is_main and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(path, build_network(teacher.architecture, shop.images.num_classes))
-    shop.world.share(None)  # none goes on before they are there
+        save_weights(path, build_network(teacher.architecture, ctx.images.num_classes))
+    ctx.world.broadcast(None)  # none goes on before they are there
 
 
 def _time_saving(instance: Instance, num_classes: int, folder: Path) -> float:
     """Seconds to write a state as large as a checkpoint: the weights and their momentum."""
-    from gowide_dist.checkpoint import save_checkpoint
-    from gowide_dist.networks import build_network
+    from gowide_dist.networks.resnet import build_network
+    from gowide_dist.train.checkpoint import save_checkpoint
 
     weights, momentum = (build_network(instance.architecture, num_classes).state_dict() for _ in range(2))
     start = time.perf_counter()

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel, Field, ValidationError
 
 from gowide_dist.errors import UserError, is_full
+from gowide_dist.files import write_atomically
 from gowide_dist.progress import say
 from gowide_dist.recipe import Instance, Recipe
-from gowide_dist.run import Done, Run, write_atomically
+from gowide_dist.run import Done, Run
 
 if TYPE_CHECKING:
     from torch import Tensor

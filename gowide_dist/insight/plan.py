@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gowide_dist.errors import DataError
+from gowide_dist.identity import fingerprint, identities
 from gowide_dist.insight.advice import notes_on_stored_logits, stream_of, warnings_of
 from gowide_dist.insight.assumed import DataSize, cores_here, data_size, decoded_per_s, device_of
 from gowide_dist.insight.costs import (
@@ -27,9 +28,9 @@ from gowide_dist.insight.costs import (
 from gowide_dist.insight.simulate import longest_path, restarts
 from gowide_dist.insight.text import columns, duration, listed
 from gowide_dist.launch.profile import Device, Profile, Resources
-from gowide_dist.pipeline import Prepared, check_data, sibling
+from gowide_dist.prepare import Prepared, check_data, sibling
 from gowide_dist.recipe import Instance, KlStage, Recipe
-from gowide_dist.run import Run, StageDir, fingerprint, identities
+from gowide_dist.run import Run, StageDir
 
 if TYPE_CHECKING:
     from gowide_dist.insight.measure import Measured

@@ -13,11 +13,12 @@ from rich import box
 from rich.table import Table
 
 from gowide_dist.errors import RunError, is_full
+from gowide_dist.files import write_atomically
 from gowide_dist.insight import compare, plots, results
 from gowide_dist.insight.measured import measure
 from gowide_dist.insight.results import View, view
 from gowide_dist.insight.text import duration, rendered
-from gowide_dist.run import Run, write_atomically
+from gowide_dist.run import Run
 
 PAGE_HEAD = (*results.HEAD, "time")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +14,28 @@ def listed(values: Mapping[str, str]) -> str:
     """Names and values, a line each."""
     width = max(map(len, values))
     return "\n".join(f"  {name:{width}}  {value}" for name, value in values.items())
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = (0,), markdown: bool = False
+) -> str:
+    """A table as text, or in Markdown. Columns of `left` to the left, the others to the right; those in which no row
+    says anything are left out.
+    """
+    rows = list(rows)
+    used = [index for index in range(len(head)) if not rows or any(row[index] for row in rows)]
+    lines = [[line[index] for index in used] for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if markdown:
+        lines.insert(1, ["-" * width for width in widths])
+    padded = [
+        [
+            cell.ljust(width) if index in left or markdown else cell.rjust(width)
+            for index, cell, width in zip(used, line, widths, strict=True)
+        ]
+        for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip() for cells in padded)
 
 
 def columns(lines: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:

@@ -12,14 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gowide_dist.data.decode import CenterCrop, Shift
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.data.loader import Loader
 from gowide_dist.errors import DataError, RunError
-from gowide_dist.networks import ResNet
+from gowide_dist.networks.resnet import ResNet
 from gowide_dist.pipeline import find_finished
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run
-from gowide_dist.stage import load_trained
+from gowide_dist.timeline import Batching
+from gowide_dist.train.loop import load_trained
 
 BATCH_SIZE = 64
 
@@ -118,9 +120,9 @@ def _loader(path: Path, resolution: int, center_crop: float | None, most: int | 
         samples = np.linspace(0, num_samples - 1, min(most, num_samples)).round().astype(np.int64)
     return Loader(
         path,
-        batch_size=BATCH_SIZE,
+        Batching(BATCH_SIZE),
         train=False,
-        center_crop_ratio=center_crop,
+        geometry=CenterCrop(center_crop) if center_crop else Shift(False, 0),
         samples=samples,
         resolution=resolution,
         num_threads=len(os.sched_getaffinity(0)),

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from gowide_dist import stop
 from gowide_dist.errors import FULL_DISK, InternalError, UserError
+from gowide_dist.prepare import Prepared
 
 ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker leaves the error that the launcher shows
 _LAUNCHER_VARIABLE = "GOWIDE_LAUNCHER"  # its process id
@@ -87,6 +88,17 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
             raise WorkerError(f"process {rank} ended with exit code {failure.exitcode}; see its error above") from error
         except SignalException as error:
             raise KeyboardInterrupt from error
+
+
+def run_here(prepared: Prepared, num_processes: int, *, sequential: bool = False) -> None:
+    """Train all unfinished stages under torchrun. sequential: as in `walk`."""
+    if left := prepared.unfinished:
+        arguments = [
+            str(prepared.run.path),
+            *(instance.key for instance in left),
+            *(["--sequential"] if sequential else []),
+        ]
+        torchrun("gowide_dist.pipeline", arguments, num_processes)
 
 
 def _signals_to_handle() -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gowide_dist.errors import RunError, UserError
-from gowide_dist.run import write_atomically
+from gowide_dist.files import write_atomically
 
 ANSWER_WITHIN_S = 60
 _QUEUE_FIELDS = ("JobID", "State", "Reason", "NodeList", "RestartCnt", "StartTime", "Name")  # a name may hold anything

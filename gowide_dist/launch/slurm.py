@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gowide_dist.errors import RunError
+from gowide_dist.files import try_lock
 from gowide_dist.launch.local import ERROR_FILE_VARIABLE, read_error
 from gowide_dist.launch.profile import Profile, Resources
 from gowide_dist.launch.queue import SlurmError, call, cancel, complaint, read_jobs, write_job
-from gowide_dist.run import try_lock
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor

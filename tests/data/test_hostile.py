@@ -18,7 +18,7 @@ from gowide_dist.data.info import read_dataset_info
 from gowide_dist.data.loader import Loader
 from gowide_dist.data.verify import verify_dataset
 from gowide_dist.errors import DataError
-from gowide_dist.run import try_lock
+from gowide_dist.files import try_lock
 from tests.command import GOWIDE, LIMIT_S
 from tests.data.conftest import write_image_folder
 from tests.idx import write_fashion_mnist

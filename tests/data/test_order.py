@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gowide_dist.data.order import draw, epoch_key, random_order, training_batch, validation_share
+from gowide_dist.data.order import draw, epoch_key, random_order, training_batch, validation_part
 
 seeds = st.integers(0, 2**32)
 
@@ -49,6 +49,6 @@ def test_slices_of_processes_join_to_the_global_batch(world_size: int, share: in
 
 @given(st.integers(0, 200), st.integers(1, 9))
 def test_validation_counts_every_sample_once(num_samples: int, world_size: int):
-    shares = [validation_share(num_samples, rank, world_size) for rank in range(world_size)]
+    shares = [validation_part(num_samples, rank, world_size) for rank in range(world_size)]
     assert np.concatenate(shares).tolist() == list(range(num_samples))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

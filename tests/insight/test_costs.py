@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gowide_dist import build_network, load_recipe
 from gowide_dist.insight.costs import memory_per_process, spent, training_macs, validation_macs
-from gowide_dist.networks import Teacher
-from gowide_dist.objectives import build_objective
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.train.objectives import build_objective
 from tests.fashion import chain
 
 IMAGES = 1000

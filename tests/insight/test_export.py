@@ -19,10 +19,11 @@ from gowide_dist import load_model, load_recipe
 from gowide_dist.cli import main
 from gowide_dist.data.loader import Loader
 from gowide_dist.errors import RunError, UserError
+from gowide_dist.files import sha256
 from gowide_dist.insight import export
 from gowide_dist.insight.trained import open_trained
-from gowide_dist.pipeline import prepare, walk
-from gowide_dist.run import sha256
+from gowide_dist.pipeline import walk
+from gowide_dist.prepare import prepare
 from tests.command import gowide, refused
 from tests.docs import DOCS, fenced_blocks
 from tests.fashion import write_job

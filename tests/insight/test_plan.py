@@ -12,14 +12,16 @@ import torch
 from gowide_dist import build_network, load_recipe
 from gowide_dist.data.encode import encode_fashion_mnist
 from gowide_dist.errors import DataError
+from gowide_dist.files import sha256
+from gowide_dist.identity import fingerprint, identities
 from gowide_dist.insight.assumed import data_size
 from gowide_dist.insight.costs import memory_per_process
 from gowide_dist.insight.plan import plan, table
 from gowide_dist.insight.scale import scale
 from gowide_dist.insight.text import duration
 from gowide_dist.launch.profile import Device, Profile
-from gowide_dist.pipeline import check_data
-from gowide_dist.run import Done, Run, fingerprint, identities, sha256
+from gowide_dist.prepare import check_data
+from gowide_dist.run import Done, Run
 from tests.command import gowide, refused
 from tests.fashion import chain, write_job, write_part
 

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gowide_dist import load_model, load_recipe
+from gowide_dist.files import sha256
 from gowide_dist.insight import compare
 from gowide_dist.insight.report import report, write_report
 from gowide_dist.insight.results import Standing, times, view
 from gowide_dist.insight.trained import open_trained
-from gowide_dist.pipeline import prepare, walk
-from gowide_dist.run import Run, sha256
+from gowide_dist.pipeline import walk
+from gowide_dist.prepare import prepare
+from gowide_dist.run import Run
 from tests.command import gowide, refused
 from tests.fashion import chain, encode_part, write_job
 from tests.insight.browser import look_at

@@ -9,7 +9,7 @@ import pytest
 from gowide_dist import load_recipe
 from gowide_dist.data.encode import encode_fashion_mnist
 from gowide_dist.insight.status import status, table
-from gowide_dist.pipeline import prepare
+from gowide_dist.prepare import prepare
 from tests.command import gowide, refused
 from tests.fashion import chain, write_job, write_part
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from gowide_dist import load_recipe
+from gowide_dist.files import try_lock
 from gowide_dist.insight.status import cancel_run, logs, status
+from gowide_dist.launch.chain import prepare_chain
 from gowide_dist.launch.profile import load_profile
 from gowide_dist.launch.queue import SlurmError, newest_jobs, write_job
-from gowide_dist.pipeline import prepare_chain, write
-from gowide_dist.run import try_lock
+from gowide_dist.prepare import write
 from tests.command import refused
 from tests.fashion import chain, encode_part
 from tests.fashion import write_job as write_recipe

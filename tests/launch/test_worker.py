@@ -9,7 +9,7 @@ import time
 import pytest
 
 from gowide_dist import load_recipe
-from gowide_dist.pipeline import prepare
+from gowide_dist.prepare import prepare
 from gowide_dist.run import read_metrics
 from tests.command import GOWIDE, gowide
 from tests.fashion import chain, encode_part, write_job

@@ -124,15 +124,15 @@ def _memory_mib(key: str) -> float:
 
 
 def _own(beton: Path, batch_size: int, side: int, cropped: bool, threads: int) -> Epoch:
+    from gowide_dist.data.decode import RandomCrop, Shift
     from gowide_dist.data.loader import Loader
+    from gowide_dist.timeline import Batching
 
     stream = Loader(
         beton,
-        batch_size=batch_size,
+        Batching(batch_size),
         train=True,
-        flip=True,
-        translate=0 if cropped else 4,
-        crop_scale=(0.08, 1.0) if cropped else None,
+        geometry=RandomCrop(True, 0.08, 1.0, 3 / 4, 4 / 3) if cropped else Shift(True, 4),
         resolution=side,
         num_threads=threads,
     )

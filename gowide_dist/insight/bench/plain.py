@@ -19,9 +19,9 @@ from torchvision import transforms
 
 from gowide_dist.data.beton import JPEG, Beton
 from gowide_dist.insight.bench.subject import OPTIM, Subject
+from gowide_dist.networks.transforms import linear_transform
 from gowide_dist.recipe import Instance, KlStage, Recipe
-from gowide_dist.student import autocast
-from gowide_dist.transforms import linear_transform
+from gowide_dist.train.student import autocast
 
 
 class PlainImages(Dataset[tuple[Tensor, int]]):

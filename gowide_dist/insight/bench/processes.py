@@ -18,18 +18,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gowide_dist.architecture import Architecture
 from gowide_dist.errors import UserError
 from gowide_dist.insight.assumed import cores_here, device_of
 from gowide_dist.insight.bench.pairs import Effort, Figure, in_turns, spread
 from gowide_dist.insight.bench.subject import Subject, TrainingStep, endless_batches
 from gowide_dist.insight.costs import BACKWARD
 from gowide_dist.insight.simulate import Cluster, Work, all_reduce_s, step_s
-from gowide_dist.networks import build_network
-from gowide_dist.objectives import Labels
-from gowide_dist.pipeline import check_data, open_images
+from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.resnet import build_network
+from gowide_dist.pipeline import open_images
+from gowide_dist.prepare import check_data
 from gowide_dist.recipe import Recipe
 from gowide_dist.run import read_metrics
+from gowide_dist.train.objectives import Labels
 from gowide_dist.world import join
 
 _STEPS_PER_TURN = 4

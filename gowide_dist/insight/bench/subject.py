@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gowide_dist.architecture import Architecture
 from gowide_dist.data.loader import Batch
 from gowide_dist.insight.bench.pairs import Effort
-from gowide_dist.networks import ResNet, Teacher, build_network
-from gowide_dist.objectives import Objective
-from gowide_dist.optim import Descent
-from gowide_dist.pipeline import check_data, open_images
+from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.resnet import ResNet, build_network
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.pipeline import open_images
+from gowide_dist.prepare import check_data
 from gowide_dist.recipe import Instance, Optim, Recipe
-from gowide_dist.stage import Images
-from gowide_dist.student import autocast
+from gowide_dist.train.loop import Images
+from gowide_dist.train.objectives import Objective
+from gowide_dist.train.optim import Optimizer
+from gowide_dist.train.student import autocast
 from gowide_dist.world import World, join
 
 NUM_BATCHES = 4  # in memory, taken over and over
@@ -87,12 +89,12 @@ class TrainingStep:
 
     def __init__(self, objective: Objective, recipe: Recipe, world: World) -> None:
         self._wrapped = world.wrap(objective.train())
-        self._descent = Descent(objective, OPTIM, scaled=recipe.precision == "fp16")
+        self._descent = Optimizer(objective, OPTIM, scaled=recipe.precision == "fp16")
         self._recipe, self._world = recipe, world
 
     def __call__(self, *batch: Any, apart: bool = False) -> None:
         """One step on a batch. apart: without averaging the gradients over the processes."""
-        with self._world.gradients_apart(self._wrapped, apart):
+        with self._world.no_sync(self._wrapped, apart):
             with autocast(self._recipe, self._world):
                 losses = self._wrapped(*batch)
             self._descent.backward(losses["loss"])

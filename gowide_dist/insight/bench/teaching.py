@@ -14,11 +14,11 @@ from torch import Tensor
 from gowide_dist.insight.bench import plain as plain_way
 from gowide_dist.insight.bench.pairs import Figure, in_turns, milliseconds, seconds_of, spread
 from gowide_dist.insight.bench.subject import Subject, TrainingStep, endless_batches
-from gowide_dist.networks import Teacher
-from gowide_dist.objectives import build_objective
+from gowide_dist.networks.teacher import Teacher
 from gowide_dist.recipe import BlocksStage
-from gowide_dist.student import autocast
-from gowide_dist.teacher_logits import Layout, Source, TeacherLogits, stored_logits
+from gowide_dist.train.objectives import build_objective
+from gowide_dist.train.student import autocast
+from gowide_dist.train.teacher_logits import Layout, Source, TeacherLogits, stored_logits
 
 _NUM_STUDENTS = 3
 
@@ -186,7 +186,7 @@ def students_together(subject: Subject) -> Figure:
 
         def together() -> None:
             batch = next(batches)
-            with taught.answering_once():
+            with taught.cached():
                 for step in steps:
                     step(*batch)
 

@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gowide_dist.architecture import Architecture
-from gowide_dist.checkpoint import save_checkpoint
 from gowide_dist.data.loader import Batch, Loader
+from gowide_dist.identity import identities
 from gowide_dist.insight.bench.pairs import Figure, clock, milliseconds, seconds_of
 from gowide_dist.insight.bench.subject import OPTIM, Subject
+from gowide_dist.networks.architecture import Architecture
 from gowide_dist.progress import Track
 from gowide_dist.recipe import Checkpoints, LabelsStage, Recipe
-from gowide_dist.run import Run, identities
-from gowide_dist.stage import Workshop, train_stage
-from gowide_dist.student import autocast
+from gowide_dist.run import Run
+from gowide_dist.train.checkpoint import save_checkpoint
+from gowide_dist.train.loop import TrainContext, train_stage
+from gowide_dist.train.student import autocast
 
 _WARM_UP_STEPS = 5
 _STEPS_AROUND_SAVE = 6
@@ -107,9 +108,9 @@ def _run_loop(subject: Subject, architecture: Architecture, stream: _Stream, **c
     )
     images = replace(subject.images, train=lambda seed: cast(Loader, stream))
     with tempfile.TemporaryDirectory(dir=subject.folder) as folder:
-        shop = Workshop(recipe, Run(Path(folder)), subject.world, images, identities(recipe, subject.checksums))
+        ctx = TrainContext(recipe, Run(Path(folder)), subject.world, images, identities(recipe, subject.checksums))
         with contextlib.suppress(_Enough), contextlib.redirect_stdout(io.StringIO()):
-            train_stage(recipe.instances["stage/network"], shop)
+            train_stage(recipe.instances["stage/network"], ctx)
 
 
 def _bare_step(subject: Subject) -> Callable[[Tensor, Tensor], None]:

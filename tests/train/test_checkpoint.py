@@ -2,7 +2,7 @@
 
 import torch
 
-from gowide_dist.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
+from gowide_dist.train.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
 
 
 def save(folder, step, keep=2, fingerprint="mine"):

@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 
-from gowide_dist import load_recipe, student
-from gowide_dist.checkpoint import whole_checkpoints
-from gowide_dist.networks import Teacher
-from gowide_dist.pipeline import prepare, walk
-from gowide_dist.run import Run, fingerprint, read_metrics
-from gowide_dist.student import TrainingError
+from gowide_dist import load_recipe
+from gowide_dist.identity import fingerprint
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.pipeline import walk
+from gowide_dist.prepare import prepare
+from gowide_dist.run import Run, read_metrics
+from gowide_dist.train import student
+from gowide_dist.train.checkpoint import whole_checkpoints
+from gowide_dist.train.student import TrainingError
 from tests import fashion
 from tests.command import gowide, killed_when
 from tests.fashion import chain, encode_part, without_times, write_job
@@ -146,7 +149,7 @@ def test_a_loss_that_is_no_number_names_its_student(train, monkeypatch):
             self.objective.student.conv1.weight.data[:] = float("nan")
         learn(self, examples, step, *rest)
 
-    monkeypatch.setattr(student.Student, "learn", spoilt)
+    monkeypatch.setattr(student.Student, "forward_backward", spoilt)
     with pytest.raises(TrainingError, match=r"imitate/slim: the loss is not finite at step 5 ") as caught:
         train(only=["imitate"])
     assert "imitate/slim/checkpoints/step-000000003.pt" in str(caught.value)

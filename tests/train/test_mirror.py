@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gowide_dist.metrics import MetricsLog
+from gowide_dist.train.metrics import MetricsLog
 
 
 @pytest.fixture

@@ -5,17 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from gowide_dist import build_network
-from gowide_dist.networks import Teacher
-from gowide_dist.objectives import (
-    Blocks,
-    Kl,
-    Labels,
-    accuracy,
-    block_mse,
-    cross_entropy,
-    kl_divergence,
-    mixing_share,
-)
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
+from gowide_dist.train.objectives import Blocks, Kl, Labels
 
 THIN = {"block": "bottleneck", "depths": [1, 1, 1], "base": 8, "width": 0.5, "stem": "strided"}
 
@@ -89,14 +81,14 @@ def test_label_smoothing_trains_but_does_not_judge(student, batch):
 def test_mixup_by_hand(student, batch):
     images, labels = batch
     objective = Labels(student.eval(), mixup=0.4, seed=5)
-    share = mixing_share(0.4, seed=5, step=17)
+    share = mixup_lam(0.4, seed=5, step=17)
     partner = torch.tensor([7, 0, 1, 2, 3, 4, 5, 6])
     mixed = share * images + (1 - share) * images[partner]
     log_probabilities = student(mixed)[0].log_softmax(1)
     both = -share * log_probabilities[range(8), labels] - (1 - share) * log_probabilities[range(8), labels[partner]]
     assert torch.allclose(objective(images, labels, 17)["loss"], both.mean())
     assert objective(images, labels, 18)["loss"] != objective(images, labels, 17)["loss"]
-    shares = [mixing_share(0.4, 5, step) for step in range(4000)]
+    shares = [mixup_lam(0.4, 5, step) for step in range(4000)]
     assert sum(shares) / 4000 == pytest.approx(0.5, abs=0.03)
     variance = sum((share - 0.5) ** 2 for share in shares) / 4000
     assert variance == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.1)  # of Beta(a, a)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.networks import ResNet
+from gowide_dist.networks.resnet import ResNet
 
 
 def linear_transform(in_channels: int, out_channels: int) -> nn.Module:

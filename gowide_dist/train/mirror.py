@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gowide_dist.files import write_atomically
 from gowide_dist.progress import say
-from gowide_dist.run import write_atomically
 
 FINISH_WITHIN_S = 60.0
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from gowide_dist import build_network
-from gowide_dist.architecture import Architecture
+from gowide_dist.networks.architecture import Architecture
 
 architectures = st.builds(
     Architecture,

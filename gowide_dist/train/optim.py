@@ -55,7 +55,7 @@ def learning_rate(step: int, steps: range, steps_per_epoch: int, optim: Optim, s
     return optim.lr
 
 
-class Descent:
+class Optimizer:
     """Stochastic gradient descent on the trainable parameters of a module, as a recipe describes it."""
 
     def __init__(self, module: nn.Module, optim: Optim, scaled: bool) -> None:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gowide_dist.optim import Descent, MovingAverage, Timeline, learning_rate
 from gowide_dist.recipe import Optim, Schedule
+from gowide_dist.train.optim import MovingAverage, Optimizer, Timeline, learning_rate
 
 OPTIM = Optim(lr=0.1)
 
@@ -49,13 +49,13 @@ def test_linear_by_hand():
     assert rate(55, 100, {"decay": "linear", "warmup_epochs": 1}) == pytest.approx(0.05)
 
 
-def descend(optim, gradients, weight=2.0, scaled=False):
+def optimised(optim, gradients, weight=2.0, scaled=False):
     """Weight after steps at rate 0.1 with these gradients; one weight that is a matrix, one that is a bias."""
     module = torch.nn.Linear(1, 1)
     frozen = torch.nn.Linear(1, 1).requires_grad_(False)
     torch.nn.init.constant_(module.weight, weight)
     torch.nn.init.constant_(module.bias, weight)
-    descent = Descent(torch.nn.ModuleList([module, frozen]), Optim(lr=0.1, **optim), scaled)
+    descent = Optimizer(torch.nn.ModuleList([module, frozen]), Optim(lr=0.1, **optim), scaled)
     for gradient in gradients:
         descent.backward(gradient * (module.weight.sum() + module.bias.sum()))
         descent.step(0.1)
@@ -70,26 +70,26 @@ def test_sgd_by_hand(nesterov):
         gradient = 1 + 0.25 * weight
         velocity = 0.5 * velocity + gradient
         weight -= 0.1 * (gradient + 0.5 * velocity if nesterov else velocity)
-    assert descend(optim, [1.0] * 3) == (pytest.approx(weight), pytest.approx(weight))
+    assert optimised(optim, [1.0] * 3) == (pytest.approx(weight), pytest.approx(weight))
 
 
 def test_decay_of_norms_and_biases_is_a_choice():
-    weight, bias = descend({"weight_decay": 0.25, "decay_norms": False, "momentum": 0}, [1.0])
+    weight, bias = optimised({"weight_decay": 0.25, "decay_norms": False, "momentum": 0}, [1.0])
     assert weight == pytest.approx(2 - 0.1 * 1.5)
     assert bias == pytest.approx(2 - 0.1)
 
 
 def test_the_whole_gradient_is_clipped():
-    weight, bias = descend({"clip_norm": 1.0, "momentum": 0}, [3.0])  # norm 3 sqrt(2)
+    weight, bias = optimised({"clip_norm": 1.0, "momentum": 0}, [3.0])  # norm 3 sqrt(2)
     assert weight == bias == pytest.approx(2 - 0.1 / 2**0.5)
-    assert descend({"clip_norm": 10.0, "momentum": 0}, [3.0])[0] == pytest.approx(2 - 0.3)
+    assert optimised({"clip_norm": 10.0, "momentum": 0}, [3.0])[0] == pytest.approx(2 - 0.3)
 
 
 @pytest.mark.parametrize("clip", [{}, {"clip_norm": 1.0}])
 def test_loss_scaling_changes_nothing_but_leaves_out_overflows(clip):
     optim = {"momentum": 0.5, **clip}
-    assert descend(optim, [1.0, 2.0], scaled=True) == pytest.approx(descend(optim, [1.0, 2.0]))
-    assert descend(optim, [1.0, float("inf"), 2.0], scaled=True) == pytest.approx(descend(optim, [1.0, 2.0]))
+    assert optimised(optim, [1.0, 2.0], scaled=True) == pytest.approx(optimised(optim, [1.0, 2.0]))
+    assert optimised(optim, [1.0, float("inf"), 2.0], scaled=True) == pytest.approx(optimised(optim, [1.0, 2.0]))
 
 
 def test_an_overflow_in_the_first_step_leaves_no_trace():
@@ -101,7 +101,7 @@ def test_an_overflow_in_the_first_step_leaves_no_trace():
     )
     try:
         optim = {"momentum": 0.9}
-        assert descend(optim, [float("inf"), 1.0, 2.0], scaled=True) == pytest.approx(descend(optim, [1.0, 2.0]))
+        assert optimised(optim, [float("inf"), 1.0, 2.0], scaled=True) == pytest.approx(optimised(optim, [1.0, 2.0]))
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = before

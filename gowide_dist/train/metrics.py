@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from gowide_dist import mirror
 from gowide_dist.data.order import draw
-from gowide_dist.run import read_metrics, write_atomically
+from gowide_dist.files import write_atomically
+from gowide_dist.run import read_metrics
+from gowide_dist.train import mirror
 from gowide_dist.world import World
 
 Name = TypeVar("Name", bound=Hashable)

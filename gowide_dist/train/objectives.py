@@ -9,53 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Self, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gowide_dist.networks import ResNet, Teacher
+from gowide_dist.networks.resnet import ResNet
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.networks.transforms import linear_transform, merged
 from gowide_dist.recipe import BlocksStage, KlStage, LabelsStage
-from gowide_dist.teacher_logits import Answers, coarsened
-from gowide_dist.transforms import linear_transform, merged
-
-
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each sample: logits [B, K] twice -> [B].
-
-    Hinton et al. 2015 (arXiv 1503.02531): T^2 keeps the gradient's size whatever the temperature.
-    """
-    log_student = F.log_softmax(student.float() / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
-
-
-def block_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error over all entries of a block's output, for each sample: [B, C, H, H] twice -> [B].
-
-    Zhou et al. 2020 (arXiv 2007.00811), section 3: the thin block's output against the wide one's.
-    """
-    return (student.float() - teacher.float()).square().flatten(1).mean(dim=1)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each sample: logits [B, K], labels [B] -> [B].
-
-    `smoothing` is the part of the target that is shared equally by all classes (Szegedy et al. 2016, arXiv 1512.00567).
-    """
-    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-
-
-def mixing_share(alpha: float, seed: int, step: int) -> float:
-    """The first image's part in each pair of a batch: Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412)."""
-    return float(np.random.default_rng((seed, step)).beta(alpha, alpha))
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Whether the label is the best (`top1`) or among the five best (`top5`) of each sample: 0 or 1, [B] each."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = (best == labels[:, None]).float()
-    return {"top1": hits[:, 0], "top5": hits.sum(dim=1)}
+from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
+from gowide_dist.train.teacher_logits import TeacherOutput, coarsened
 
 
 class Objective(nn.Module, ABC):
@@ -68,20 +30,22 @@ class Objective(nn.Module, ABC):
         self.student = student
 
     @abstractmethod
-    def losses(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(
+        self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of each sample by name, [B] each, and the logits [B, K]. `stored`: what the teacher says, if known."""
 
     def begin_phase(self, phase: int) -> None:
         """Make exactly what phase `phase` trains require gradients and, in training, move statistics."""
 
     def forward(
-        self, images: Tensor, labels: Tensor, step: int = 0, stored: Answers | None = None
+        self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None
     ) -> dict[str, Tensor]:
         """Losses by name, averaged over the batch; `loss` is the one to minimise. `step` keys what is random."""
         losses, _ = self.losses(images, labels, stored)
         return _means(losses)
 
-    def evaluate(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> dict[str, Tensor]:
+    def evaluate(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> dict[str, Tensor]:
         """Losses and accuracies of each sample by name, [B] each."""
         losses, logits = self.losses(images, labels, stored)
         return {**losses, **accuracy(logits, labels)}
@@ -99,18 +63,20 @@ class Labels(Objective):
         self.label_smoothing, self.mixup, self.seed = label_smoothing, mixup, seed
 
     def forward(
-        self, images: Tensor, labels: Tensor, step: int = 0, stored: Answers | None = None
+        self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None
     ) -> dict[str, Tensor]:
         """`loss`: the cross-entropy. With mixup each image is mixed with its neighbour in this process's batch."""
         if not self.mixup:
             logits, _ = self.student(images)
             return {"loss": cross_entropy(logits, labels, self.label_smoothing).mean()}
-        share = mixing_share(self.mixup, self.seed, step)
+        share = mixup_lam(self.mixup, self.seed, step)
         logits, _ = self.student(share * images + (1 - share) * images.roll(1, dims=0))
         mine, neighbours = (cross_entropy(logits, whose, self.label_smoothing) for whose in (labels, labels.roll(1)))
         return {"loss": (share * mine + (1 - share) * neighbours).mean()}
 
-    def losses(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(
+        self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """`loss`: the plain cross-entropy."""
         logits, _ = self.student(images)
         return {"loss": cross_entropy(logits, labels)}, logits
@@ -128,12 +94,14 @@ class Kl(Objective):
         super().__init__(student)
         self.teacher, self.temperature, self.labels_weight = teacher, temperature, labels_weight
 
-    def losses(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(
+        self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """`loss`: (1 - labels_weight) times the KL divergence at the temperature, labels_weight times cross-entropy."""
         logits, _ = self.student(images)
         if stored is None:
             assert self.teacher is not None
-            stored = Answers(self.teacher.logits(images))
+            stored = TeacherOutput(self.teacher.logits(images))
         kl = kl_divergence(coarsened(logits, stored.classes, self.temperature), stored.values, self.temperature)
         if not self.labels_weight:
             return {"loss": kl}, logits
@@ -196,7 +164,7 @@ class Blocks(Objective):
         return self
 
     def forward(
-        self, images: Tensor, labels: Tensor, step: int = 0, stored: Answers | None = None
+        self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None
     ) -> dict[str, Tensor]:
         """`loss`: the sum of the errors of the blocks that are trained on, `mse_block1` and so on from the bottom."""
         targets = self.teacher.blocks(images, self._targets.stop)
@@ -214,7 +182,9 @@ class Blocks(Objective):
                     errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
         return _means(_with_sum(errors))
 
-    def losses(self, images: Tensor, labels: Tensor, stored: Answers | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(
+        self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """The error of every block when the student runs on its own, and `loss`, their sum."""
         errors = {}
         x = images

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.checkpoint import Background, load_weights, whole_checkpoints
 from gowide_dist.data.loader import Batch, Loader
-from gowide_dist.metrics import mean_over_samples
-from gowide_dist.networks import ResNet, Teacher, build_network, take_over
-from gowide_dist.objectives import build_objective
-from gowide_dist.optim import learning_rate
+from gowide_dist.identity import fingerprint
+from gowide_dist.networks.resnet import ResNet, build_network, take_over
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.networks.weights import load_weights
 from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance, KlStage, Recipe, TaughtStage
-from gowide_dist.run import Done, Run, fingerprint
+from gowide_dist.run import Done, Run
 from gowide_dist.stop import Stopped
-from gowide_dist.student import Examples, Student, TrainingError, autocast
-from gowide_dist.teacher_logits import Answers, Layout, Source, TeacherLogits, stored_logits
+from gowide_dist.train.checkpoint import Background, whole_checkpoints
+from gowide_dist.train.metrics import mean_over_samples
+from gowide_dist.train.objectives import build_objective
+from gowide_dist.train.optim import learning_rate
+from gowide_dist.train.student import Examples, Student, TrainingError, autocast
+from gowide_dist.train.teacher_logits import Layout, Source, TeacherLogits, TeacherOutput, stored_logits
 from gowide_dist.world import World, to_device
 
 DATA_BOUND = 0.3  # share of the time spent waiting for data from which on the user is told
@@ -57,7 +60,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class TrainContext:
     """What all stages of a run train with."""
 
     recipe: Recipe
@@ -67,13 +70,13 @@ class Workshop:
     identities: Mapping[str, Mapping[str, Any]]
 
 
-def train_stage(instance: Instance, shop: Workshop) -> Done:
+def train_stage(instance: Instance, ctx: TrainContext) -> Done:
     """`train_together` with one instance."""
-    (done,) = train_together([instance], shop)
+    (done,) = train_together([instance], ctx)
     return done
 
 
-def train_together(instances: Sequence[Instance], shop: Workshop) -> list[Done]:
+def train_together(instances: Sequence[Instance], ctx: TrainContext) -> list[Done]:
     """Train instances of one stage that see the same images to their end, from wherever they stand; a collective.
 
     One data stream and one teacher feed them all; each ends with the bits that it would have alone. They start at the
@@ -84,17 +87,17 @@ def train_together(instances: Sequence[Instance], shop: Workshop) -> list[Done]:
     """
     assert len({(instance.stage_name, instance.data_seed) for instance in instances}) == 1
     with ExitStack() as stack:
-        loader = stack.enter_context(closing(shop.images.train(instances[0].data_seed)))
-        if shop.world.is_main:
-            for place in (shop.run.stage(instance.key) for instance in instances):
+        loader = stack.enter_context(closing(ctx.images.train(instances[0].data_seed)))
+        if ctx.world.is_main:
+            for place in (ctx.run.stage(instance.key) for instance in instances):
                 stack.enter_context(place.lock())
-                place.claim(shop.identities[place.key])
-        loader.preflight(shop.images.num_classes)
+                place.claim(ctx.identities[place.key])
+        loader.preflight(ctx.images.num_classes)
         done: dict[str, Done] = {}
-        for start, keys in shop.world.share(_starts(instances, shop) if shop.world.is_main else []):
+        for start, keys in ctx.world.broadcast(_starts(instances, ctx) if ctx.world.is_main else []):
             team = [instance for instance in instances if instance.key in keys]
             with _telling_of_memory(team[0]):
-                done |= _Training(team, start, shop, loader).run()
+                done |= _Training(team, start, ctx, loader).run()
         return [done[instance.key] for instance in instances]
 
 
@@ -112,12 +115,12 @@ def _telling_of_memory(instance: Instance) -> Iterator[None]:
         ) from error
 
 
-def _starts(instances: Sequence[Instance], shop: Workshop) -> list[tuple[int, list[str]]]:
+def _starts(instances: Sequence[Instance], ctx: TrainContext) -> list[tuple[int, list[str]]]:
     """The steps to start from, and which instances do."""
     saved = {}
     for key in (instance.key for instance in instances):
-        own = fingerprint(shop.identities[key])
-        saved[key] = whole_checkpoints(shop.run.stage(key).checkpoints, own) or [0]
+        own = fingerprint(ctx.identities[key])
+        saved[key] = whole_checkpoints(ctx.run.stage(key).checkpoints, own) or [0]
     if common := set.intersection(*map(set, saved.values())):
         return [(max(common), list(saved))]
     starts = defaultdict(list)
@@ -139,9 +142,9 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
 class _Training:
     """Students of one stage while they train, all at the same step."""
 
-    def __init__(self, instances: Sequence[Instance], start: int, shop: Workshop, loader: Loader) -> None:
-        self.shop, self.loader, self.step = shop, loader, start
-        self.recipe, self.world, self.images = shop.recipe, shop.world, shop.images
+    def __init__(self, instances: Sequence[Instance], start: int, ctx: TrainContext, loader: Loader) -> None:
+        self.ctx, self.loader, self.step = ctx, loader, start
+        self.recipe, self.world, self.images = ctx.recipe, ctx.world, ctx.images
         first = instances[0]
         self.stage, self.name = first.stage, first.key
         if len(instances) > 1:
@@ -160,10 +163,10 @@ class _Training:
 
     def _student(self, instance: Instance) -> Student:
         """Where a stage starts: its own newest checkpoint, else the finished weights of `init`, else scratch."""
-        shop = self.shop
+        ctx = self.ctx
         torch.manual_seed(instance.seed)
         network = build_network(instance.architecture, self.images.num_classes)
-        if start := instance.init_file or (instance.init and shop.run.stage(instance.init).model):
+        if start := instance.init_file or (instance.init and ctx.run.stage(instance.init).model):
             load_weights(start, network)
         from_teacher = isinstance(instance.stage, TaughtStage) and instance.stage.start == "teacher"
         if instance.teacher and (from_teacher or not self.stored):
@@ -178,7 +181,7 @@ class _Training:
         if self.recipe.sync_batch_norm:
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
         return Student(
-            instance, objective, shop.run.stage(instance.key), shop.identities, shop.recipe, shop.world,
+            instance, objective, ctx.run.stage(instance.key), ctx.identities, ctx.recipe, ctx.world,
             self.loader.steps_per_epoch, self.writing,
         )  # fmt: skip
 
@@ -200,7 +203,7 @@ class _Training:
         found: dict[str, Done] = {}
         for student, result in zip(self.students, results, strict=True):
             key = student.instance.key
-            done = self.world.share(student.finish(self.step, result, self.stream) if self.world.is_main else None)
+            done = self.world.broadcast(student.finish(self.step, result, self.stream) if self.world.is_main else None)
             assert done is not None
             found[key] = done
             self.track.line(
@@ -220,11 +223,11 @@ class _Training:
         for batch in self._batches(steps.stop):
             rate = learning_rate(self.step, steps, self.timeline.steps_per_epoch, optim, schedule)
             for index, part in enumerate(batch.chunk(optim.accumulate)):
-                with self.teacher.answering_once() if self.teacher else nullcontext():
+                with self.teacher.cached() if self.teacher else nullcontext():
                     for student in self.students:
-                        student.learn(part, self.step, index, optim.accumulate)
+                        student.forward_backward(part, self.step, index, optim.accumulate)
             for student in self.students:
-                student.descend(rate)
+                student.step(rate)
             self.step += 1
             self._after_step(phase, rate)
 
@@ -255,7 +258,7 @@ class _Training:
             first, count = int(batch.indices[0]), len(batch.indices)
             yield self._examples(batch, self.stored.val(first, count) if self.stored else None)
 
-    def _examples(self, batch: Batch, stored: Answers | None) -> Examples:
+    def _examples(self, batch: Batch, stored: TeacherOutput | None) -> Examples:
         return Examples(*self.images.to_device(batch), stored.to(self.world.device) if stored else None)
 
     def _blank(self, num_images: int) -> Examples:
@@ -312,7 +315,7 @@ class _Training:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(autocast(self.recipe, self.world))
             for student in self.students:
-                self.world.share_buffers(student.objective)
+                self.world.broadcast_buffers(student.objective)
             means = mean_over_samples((self._judged(examples) for examples in self._validation()), self.world)
         results = []
         for index, student in enumerate(self.students):
@@ -324,7 +327,7 @@ class _Training:
 
     def _judged(self, examples: Examples) -> dict[tuple[int, str], Tensor]:
         """Losses and accuracies of each sample, [B] each, by student and name."""
-        with self.teacher.answering_once() if self.teacher else nullcontext():
+        with self.teacher.cached() if self.teacher else nullcontext():
             return {
                 (index, name): values
                 for index, student in enumerate(self.students)
@@ -333,8 +336,8 @@ class _Training:
 
     def _stored_logits(self, instance: Instance, stage: KlStage) -> TeacherLogits:
         """The teacher's logits for the stream of this stage; the teacher is loaded only if they are not there yet."""
-        shop = self.shop
-        identity = shop.identities[instance.key]
+        ctx = self.ctx
+        identity = ctx.identities[instance.key]
         temperature = stage.temperature if stage.top_k else 1.0  # all classes serve every temperature
         about = {
             "format": 1,
@@ -360,11 +363,11 @@ class _Training:
                 yield logits
 
         source = Source(lambda epoch: ask(self._epoch(epoch)), lambda: ask(self.images.val.batches()))
-        return stored_logits(shop.run.teacher_logits, about, layout, source, self.world, self.name)
+        return stored_logits(ctx.run.teacher_logits, about, layout, source, self.world, self.name)
 
     def _load_teacher(self, instance: Instance) -> ResNet:
         assert instance.teacher
-        return load_trained(self.recipe.instances[instance.teacher], self.shop.run, self.images.num_classes)
+        return load_trained(self.recipe.instances[instance.teacher], self.ctx.run, self.images.num_classes)
 
     def _teacher(self, wide: ResNet) -> Teacher:
         return Teacher(self._placed(wide), compiled=self.recipe.compile)

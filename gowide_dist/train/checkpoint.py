@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from gowide_dist.errors import RunError
-from gowide_dist.run import NO_WEIGHTS, sha256, write_atomically
+from gowide_dist.files import sha256, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -119,34 +117,3 @@ def load_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     """The state after `step` steps, on the CPU."""
     state: dict[str, Any] = torch.load(folder / f"step-{step:09d}.pt", map_location="cpu", weights_only=True)
     return state
-
-
-def save_weights(path: Path, network: nn.Module) -> None:
-    """Write a network's parameters and statistics as safetensors, atomically. The same weights give the same bytes."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomically(path, save(tensors))
-
-
-def load_weights(path: Path, network: nn.Module) -> None:
-    """Read weights from a .safetensors file, or from a state dict as torchvision publishes them.
-
-    Raises RunError if the file is damaged, or of another network: names the first keys and shapes that don't fit.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    except Exception as error:  # safetensors, pickle and torch raise several types
-        raise RunError(f"{path}: {NO_WEIGHTS}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    misfits = [
-        f"{name} is {shapes.get(name, 'missing')} there, {expected.get(name, 'unknown')} here"
-        for name in {**expected, **shapes}
-        if shapes.get(name) != expected.get(name)
-    ]
-    if misfits:
-        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise RunError(f"{path}: weights of another network: {'; '.join(misfits[:3])}{more}")
-    network.load_state_dict(weights)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from gowide_dist import build_network
-from gowide_dist.transforms import linear_transform, merged
+from gowide_dist.networks.transforms import linear_transform, merged
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from gowide_dist.metrics import MetricsLog, NonFiniteLossError, StepMeter, StreamDigest, mean_over_samples
 from gowide_dist.run import read_metrics
+from gowide_dist.train.metrics import MetricsLog, NonFiniteLossError, StepMeter, StreamDigest, mean_over_samples
 from gowide_dist.world import join
 
 

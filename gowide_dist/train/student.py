@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gowide_dist.checkpoint import Background, load_checkpoint, save_checkpoint, save_weights, snapshot
 from gowide_dist.errors import UserError
-from gowide_dist.metrics import MetricsLog, NonFiniteLossError, StepMeter, StreamDigest
-from gowide_dist.objectives import Objective
-from gowide_dist.optim import Descent, MovingAverage, Timeline, learning_rate
+from gowide_dist.files import sha256
+from gowide_dist.identity import fingerprint
+from gowide_dist.networks.weights import save_weights
 from gowide_dist.recipe import Instance, Recipe
-from gowide_dist.run import Done, StageDir, fingerprint, sha256
-from gowide_dist.teacher_logits import Answers
+from gowide_dist.run import Done, StageDir
+from gowide_dist.train.checkpoint import Background, load_checkpoint, save_checkpoint, snapshot
+from gowide_dist.train.metrics import MetricsLog, NonFiniteLossError, StepMeter, StreamDigest
+from gowide_dist.train.objectives import Objective
+from gowide_dist.train.optim import MovingAverage, Optimizer, Timeline, learning_rate
+from gowide_dist.train.teacher_logits import TeacherOutput
 from gowide_dist.world import World
 
 
@@ -32,7 +35,7 @@ class Examples(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    stored: Answers | None
+    stored: TeacherOutput | None
 
     def chunk(self, parts: int) -> list[Examples]:
         """The batch in equal parts."""
@@ -83,29 +86,29 @@ class Student:
         """Train what phase `phase` trains from now on. blank: a batch of the shape of those to come."""
         optim = self.instance.stage.optim
         assert optim is not None, "a stage that trains has an optim"
-        self.world.share_buffers(self.objective)  # blocks frozen from now on must answer alike on every process
+        self.world.broadcast_buffers(self.objective)  # blocks frozen from now on must answer alike on every process
         self.objective.begin_phase(phase)
         self.phase = phase
-        self.descent = Descent(self.objective, optim, scaled=self.recipe.precision == "fp16")
+        self.optimizer = Optimizer(self.objective, optim, scaled=self.recipe.precision == "fp16")
         if self.checkpoint and self.checkpoint["phase"] == phase:
-            self.descent.load_state_dict(self.checkpoint["descent"])
+            self.optimizer.load_state_dict(self.checkpoint["optimizer"])
         self.checkpoint = None
         self.trained = self.world.wrap(self.objective)
         self._settle_gradient_buckets(blank)
         self.objective.train()
 
-    def learn(self, examples: Examples, step: int, part: int, num_parts: int) -> None:
+    def forward_backward(self, examples: Examples, step: int, part: int, num_parts: int) -> None:
         """Add the gradient of one of the equal parts of the batch of a step."""
         images, labels, stored = examples
-        with self.world.gradients_apart(self.trained, part + 1 < num_parts):
+        with self.world.no_sync(self.trained, part + 1 < num_parts):
             with self.autocast():
                 losses = self.trained(images, labels, step, stored)
-            self.descent.backward(losses["loss"] / num_parts if num_parts > 1 else losses["loss"])
+            self.optimizer.backward(losses["loss"] / num_parts if num_parts > 1 else losses["loss"])
         self.meter.add(losses, num_parts)
 
-    def descend(self, rate: float) -> None:
+    def step(self, rate: float) -> None:
         """Step along the gradient at this learning rate."""
-        self.descent.step(rate)
+        self.optimizer.step(rate)
         if self.average:
             self.average.update()
 
@@ -114,7 +117,7 @@ class Student:
         try:
             values = self.meter.flush(self.world)
         except NonFiniteLossError as error:
-            newest = self.world.share(self._newest() if self.world.is_main else None)
+            newest = self.world.broadcast(self._newest() if self.world.is_main else None)
             raise self._diverged(int(error.args[0]), newest) from error
         values["comm_wait"] = min(
             1 - values["data_wait"], self.world.communication_s(self.trained) * values["steps_per_s"]
@@ -135,7 +138,7 @@ class Student:
             raise self._diverged(step, self._newest())
         state = {
             "objective": self.objective.state_dict(),
-            "descent": self.descent.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "phase": self.phase,
             "step": step,

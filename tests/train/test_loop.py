@@ -15,15 +15,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gowide_dist
-from gowide_dist import checkpoint, load_model, load_recipe, stage, student
-from gowide_dist.checkpoint import whole_checkpoints
+from gowide_dist import load_model, load_recipe
 from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
-from gowide_dist.objectives import Labels
-from gowide_dist.pipeline import check_group, prepare, walk
-from gowide_dist.run import Run, fingerprint, read_metrics
-from gowide_dist.student import TrainingError
+from gowide_dist.identity import fingerprint
+from gowide_dist.pipeline import walk
+from gowide_dist.prepare import check_group, prepare
+from gowide_dist.run import Run, read_metrics
+from gowide_dist.train import checkpoint, loop, student
+from gowide_dist.train.checkpoint import whole_checkpoints
+from gowide_dist.train.objectives import Labels
+from gowide_dist.train.student import TrainingError
 from tests.fashion import SOURCE, chain, encode_part, write_job
 
 
@@ -163,7 +166,7 @@ def test_no_step_waits_for_the_device(train, monkeypatch):
 
         return call
 
-    training = stage._Training
+    training = loop._Training
     monkeypatch.setattr(training, "_train_phase", counted(training._train_phase))
     for name in ("_record", "_evaluate"):
         monkeypatch.setattr(training, name, uncounted(getattr(training, name)))
@@ -293,7 +296,7 @@ def test_synchronised_batch_norm(train, monkeypatch):
             trained.append(objective)
             super().__init__(instance, objective, *rest)
 
-    monkeypatch.setattr(stage, "Student", Watched)
+    monkeypatch.setattr(loop, "Student", Watched)
     plain, synchronised = train("stages.teacher.epochs=1"), train("sync_batch_norm=true", "stages.teacher.epochs=1")
     norms = [
         [module for module in one.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)] for one in trained
@@ -356,10 +359,10 @@ def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path):
 
 
 def test_too_little_memory_is_one_line(train, monkeypatch):
-    monkeypatch.setattr(stage, "build_network", lambda *_: torch.empty(2**50))
+    monkeypatch.setattr(loop, "build_network", lambda *_: torch.empty(2**50))
     with pytest.raises(TrainingError, match=r"teacher/wide: out of memory; stages.teacher.optim.accumulate=2 takes"):
         train("seed=77", only=["teacher"])
-    monkeypatch.setattr(stage, "build_network", lambda *_: torch.empty(2) @ torch.empty(3))
+    monkeypatch.setattr(loop, "build_network", lambda *_: torch.empty(2) @ torch.empty(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         train("seed=77", only=["teacher"])
 

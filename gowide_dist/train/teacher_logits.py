@@ -28,10 +28,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gowide_dist.data.order import validation_share
+from gowide_dist.data.order import validation_part
 from gowide_dist.errors import RunError
+from gowide_dist.files import try_lock
+from gowide_dist.identity import fingerprint
 from gowide_dist.progress import Track
-from gowide_dist.run import fingerprint, try_lock
 from gowide_dist.stop import Stopped
 from gowide_dist.world import World, to_device
 
@@ -40,21 +41,21 @@ _WAIT_S = 1.0
 _DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "I16": np.dtype("<i2"), "I32": np.dtype("<i4")}
 
 
-class Answers(NamedTuple):
+class TeacherOutput(NamedTuple):
     """What the teacher said of a batch: `values` [B, K], or [B, k + 1] as `coarsened` for `classes` [B, k]."""
 
     values: Tensor
     classes: Tensor | None = None
 
-    def chunk(self, parts: int) -> list[Answers]:
+    def chunk(self, parts: int) -> list[TeacherOutput]:
         """The answers in equal parts."""
         classes = [None] * parts if self.classes is None else self.classes.chunk(parts)
-        return [Answers(*part) for part in zip(self.values.chunk(parts), classes, strict=True)]
+        return [TeacherOutput(*part) for part in zip(self.values.chunk(parts), classes, strict=True)]
 
-    def to(self, device: torch.device) -> Answers:
+    def to(self, device: torch.device) -> TeacherOutput:
         """The answers on a device."""
         classes = None if self.classes is None else to_device(self.classes, device)
-        return Answers(to_device(self.values, device), classes)
+        return TeacherOutput(to_device(self.values, device), classes)
 
 
 def coarsened(logits: Tensor, classes: Tensor | None, temperature: float) -> Tensor:
@@ -73,7 +74,7 @@ def coarsened(logits: Tensor, classes: Tensor | None, temperature: float) -> Ten
     return torch.cat([logits.gather(1, classes), rest], dim=1)
 
 
-def answers(logits: Tensor, top_k: int | None, temperature: float) -> Answers:
+def answers(logits: Tensor, top_k: int | None, temperature: float) -> TeacherOutput:
     """What is stored of logits [B, K], in half precision.
 
     Each row is shifted so that its best logit is 0, which no softmax sees: halves are finest near 0, so that the
@@ -82,7 +83,7 @@ def answers(logits: Tensor, top_k: int | None, temperature: float) -> Answers:
     logits = logits.float()
     logits = logits - logits.amax(dim=1, keepdim=True)
     classes = logits.topk(top_k, dim=1).indices if top_k else None
-    return Answers(coarsened(logits, classes, temperature).half(), None if classes is None else classes.int())
+    return TeacherOutput(coarsened(logits, classes, temperature).half(), None if classes is None else classes.int())
 
 
 @dataclass(frozen=True)
@@ -136,18 +137,18 @@ class TeacherLogits:
         file: Any = safe_open(path, "pt")
         self._tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
 
-    def train(self, start: int, count: int) -> Answers:
+    def train(self, start: int, count: int) -> TeacherOutput:
         """The answers to `count` training images from place `start` of the stream on."""
         return self._rows("", start, count)
 
-    def val(self, start: int, count: int) -> Answers:
+    def val(self, start: int, count: int) -> TeacherOutput:
         """The answers to `count` validation images from sample `start` on."""
         return self._rows("val_", start, count)
 
-    def _rows(self, prefix: str, start: int, count: int) -> Answers:
+    def _rows(self, prefix: str, start: int, count: int) -> TeacherOutput:
         values, classes = self._tensors[f"{prefix}values"], self._tensors.get(f"{prefix}classes")
         rows = slice(start, start + count)
-        return Answers(values[rows], classes[rows] if classes else None)
+        return TeacherOutput(values[rows], classes[rows] if classes else None)
 
 
 def stored_logits(
@@ -173,7 +174,7 @@ def stored_logits(
             time.sleep(_WAIT_S)
     if world.is_main:
         verify(path)
-    world.share(None)  # nobody reads what is not verified
+    world.broadcast(None)  # nobody reads what is not verified
     return TeacherLogits(path)
 
 
@@ -192,7 +193,7 @@ def verify(path: Path) -> None:
 def _store(path: Path, about: Mapping[str, Any], layout: Layout, source: Source, world: World, name: str) -> None:
     """Ask the teacher about every image of the stream: all processes ask, the main process writes."""
     partial = _Partial(path, about, layout) if world.is_main else None
-    first = world.share(partial.epochs if partial else 0)
+    first = world.broadcast(partial.epochs if partial else 0)
     steps = layout.epochs * layout.rows_per_epoch
     progress = Track(
         f"{name} asks the teacher", steps, "images", start=first * layout.rows_per_epoch, quiet=not partial
@@ -204,7 +205,7 @@ def _store(path: Path, about: Mapping[str, Any], layout: Layout, source: Source,
                 values, classes = answers(logits, layout.top_k, layout.temperature)
                 values, classes = world.gather(values), None if classes is None else world.gather(classes)
                 if partial:
-                    partial.write("", row, Answers(values, classes))
+                    partial.write("", row, TeacherOutput(values, classes))
                 row += len(values)
                 progress.update(row)
                 if signum := world.stop_vote():
@@ -230,7 +231,7 @@ def _store_validation(partial: _Partial | None, layout: Layout, source: Source, 
             gathered = world.gather(filled)
             if partial:
                 for rank in range(world.size):
-                    share = validation_share(layout.val_rows, rank, world.size)
+                    share = validation_part(layout.val_rows, rank, world.size)
                     partial.write_rows(name, int(share[0]), gathered[rank * longest :][: len(share)])
 
 
@@ -253,7 +254,7 @@ class _Partial:
         except (SafetensorError, KeyError, ValueError, OSError):
             return 0
 
-    def write(self, prefix: str, row: int, what: Answers) -> None:
+    def write(self, prefix: str, row: int, what: TeacherOutput) -> None:
         self.write_rows(f"{prefix}values", row, what.values)
         if what.classes is not None:
             self.write_rows(f"{prefix}classes", row, what.classes)
@@ -295,15 +296,15 @@ def _checksum(path: Path) -> str:
 
 
 def _exists(path: Path, world: World) -> bool:
-    return world.share(world.is_main and path.exists())
+    return world.broadcast(world.is_main and path.exists())
 
 
 @contextmanager
 def _only_writer(path: Path, world: World) -> Iterator[bool]:
     """Whether this job is the one that may write the file; a collective."""
     if not world.is_main:
-        yield world.share(False)
+        yield world.broadcast(False)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with try_lock(path.with_suffix(".lock")) as mine:
-        yield world.share(mine)
+        yield world.broadcast(mine)

@@ -12,15 +12,19 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from gowide_dist import load_recipe, stage, student, teacher_logits
+from gowide_dist import load_recipe
 from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.errors import RecipeError, RunError
-from gowide_dist.networks import Teacher
-from gowide_dist.objectives import Kl, kl_divergence
-from gowide_dist.pipeline import prepare, walk
-from gowide_dist.run import Run, read_metrics, try_lock
+from gowide_dist.files import try_lock
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.pipeline import walk
+from gowide_dist.prepare import prepare
+from gowide_dist.run import Run, read_metrics
 from gowide_dist.stop import Stopped
-from gowide_dist.teacher_logits import Answers, answers, coarsened
+from gowide_dist.train import loop, student, teacher_logits
+from gowide_dist.train.losses import kl_divergence
+from gowide_dist.train.objectives import Kl
+from gowide_dist.train.teacher_logits import TeacherOutput, answers, coarsened
 from tests.command import gowide, killed_when
 from tests.fashion import chain, encode_part, train, write_job
 
@@ -78,7 +82,7 @@ def no_teacher(monkeypatch):
         raise AssertionError("the teacher was asked")
 
     monkeypatch.setattr(Teacher, "logits", forbidden)
-    monkeypatch.setattr(stage, "load_trained", forbidden)
+    monkeypatch.setattr(loop, "load_trained", forbidden)
 
 
 def test_coarsened_by_hand():
@@ -306,6 +310,6 @@ def test_what_does_not_fit_is_refused(distill):
 
 
 def test_answers_are_cut_into_equal_parts():
-    whole = Answers(torch.arange(8.0).view(4, 2), torch.arange(4).view(4, 1))
+    whole = TeacherOutput(torch.arange(8.0).view(4, 2), torch.arange(4).view(4, 1))
     assert [part.values.tolist() for part in whole.chunk(2)] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     assert [part.classes.tolist() for part in whole.chunk(2)] == [[[0], [1]], [[2], [3]]]

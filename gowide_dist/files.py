@@ -1,0 +1,93 @@
+"""Files that are whole or not there, locks, digests."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from gowide_dist.errors import RunError, is_full
+
+PARTIAL = ".partial"  # a folder of files that are being written
+
+
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(path: Path, option: str) -> Iterator[None]:
+    """Inside, an error of the operating system becomes a RunError: `path` cannot be written, `option` names another.
+
+    A full disk passes as it is: another place is not what mends it (`errors.mendable`).
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place with {option}"
+        ) from error
+
+
+@contextmanager
+def replacing(folder: Path, marker: str) -> Iterator[Path]:
+    """A new empty folder inside `folder`, whose files take the place of those in `folder` when all has gone well.
+
+    The file `marker` says that the others are whole: it goes first and comes last.
+    """
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        (folder / marker).unlink(missing_ok=True)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == marker):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Whether this process is the only one inside for this lock file."""
+    with path.open("a") as file:
+        yield flock(file, fcntl.LOCK_EX)
+
+
+def flock(file: IO[str], kind: int) -> bool:
+    """Lock an open file, if nobody else has. Raises RunError where the file system has no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise RunError(f"{file.name}: cannot be locked ({error.strerror}): choose a file system with locks") from error
+    return True
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+NO_WEIGHTS = (
+    "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
+)

@@ -1,0 +1,93 @@
+"""What determines the result of a stage instance: its identity, and the fingerprint of that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from gowide_dist.errors import RunError
+from gowide_dist.files import NO_WEIGHTS, sha256
+from gowide_dist.recipe import Instance, Recipe
+
+IDENTITY_FORMAT = 2  # raised when the code changes so that the same recipe gives other weights
+
+
+def identity(
+    instance: Instance, recipe: Recipe, data_checksums: Mapping[str, str], fingerprints: Mapping[str, str]
+) -> dict[str, Any]:
+    """All that determines the result of a stage instance, and nothing of where or under which name it runs.
+
+    What has its default is left out, so that a new option does not make strangers of finished stages.
+
+    Raises RunError if a file of weights cannot be read, or does not look like one.
+    """
+    own = recipe_identity(instance, recipe)
+    init = instance.init and fingerprints[instance.init]
+    if instance.init_file:
+        place = f"stages.{instance.stage_name}.init.file: {instance.init_file}"
+        try:
+            init = sha256(instance.init_file)
+            if not _looks_like_weights(instance.init_file):
+                raise RunError(f"{place}: {NO_WEIGHTS}")
+        except OSError as error:
+            raise RunError(f"{place}: cannot be read ({error.strerror})") from error
+    return {
+        "format": IDENTITY_FORMAT,
+        **own,
+        "data": {**data_checksums, **own["data"]},
+        "init": init,
+        "teacher": instance.teacher and fingerprints[instance.teacher],
+    }
+
+
+def recipe_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:
+    """The identity but for what lies outside the recipe: the data's files and what was trained before."""
+    plain: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
+    return {
+        "seed": instance.seed,
+        "batch_size": recipe.batch_size,
+        "precision": recipe.precision,
+        "compile": recipe.compile,
+        "sync_batch_norm": recipe.sync_batch_norm,
+        "data": {
+            **recipe.data.model_dump(**plain, exclude={"train", "val", "classes", "seed"}),
+            **({"seed": instance.data_seed} if instance.data_seed != instance.seed else {}),
+        },
+        "network": instance.architecture.model_dump(**plain),
+        "stage": instance.stage.model_dump(**plain, exclude={"train", "init", "teacher", "seed"}),
+    }
+
+
+def _looks_like_weights(path: Path) -> bool:
+    """Whether a file is whole safetensors, a whole archive of PyTorch's, or a pickle as PyTorch wrote before these."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="numpy"):
+                return True
+        except SafetensorError:
+            return False
+    with path.open("rb") as file:
+        starts_as_pickle = file.read(1) == pickle.PROTO
+        return starts_as_pickle or zipfile.is_zipfile(file)
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Hash of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def identities(recipe: Recipe, data_checksums: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The identity of every instance of a recipe."""
+    found: dict[str, dict[str, Any]] = {}
+    fingerprints: dict[str, str] = {}
+    for key, instance in recipe.instances.items():
+        found[key] = identity(instance, recipe, data_checksums, fingerprints)
+        fingerprints[key] = fingerprint(found[key])
+    return found

@@ -1,0 +1,1 @@
+"""Training: the loop, its students and objectives, and what a stage writes."""
