@@ -1,7 +1,6 @@
-"""A recipe on this machine's disk: what is done, what is left, and walking it.
+"""Walks the stages of a run: what every process of a launched run executes, `python -m gowide_dist.pipeline RUN ...`.
 
-`prepare` checks everything that can be checked before anything is spent. `python -m gowide_dist.pipeline RUN` is what
-every process of a launched run executes. Nothing here imports torch before training starts.
+Imports no torch before training starts.
 """
 
 from __future__ import annotations
@@ -9,17 +8,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gowide_dist import stop
-from gowide_dist.collector import collect_seldom
 from gowide_dist.data.info import read_dataset_info
 from gowide_dist.errors import RunError, UserError, is_full, mendable
-from gowide_dist.identity import fingerprint, identities
+from gowide_dist.identity import identities
 from gowide_dist.launch.local import end_with_launcher, leave, leave_error
 from gowide_dist.prepare import check_data, check_group
 from gowide_dist.recipe import Instance, Recipe, load_recipe
@@ -28,45 +28,51 @@ from gowide_dist.timeline import Batching
 
 if TYPE_CHECKING:
     from gowide_dist.networks.resnet import ResNet
-    from gowide_dist.train.loop import Images, TrainContext
+    from gowide_dist.train.context import TrainContext, TrainData
     from gowide_dist.world import World
 
 
 def walk(run: Run, keys: Sequence[str], *, sequential: bool = False) -> None:
     """Train the named instances of a run, stage after stage; every process of the group calls this.
 
-    Instances of one stage that follow each other train together, on one data stream and one teacher's answers, or with
-    `sequential` one after the other, which takes less memory and gives the same weights.
+    Instances of one stage that follow each other train together, on one data stream and one pass of the teacher, or
+    with `sequential` one after the other, which takes less memory and gives the same weights.
     """
-    importlib.import_module("torch._dynamo")  # the first optimiser does; sooner, the collector still looks seldom
-    from gowide_dist import world as worlds
-    from gowide_dist.train.loop import TrainContext, train_together
+    from gowide_dist.train.context import TrainContext
+    from gowide_dist.train.loop import train_together
+    from gowide_dist.world import join
 
     recipe = load_recipe(run.recipe_path)
     if unknown := [key for key in keys if key not in recipe.instances]:
         raise RunError(f"{run.recipe_path}: no longer has {', '.join(unknown)}; `gowide cancel` ends its jobs")
     recipe, checksums = check_data(recipe)
-    with worlds.join() as world:
+    with join() as world:
         check_group(recipe, world.size, on_gpus=world.device.type == "cuda")
-        if world.is_main:
-            run.write_environment(_devices(world.device), world.size)
-        with open_images(recipe, world) as images:
-            ctx = TrainContext(recipe, run, world, images, identities(recipe, checksums))
-            for _, team in itertools.groupby(keys, lambda key: key if sequential else recipe.instances[key].stage_name):
-                instances = [recipe.instances[key] for key in team]
-                for instance in instances:
-                    _check_parents(instance, ctx.identities, run)
-                # a job that was queued again at its very end finds its instance done
-                left = [instance.key for instance in instances if not _is_done(instance, ctx)]
-                if left := world.broadcast(left):
+        world.on_main(lambda: run.write_environment(_devices(world.device), world.size))
+        with open_data(recipe, world) as data:
+            ctx = TrainContext(recipe, run, world, data, world.on_main(lambda: identities(recipe, checksums)))
+            for _, group in itertools.groupby(keys, lambda key: key if sequential else key.partition("/")[0]):
+                if left := world.on_main(functools.partial(_unfinished, list(group), ctx)):
                     train_together([recipe.instances[key] for key in left], ctx)
 
 
+def _unfinished(keys: Sequence[str], ctx: TrainContext) -> list[str]:
+    """Those of the instances that are to be trained: a job that was requeued at its very end finds its own done.
+
+    Raises RunError unless all that they build on is finished: Slurm starts jobs whose parents it has forgotten.
+    """
+    for key in keys:
+        for parent in ctx.recipe.instances[key].parents:
+            if not ctx.is_done(parent):
+                raise RunError(f"{key}: needs {parent}, which is not finished in {ctx.run.path}; submit the run again")
+    return [key for key in keys if not ctx.is_done(key)]
+
+
 @contextlib.contextmanager
-def open_images(recipe: Recipe, world: World) -> Iterator[Images]:
-    """This process's share of the data that a recipe names. Raises DataError if it cannot be read."""
+def open_data(recipe: Recipe, world: World) -> Iterator[TrainData]:
+    """This process's part of the data that a recipe names. Raises DataError if it cannot be read."""
     from gowide_dist.data.loader import Loader, geometry_of
-    from gowide_dist.train.loop import Images
+    from gowide_dist.train.context import TrainData
 
     info, data = read_dataset_info(recipe.data.train), recipe.data
     loader = functools.partial(
@@ -79,7 +85,7 @@ def open_images(recipe: Recipe, world: World) -> Iterator[Images]:
     with contextlib.closing(loader(data.val, train=False, geometry=geometry_of(data, train=False))) as val:
         val.preflight(len(info.classes))
         mean, std = (_channels(values, world.device) for values in (info.mean, info.std))
-        yield Images(lambda seed: train(seed=seed), val, len(info.classes), mean, std)
+        yield TrainData(lambda seed: train(seed=seed), val, len(info.classes), mean, std)
 
 
 def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNet:
@@ -87,12 +93,12 @@ def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNe
 
     Raises UserError if the run has no such stage or it is not finished.
     """
-    from gowide_dist.train.loop import load_trained
+    from gowide_dist.train.start import load_trained
 
-    place = Run(Path(run))
-    recipe, instance, _ = find_finished(place, stage, network)
+    run_dir = Run(Path(run))
+    recipe, instance, _ = find_finished(run_dir, stage, network)
     assert recipe.data.classes is not None, "a run's recipe is resolved"
-    return load_trained(instance, place, recipe.data.classes).eval()
+    return load_trained(instance, run_dir, recipe.data.classes).eval()
 
 
 def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Recipe, Instance, Done]:
@@ -108,17 +114,6 @@ def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Rec
     if (done := run.finished(recipe).get(found[0].key)) is None:
         raise RunError(f"{run.path}: {found[0].key} is not finished; run the recipe again to continue it")
     return recipe, found[0], done
-
-
-def _check_parents(instance: Instance, identities: Mapping[str, Mapping[str, Any]], run: Run) -> None:
-    """Raises RunError unless what the instance builds on is there: Slurm starts jobs whose parents it has forgotten."""
-    for parent in instance.parents:
-        if not run.stage(parent).is_done(fingerprint(identities[parent])):
-            raise RunError(f"{instance.key}: needs {parent}, which is not finished in {run.path}; submit the run again")
-
-
-def _is_done(instance: Instance, ctx: TrainContext) -> bool:
-    return ctx.run.stage(instance.key).is_done(fingerprint(ctx.identities[instance.key]))
 
 
 def _devices(device: Any) -> list[str]:
@@ -150,24 +145,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return work(functools.partial(walk, Run(given.run), given.keys, sequential=given.sequential), given.run)
 
 
-def work(task: Callable[[], None], place: Path) -> int:
-    """Do a launched process's task; its exit status, as `main` says. `place`: where it writes."""
+def work(task: Callable[[], None], path: Path) -> int:
+    """Do a launched process's task; its exit status, as `main` says. path: where it writes.
+
+    A process that fails alone says why, where the launcher finds it, and is to leave at once (`leave`).
+    """
     end_with_launcher()
-    collect_seldom()
     stop.listen()
     try:
         task()
     except UserError as error:
         leave_error(str(error))
         return 2
-    except OSError as error:
-        if (line := mendable(error)) is None:
-            raise
-        leave_error(f"{place}: {line}" if is_full(error) else line)
-        return 2
     except stop.Stopped as stopped:
         return 128 + stopped.signum
+    except Exception as error:
+        if isinstance(error, OSError) and (line := mendable(error)):
+            leave_error(f"{path}: {line}" if is_full(error) else line)
+            return 2
+        print_failure(error)
+        return 1
     return 0
+
+
+def print_failure(error: Exception) -> None:
+    """Print a traceback, or one line where the cause is another process's: its own words are not to be drowned."""
+    from gowide_dist.world import is_lost_connection
+
+    if is_lost_connection(error):
+        sys.stderr.write(f"rank {os.environ.get('RANK', '0')}: lost the connection to another process\n")
+    else:
+        traceback.print_exception(error)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""The processes of a run: who am I, which device is mine, how do we speak. Reads only torchrun's variables."""
+"""The processes of a run: rank, device and collectives of this process. Reads only torchrun's variables."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,18 +16,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gowide_dist import stop
-from gowide_dist.collector import collect_as_usual
+from gowide_dist.errors import UserError
 
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("GOWIDE_COLLECTIVE_TIMEOUT_S", "600")))
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _GLOO_THREADS_SETTLE_S = 0.1
+_TORCHRUN_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 Value = TypeVar("Value")
 
 
-class StopVote:
-    """Whether a process was asked to stop. All processes learn of it at the same call.
+class Vote(NamedTuple):
+    """What all processes know together. signum: the greatest number of a signal that one got, else 0."""
+
+    signum: int
+    failed: bool  # whether one has failed in a way that it has not raised yet
+
+
+class Ballot:
+    """Tells all processes at the same step that one of them was asked to stop, or has failed.
 
     The votes of one call are counted at the next, a training step later, so that nobody waits for them: neither
     process nor GPU. They travel over gloo, beside whatever carries the gradients.
@@ -42,26 +48,26 @@ class StopVote:
             assert isinstance(group, dist.ProcessGroup), "every process is in it"
             self._group = group
 
-    def __call__(self) -> int:
-        """Vote, and count the votes of the call before: the number of the signal that a process got, else 0."""
+    def vote(self, failed: bool) -> Vote:
+        """Vote, and count the votes of the call before."""
         if self._group is None:
-            return stop.received()
-        if signum := self.settle():
-            return signum
-        votes = torch.tensor([stop.received()])
+            return Vote(stop.received(), failed)
+        result = self.settle()
+        votes = torch.tensor([stop.received(), failed])
         work = dist.all_reduce(votes, dist.ReduceOp.MAX, self._group, async_op=True)
         assert work is not None
         self._pending = votes, work
-        return 0
+        return result
 
-    def settle(self) -> int:
+    def settle(self) -> Vote:
         """Count the votes that are under way."""
         if self._pending is None:
-            return 0
+            return Vote(0, False)
         votes, work = self._pending
         work.wait()
         self._pending = None
-        return int(votes)
+        signum, failed = votes.tolist()
+        return Vote(signum, bool(failed))
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,36 @@ class World:
     size: int
     device: torch.device
     num_threads: int
-    stop_vote: StopVote
+    ballot: Ballot
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and speaks to the user."""
+        """Whether this process writes the files and prints."""
         return self.rank == 0
+
+    def vote(self, *, failed: bool = False) -> Vote:
+        """What the processes voted at the call before, and this process's vote; see `Ballot`."""
+        return self.ballot.vote(failed)
+
+    def on_main(self, task: Callable[[], Value]) -> Value:
+        """Run `task` on rank 0: its result, or its exception, on every process. A collective.
+
+        Only what rank 0 can do in less than the collective timeout: the others wait for it.
+        """
+        if self.size == 1:
+            return task()
+        outcome: tuple[Value | None, Exception | None] = None, None
+        raised: Exception | None = None
+        if self.is_main:
+            try:
+                outcome = task(), None
+            except Exception as error:
+                raised = error
+                outcome = None, error if isinstance(error, UserError | OSError) else RuntimeError(f"rank 0: {error!r}")
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise raised or failure
+        return cast(Value, value)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""
@@ -94,7 +124,7 @@ class World:
         return torch.cat(parts)
 
     def broadcast(self, value: Value) -> Value:
-        """The main process's value, on every process."""
+        """Rank 0's value, on every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -102,7 +132,7 @@ class World:
         return box[0]
 
     def broadcast_buffers(self, module: nn.Module) -> None:
-        """Give every process the main process's batch-norm statistics, which are the ones that are kept."""
+        """Give every process rank 0's batch-norm statistics, which are the ones that are kept."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
@@ -150,10 +180,19 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because another process is gone: the cause is to be found there."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 @contextmanager
 def join() -> Iterator[World]:
-    """Join the process group that torchrun (or a Slurm job with the same variables) describes."""
-    collect_as_usual()
+    """Join the process group that torchrun (or a Slurm job with the same variables) describes.
+
+    The group is destroyed only at an end on which all processes agree: at a regular one, and when all were told to
+    stop. Under NCCL destroying it is itself a collective: a process that fails alone would wait in it for the others,
+    which wait for this one in theirs. After any other exception the caller leaves at once, by `os._exit`.
+    """
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN_VARIABLES)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if torch.cuda.is_available():
@@ -161,7 +200,6 @@ def join() -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _keep_freed_memory()
     num_threads = int(os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // local_size)))
     torch.set_num_threads(num_threads)
     if size > 1:
@@ -170,26 +208,19 @@ def join() -> Iterator[World]:
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
+    world = World(rank, size, device, num_threads, Ballot(size))
     try:
-        vote = StopVote(size)
-        yield World(rank, size, device, num_threads, vote)
-        vote.settle()
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
-            # DDP leaves a reference to the group behind, so that gloo's threads outlive it. One that wants the
-            # interpreter, to let go of its last work's objects, while that is ending makes the process abort.
-            time.sleep(_GLOO_THREADS_SETTLE_S)
+        yield world
+    except stop.Stopped:
+        _part(world)
+        raise
+    _part(world)
 
 
-_TORCHRUN_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc's malloc keep what is freed, for the next step, which wants the same again.
-
-    Else it returns large blocks to the kernel, which clears every page anew: up to a fifth of a step on CPUs.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # not in every C library
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
-        mallopt(_M_MMAP_MAX, 0)  # no block apart from the heap
+def _part(world: World) -> None:
+    if world.size > 1:
+        world.ballot.settle()
+        dist.destroy_process_group()
+        # DDP leaves a reference to the group behind, so that gloo's threads outlive it. One that wants the
+        # interpreter, to let go of its last work's objects, while that is ending makes the process abort.
+        time.sleep(_GLOO_THREADS_SETTLE_S)

@@ -2,9 +2,7 @@
 
 import logging
 import os
-import platform
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +10,9 @@ import torch
 
 from gowide_dist import build_network
 from gowide_dist.errors import UserError
-from gowide_dist.launch.local import WorkerError, torchrun
+from gowide_dist.launch.local import WorkerError, leave, torchrun
+from gowide_dist.pipeline import work
+from gowide_dist.timeline import Batching
 from gowide_dist.train.objectives import Labels
 from gowide_dist.world import join
 
@@ -20,16 +20,16 @@ BATCH = 12
 
 
 def gradients(world, path):
-    """Gradients of this process's share of one batch, averaged over the processes. Batch norm in eval mode."""
+    """Gradients of this process's part of one batch, averaged over the processes. Batch norm in eval mode."""
     torch.manual_seed(world.rank)  # DDP gives all processes the main process's weights
     objective = Labels(build_network({"block": "basic", "depths": [1, 1], "base": 8}, 10)).eval()
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(BATCH, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 10, (BATCH,), generator=generator)
-    share = BATCH // world.size
-    mine = slice(world.rank * share, (world.rank + 1) * share)
+    local = Batching(BATCH, world.size, world.rank).local_rows(0)
+    part = slice(local.start, local.stop)
     wrapped = world.wrap(objective)  # lives until the backward pass: without it nothing is averaged
-    wrapped(images[mine], labels[mine])["loss"].backward()
+    wrapped(images[part], labels[part])["loss"].backward()
     if world.is_main:
         torch.save({name: parameter.grad for name, parameter in objective.named_parameters()}, path)
 
@@ -63,54 +63,15 @@ def test_a_workers_refusal_reaches_the_user(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_the_garbage_collector_rests_until_it_computes():
-    code = """
-import gc
-usual = gc.get_threshold()
-from gowide_dist.collector import collect_seldom
-collect_seldom()
-assert gc.get_threshold()[0] > 100 * usual[0]
-from gowide_dist.world import join
-with join():
-    assert gc.get_threshold() == usual
-    assert gc.get_freeze_count() > 100_000
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc than glibc's")
-def test_memory_that_is_free_again_is_not_asked_for_again():
-    """Two blocks of 64 MiB, which malloc alone takes from the kernel and gives back every time: 32,768 pages of 4 KiB."""
-    script = """
-import contextlib, resource, sys, torch
-from gowide_dist.world import join
-with join() if sys.argv[1] == "join" else contextlib.nullcontext():
-    for _ in range(8):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        blocks = [torch.empty(2**24).fill_(1) for _ in range(2)]
-        del blocks
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    faults = {}
-    for how in ("plain", "join"):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-c", script, how]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        faults[how] = int(done.stdout)
-    assert faults["join"] < 1_000 < 10_000 < faults["plain"]
-
-
 def test_a_failed_worker_is_told_from_a_refusal(tmp_path):
     with pytest.raises(WorkerError, match=r"process \d ended with exit code 1"):
         torchrun("tests.test_world", ["fail", str(tmp_path)], 2)
 
 
 if __name__ == "__main__":
-    from gowide_dist.launch.local import leave_error
 
-    with join() as this_world:
-        try:
+    def task():
+        with join() as this_world:
             globals()[sys.argv[1]](this_world, sys.argv[2])
-        except UserError as error:
-            leave_error(str(error))
-            sys.exit(2)
+
+    leave(work(task, sys.argv[2]))

@@ -21,7 +21,7 @@ from gowide_dist.pipeline import find_finished
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run
 from gowide_dist.timeline import Batching
-from gowide_dist.train.loop import load_trained
+from gowide_dist.train.start import load_trained
 
 BATCH_SIZE = 64
 

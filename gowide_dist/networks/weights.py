@@ -40,4 +40,4 @@ def load_weights(path: Path, network: nn.Module) -> None:
     if misfits:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise RunError(f"{path}: weights of another network: {'; '.join(misfits[:3])}{more}")
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, assign=next(network.parameters()).is_meta)

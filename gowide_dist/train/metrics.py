@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,51 +25,72 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class NonFiniteLossError(Exception):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite at `step`, counted from 1."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
-class StepMeter:
-    """Losses and times of the steps since the last flush. Losses stay on the device: no step waits for them."""
+class LossMeter:
+    """Losses of the steps since the last flush. They stay on the device: no step waits for them."""
 
     def __init__(self, step: int) -> None:
         self._reset(step)
 
     def _reset(self, step: int) -> None:
         self._first_step = step
-        self._losses: list[dict[str, Tensor]] = []  # of every part of every step
-        self._num_parts = 1
-        self._waited = 0.0
-        self._started: float | None = None  # with the first step, so that evaluations in between don't count
+        self._losses: list[dict[str, Tensor]] = []  # of every pass of every step
+        self._num_passes = 1
 
-    def add(self, losses: dict[str, Tensor], num_parts: int = 1) -> None:
-        """Count the losses of one of the equal parts that the batch of a step is taken in: scalars by name."""
-        self._num_parts = num_parts
+    def add(self, losses: dict[str, Tensor], num_passes: int = 1) -> None:
+        """Count the losses, scalars by name, of one of the equal passes that the batch of a step is taken in."""
+        self._num_passes = num_passes
         self._losses.append({name: loss.detach() for name, loss in losses.items()})
-
-    def waited(self, since: float) -> None:
-        """Count the time since `since`, of time.perf_counter(), as time spent waiting for data."""
-        self._started = self._started or since
-        self._waited += time.perf_counter() - since
 
     def flush(self, world: World) -> dict[str, float]:
         """Averages over the steps and processes since the last flush; a collective.
 
-        Beside the losses: `steps_per_s` and `data_wait`, this process's share of time spent waiting for data.
         Raises NonFiniteLossError with the first step whose loss is not finite, on every process.
         """
         names = list(self._losses[0])
-        parts = torch.stack([losses[name] for losses in self._losses for name in names])
-        steps = parts.view(-1, self._num_parts, len(names)).mean(dim=1)
+        passes = torch.stack([losses[name] for losses in self._losses for name in names])
+        steps = passes.view(-1, self._num_passes, len(names)).mean(dim=1)
         losses = (world.sum(steps) / world.size).cpu()
         bad = (~losses.isfinite()).any(dim=1).nonzero()
         if len(bad):
             raise NonFiniteLossError(self._first_step + int(bad[0]) + 1)
-        means = dict(zip(names, losses.double().mean(dim=0).tolist(), strict=True))
-        assert self._started is not None
-        seconds = time.perf_counter() - self._started
-        means |= {"steps_per_s": len(losses) / seconds, "data_wait": self._waited / seconds}
         self._reset(self._first_step + len(losses))
-        return means
+        return dict(zip(names, losses.double().mean(dim=0).tolist(), strict=True))
+
+
+class Throughput:
+    """Steps per second, and the part of the time that is spent waiting for data, since the last flush."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._num_steps = 0
+        self._waited_s = 0.0
+        self._started: float | None = None  # with the first step, so that an evaluation before it does not count
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the batch of a step."""
+        asked = time.perf_counter()
+        self._started = self._started or asked
+        yield
+        self._num_steps += 1
+        self._waited_s += time.perf_counter() - asked
+
+    def flush(self) -> tuple[float, float]:
+        """Steps per second, and the part of the time spent waiting, from 0 to 1; of this process."""
+        assert self._started is not None, "a record comes after a step"
+        seconds = time.perf_counter() - self._started
+        result = self._num_steps / seconds, self._waited_s / seconds
+        self._reset()
+        return result
 
 
 class StreamDigest:
@@ -92,8 +114,8 @@ class StreamDigest:
         steps = np.repeat(np.array(self._steps, np.uint64), [len(samples) for samples in self._samples])
         samples = torch.cat([torch.empty(0, dtype=torch.int64), *self._samples]).numpy().astype(np.uint64)
         hashes = draw(draw(np.uint64(0), steps), samples)
-        mine = torch.from_numpy(np.add.reduce(hashes, keepdims=True).view(np.int64))
-        self._total = (self._total + int(world.sum(mine.to(world.device)))) % 2**64
+        own = torch.from_numpy(np.add.reduce(hashes, keepdims=True).view(np.int64))
+        self._total = (self._total + int(world.sum(own.to(world.device)))) % 2**64
         self._steps.clear()
         self._samples.clear()
 

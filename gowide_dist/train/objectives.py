@@ -1,5 +1,7 @@
 """What a stage minimises. An objective is one module that owns everything trainable; the teacher stands outside it.
 
+To add one: a stage model in `recipe` with its settings, a class here, a case in `build_objective`.
+
 Shapes: B images, C channels, H = W pixels, K classes. An objective called with images [B, 3, H, H] and labels [B] gives
 scalars by name, `loss` among them; `evaluate` gives losses and accuracies of every sample by name: [B] each.
 """
@@ -21,7 +23,7 @@ from gowide_dist.train.teacher_logits import TeacherOutput, coarsened
 
 
 class Objective(nn.Module, ABC):
-    """A student and the loss that trains it, in `num_phases` phases that each train a part of their own."""
+    """A student and its loss, in `num_phases` phases, each of which trains its own subset of the parameters."""
 
     num_phases = 1
 
@@ -31,23 +33,25 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def losses(
-        self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None
+        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of each sample by name, [B] each, and the logits [B, K]. `stored`: what the teacher says, if known."""
+        """Losses of each sample by name, [B] each, and the logits [B, K]. teacher_output: the teacher's, where stored."""
 
     def begin_phase(self, phase: int) -> None:
-        """Make exactly what phase `phase` trains require gradients and, in training, move statistics."""
+        """Let exactly what phase `phase` trains require gradients and, in training mode, update statistics."""
 
     def forward(
-        self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None
+        self, images: Tensor, labels: Tensor, step: int = 0, teacher_output: TeacherOutput | None = None
     ) -> dict[str, Tensor]:
         """Losses by name, averaged over the batch; `loss` is the one to minimise. `step` keys what is random."""
-        losses, _ = self.losses(images, labels, stored)
+        losses, _ = self.losses(images, labels, teacher_output)
         return _means(losses)
 
-    def evaluate(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> dict[str, Tensor]:
+    def evaluate(
+        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
+    ) -> dict[str, Tensor]:
         """Losses and accuracies of each sample by name, [B] each."""
-        losses, logits = self.losses(images, labels, stored)
+        losses, logits = self.losses(images, labels, teacher_output)
         return {**losses, **accuracy(logits, labels)}
 
     def finished(self) -> ResNet:
@@ -63,19 +67,19 @@ class Labels(Objective):
         self.label_smoothing, self.mixup, self.seed = label_smoothing, mixup, seed
 
     def forward(
-        self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None
+        self, images: Tensor, labels: Tensor, step: int = 0, teacher_output: TeacherOutput | None = None
     ) -> dict[str, Tensor]:
         """`loss`: the cross-entropy. With mixup each image is mixed with its neighbour in this process's batch."""
         if not self.mixup:
             logits, _ = self.student(images)
             return {"loss": cross_entropy(logits, labels, self.label_smoothing).mean()}
-        share = mixup_lam(self.mixup, self.seed, step)
-        logits, _ = self.student(share * images + (1 - share) * images.roll(1, dims=0))
-        mine, neighbours = (cross_entropy(logits, whose, self.label_smoothing) for whose in (labels, labels.roll(1)))
-        return {"loss": (share * mine + (1 - share) * neighbours).mean()}
+        lam = mixup_lam(self.mixup, self.seed, step)
+        logits, _ = self.student(lam * images + (1 - lam) * images.roll(1, dims=0))
+        own, neighbours = (cross_entropy(logits, of, self.label_smoothing) for of in (labels, labels.roll(1)))
+        return {"loss": (lam * own + (1 - lam) * neighbours).mean()}
 
     def losses(
-        self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None
+        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """`loss`: the plain cross-entropy."""
         logits, _ = self.student(images)
@@ -85,7 +89,7 @@ class Labels(Objective):
 class Kl(Objective):
     """Distillation of the teacher's output, mixed with cross-entropy on the labels where these have a weight.
 
-    Without a teacher, what it says of every batch must be stored.
+    Without a teacher, its output must come with every batch.
     """
 
     def __init__(
@@ -95,14 +99,15 @@ class Kl(Objective):
         self.teacher, self.temperature, self.labels_weight = teacher, temperature, labels_weight
 
     def losses(
-        self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None
+        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """`loss`: (1 - labels_weight) times the KL divergence at the temperature, labels_weight times cross-entropy."""
         logits, _ = self.student(images)
-        if stored is None:
+        if teacher_output is None:
             assert self.teacher is not None
-            stored = TeacherOutput(self.teacher.logits(images))
-        kl = kl_divergence(coarsened(logits, stored.classes, self.temperature), stored.values, self.temperature)
+            teacher_output = TeacherOutput(self.teacher.logits(images))
+        student = coarsened(logits, teacher_output.classes, self.temperature)
+        kl = kl_divergence(student, teacher_output.values, self.temperature)
         if not self.labels_weight:
             return {"loss": kl}, logits
         from_labels = cross_entropy(logits, labels)
@@ -111,79 +116,65 @@ class Kl(Objective):
 
 
 class Blocks(Objective):
-    """Imitation of the teacher's block outputs.
+    """Imitation of the teacher's block outputs: Zhou et al. 2020 (arXiv 2007.00811), section 3.
 
-    Bottom-up there is a phase for each block, which trains that block alone (with `trained_prefix`, those below it
-    too) and runs neither student nor teacher above it. Jointly, one phase trains all blocks in one pass.
+    Bottom-up there is a phase for each block, which trains that block (with `prefix: trained`, those below it too) and
+    runs neither student nor teacher above it. Jointly, one phase trains all blocks in one pass.
 
-    While it trains, a block works on what the student's blocks below it put out, which stay as they are unless
-    `trained_prefix`; or with `teacher_inputs`, on the teacher's output below it, so that no block waits for another.
-    Where the channels differ, linear transforms stand between (see `transforms`).
+    A block's input is the output of the student's block below it, whose gradient stops there unless the prefix is
+    trained; or with `inputs: teacher` the teacher's output, so that no block waits for another. Where the channels
+    differ, linear transforms stand between the networks (see `networks.transforms`).
 
-    The classifier is the teacher's, unless `fresh_classifier`, so that the student can be judged right after.
+    The classifier is the teacher's, unless `classifier: fresh`, so that the student can be evaluated right after.
     """
 
-    def __init__(
-        self,
-        student: ResNet,
-        teacher: Teacher,
-        *,
-        joint: bool = False,
-        teacher_inputs: bool = False,
-        trained_prefix: bool = False,
-        fresh_classifier: bool = False,
-    ) -> None:
+    def __init__(self, student: ResNet, teacher: Teacher, stage: BlocksStage) -> None:
         super().__init__(student)
         self.teacher = teacher
-        self.joint, self.teacher_inputs, self.trained_prefix = joint, teacher_inputs, trained_prefix
-        self.num_phases = 1 if joint else student.num_blocks
+        self.teacher_inputs, self.trained_prefix = stage.inputs == "teacher", stage.prefix == "trained"
+        self.phases = stage.phases(student.num_blocks)
+        self.num_phases = len(self.phases)
         channels = list(zip(student.architecture.block_channels, teacher.block_channels, strict=True))
-        self.up = nn.ModuleList(linear_transform(mine, theirs) for mine, theirs in channels)
-        self.down = nn.ModuleList(linear_transform(theirs, mine) for mine, theirs in channels[:-1])
+        self.up = nn.ModuleList(linear_transform(thin, wide) for thin, wide in channels)
+        self.down = nn.ModuleList(linear_transform(wide, thin) for thin, wide in channels[:-1])
         self.to(student.fc.weight)
-        self.classifier = None if fresh_classifier else teacher.copy_of_classifier()
+        self.classifier = None if stage.classifier == "fresh" else teacher.copy_of_classifier()
         self.begin_phase(0)
 
     def begin_phase(self, phase: int) -> None:
-        """Train block `phase`, or jointly all blocks."""
-        num_blocks = self.student.num_blocks
-        self._targets = range(num_blocks) if self.joint else range(phase, phase + 1)
-        trained = range(self._targets.stop) if self.trained_prefix else self._targets
-        self._trained = [part for index in trained for part in self._parts(index)]
+        self._phase = self.phases[phase]
+        self._trained = [module for index in self._phase.trains for module in self._modules_around(index)]
         self.requires_grad_(False)
-        for part in self._trained:
-            part.requires_grad_(True)
+        for module in self._trained:
+            module.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for what this phase trains, eval mode for the rest."""
         super().train(False)
         self.training = mode
-        for part in self._trained:
-            part.train(mode)
+        for module in self._trained:
+            module.train(mode)
         return self
 
     def forward(
-        self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None
+        self, images: Tensor, labels: Tensor, step: int = 0, teacher_output: TeacherOutput | None = None
     ) -> dict[str, Tensor]:
-        """`loss`: the sum of the errors of the blocks that are trained on, `mse_block1` and so on from the bottom."""
-        targets = self.teacher.blocks(images, self._targets.stop)
+        """`mse_block1` and so on from the bottom, of the blocks that this phase compares, and `loss`, their sum."""
+        targets = self.teacher.blocks(images, self._phase.targets.stop)
         errors = {}
-        if self.teacher_inputs:
-            for index in self._targets:
-                x = self._block(index, images if index == 0 else targets[index - 1])
+        x = images
+        for index in self._phase.runs:
+            if self.teacher_inputs and index > 0:
+                x = targets[index - 1]
+            with torch.set_grad_enabled(index in self._phase.trains):
+                x = self._block(index, x if self.trained_prefix else x.detach())
+            if index in self._phase.targets:
                 errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
-        else:
-            x = images
-            for index in range(self._targets.stop):
-                with torch.set_grad_enabled(self.trained_prefix or index in self._targets):
-                    x = self._block(index, x if self.trained_prefix else x.detach())
-                if index in self._targets:
-                    errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
         return _means(_with_sum(errors))
 
     def losses(
-        self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None
+        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The error of every block when the student runs on its own, and `loss`, their sum."""
         errors = {}
@@ -200,20 +191,20 @@ class Blocks(Objective):
         return merged(self.student, list(self.up), list(self.down), self.classifier)
 
     def _block(self, index: int, x: Tensor) -> Tensor:
-        """Output of student block `index` with the teacher's channels, for what has the teacher's channels below it."""
+        """Output of student block `index` in the teacher's channels, for an input in the teacher's channels."""
         x = self.student.block(index, x if index == 0 else self.down[index - 1](x))
         return cast(Tensor, self.up[index](x))
 
-    def _parts(self, index: int) -> list[nn.Module]:
-        """What is trained with block `index`: itself and the transforms around it."""
-        parts = [*self.student.block_modules(index), self.up[index]]
-        return parts if index == 0 else [self.down[index - 1], *parts]
+    def _modules_around(self, index: int) -> list[nn.Module]:
+        """Block `index` and the transforms around it, which are trained with it."""
+        modules = [*self.student.block_modules(index), self.up[index]]
+        return modules if index == 0 else [self.down[index - 1], *modules]
 
 
 def build_objective(
     stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None, seed: int
 ) -> Objective:
-    """The objective that a stage of the recipe describes, over `student`. No teacher: its logits are stored."""
+    """The objective that a stage of a recipe describes, over `student`. Without a teacher, its logits are stored."""
     match stage:
         case LabelsStage():
             return Labels(student, stage.label_smoothing, stage.mixup, seed)
@@ -221,14 +212,7 @@ def build_objective(
             return Kl(student, teacher, stage.temperature, stage.labels_weight)
         case BlocksStage():
             assert teacher is not None
-            return Blocks(
-                student,
-                teacher,
-                joint=stage.order == "joint",
-                teacher_inputs=stage.inputs == "teacher",
-                trained_prefix=stage.prefix == "trained",
-                fresh_classifier=stage.classifier == "fresh",
-            )
+            return Blocks(student, teacher, stage)
 
 
 def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:

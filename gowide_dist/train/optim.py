@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,25 +12,6 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from gowide_dist.recipe import Optim, Schedule
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """The steps of a stage: `total_steps`, cut into `num_phases` phases as equal as whole steps allow."""
-
-    steps_per_epoch: int
-    epochs: int
-    num_phases: int = 1
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole stage."""
-        return self.steps_per_epoch * self.epochs
-
-    def phase(self, index: int) -> range:
-        """The steps of phase `index`."""
-        total = self.total_steps
-        return range(total * index // self.num_phases, total * (index + 1) // self.num_phases)
 
 
 def learning_rate(step: int, steps: range, steps_per_epoch: int, optim: Optim, schedule: Schedule) -> float:
@@ -59,7 +39,7 @@ class Optimizer:
     """Stochastic gradient descent on the trainable parameters of a module, as a recipe describes it."""
 
     def __init__(self, module: nn.Module, optim: Optim, scaled: bool) -> None:
-        """`scaled`: scale the loss so that gradients fit into fp16, and leave out steps in which they overflow."""
+        """scaled: scale the loss so that gradients fit into fp16, and skip steps in which they overflow."""
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]  # of norms, and biases
         matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
@@ -85,10 +65,10 @@ class Optimizer:
         """Add the gradient of a scalar loss."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def step(self, rate: float) -> None:
-        """Step at this learning rate and forget the gradient."""
+    def step(self, lr: float) -> None:
+        """Step with learning rate `lr`, then clear the gradient."""
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         if self._clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
@@ -97,11 +77,9 @@ class Optimizer:
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a restart needs."""
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
 
@@ -134,10 +112,8 @@ class MovingAverage:
             average.copy_(kept)
 
     def state_dict(self) -> list[Tensor]:
-        """All that a restart needs."""
         return self._average
 
     def load_state_dict(self, state: list[Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
         for average, stored in zip(self._average, state, strict=True):
             average.copy_(stored)

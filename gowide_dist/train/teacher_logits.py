@@ -169,7 +169,7 @@ def stored_logits(
             if world.is_main and not waits:
                 Track(name, 0, "").line(f"{name}  waits for {path}, which another job is writing")
             waits = True
-            if signum := world.stop_vote():
+            if signum := world.vote().signum:
                 raise Stopped(signum)
             time.sleep(_WAIT_S)
     if world.is_main:
@@ -208,7 +208,7 @@ def _store(path: Path, about: Mapping[str, Any], layout: Layout, source: Source,
                     partial.write("", row, TeacherOutput(values, classes))
                 row += len(values)
                 progress.update(row)
-                if signum := world.stop_vote():
+                if signum := world.vote().signum:
                     progress.line(f"{name}  has the teacher's logits of {epoch} epochs: told to stop")
                     raise Stopped(signum)
             if partial:

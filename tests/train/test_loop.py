@@ -20,10 +20,11 @@ from gowide_dist.data.encode import encode_image_folder
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.identity import fingerprint
+from gowide_dist.networks import weights
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import check_group, prepare
 from gowide_dist.run import Run, read_metrics
-from gowide_dist.train import checkpoint, loop, student
+from gowide_dist.train import checkpoint, loop, start, student
 from gowide_dist.train.checkpoint import whole_checkpoints
 from gowide_dist.train.objectives import Labels
 from gowide_dist.train.student import TrainingError
@@ -166,7 +167,7 @@ def test_no_step_waits_for_the_device(train, monkeypatch):
 
         return call
 
-    training = loop._Training
+    training = loop.StageTraining
     monkeypatch.setattr(training, "_train_phase", counted(training._train_phase))
     for name in ("_record", "_evaluate"):
         monkeypatch.setattr(training, name, uncounted(getattr(training, name)))
@@ -226,7 +227,7 @@ def test_checkpoints_are_snapshots_written_while_training_goes_on(train, monkeyp
     """Step 3 is written only after step 5: what lies there is the state of step 3, and the end is the same."""
     overrides = ["stages.teacher.optim={lr: 0.05, ema: 0.9}"]
     undisturbed = train(*overrides)
-    save, descend, later = student.save_checkpoint, student.Student.descend, threading.Event()
+    save, update, later = student.save_checkpoint, student.Student.update, threading.Event()
     steps = itertools.count(1)
 
     def slow_save(*arguments, step, **rest):
@@ -234,15 +235,15 @@ def test_checkpoints_are_snapshots_written_while_training_goes_on(train, monkeyp
         save(*arguments, step=step, **rest)
         raise PowerCut
 
-    def count(self, rate):
-        descend(self, rate)
+    def count(self, lr):
+        update(self, lr)
         if next(steps) == 5:
             later.set()
 
     again = {"name": "cut", "into": tmp_path / "elsewhere"}
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         patch.setattr(student, "save_checkpoint", slow_save)
-        patch.setattr(student.Student, "descend", count)
+        patch.setattr(student.Student, "update", count)
         train(*overrides, **again)
     cut = Run(tmp_path / "elsewhere" / "cut").stage("teacher/wide")
     assert whole_checkpoints(cut.checkpoints, fingerprint(cut.read_identity())) == [3]
@@ -296,7 +297,7 @@ def test_synchronised_batch_norm(train, monkeypatch):
             trained.append(objective)
             super().__init__(instance, objective, *rest)
 
-    monkeypatch.setattr(loop, "Student", Watched)
+    monkeypatch.setattr(start, "Student", Watched)
     plain, synchronised = train("stages.teacher.epochs=1"), train("sync_batch_norm=true", "stages.teacher.epochs=1")
     norms = [
         [module for module in one.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)] for one in trained
@@ -352,17 +353,17 @@ def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path):
         train(networks=networks, stages=stages)
     assert sorted(tmp_path.rglob("*")) == runs
     with pytest.raises(RunError, match=r"other.pth: holds no weights, or not all"):
-        checkpoint.load_weights(tmp_path / "other.pth", gowide_dist.build_network({"arch": "resnet18"}, 10))
+        weights.load_weights(tmp_path / "other.pth", gowide_dist.build_network({"arch": "resnet18"}, 10))
     (tmp_path / "other.pth").unlink()
     with pytest.raises(RunError, match=r"stages.teacher.init.file: .*other.pth: cannot be read"):
         train(networks=networks, stages=stages)
 
 
 def test_too_little_memory_is_one_line(train, monkeypatch):
-    monkeypatch.setattr(loop, "build_network", lambda *_: torch.empty(2**50))
+    monkeypatch.setattr(start, "build_network", lambda *_: torch.empty(2**50))
     with pytest.raises(TrainingError, match=r"teacher/wide: out of memory; stages.teacher.optim.accumulate=2 takes"):
         train("seed=77", only=["teacher"])
-    monkeypatch.setattr(loop, "build_network", lambda *_: torch.empty(2) @ torch.empty(3))
+    monkeypatch.setattr(start, "build_network", lambda *_: torch.empty(2) @ torch.empty(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         train("seed=77", only=["teacher"])
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from gowide_dist.run import read_metrics
-from gowide_dist.train.metrics import MetricsLog, NonFiniteLossError, StepMeter, StreamDigest, mean_over_samples
+from gowide_dist.train.metrics import (
+    LossMeter,
+    MetricsLog,
+    NonFiniteLossError,
+    StreamDigest,
+    Throughput,
+    mean_over_samples,
+)
 from gowide_dist.world import join
 
 
@@ -33,37 +40,48 @@ def test_the_digest_tells_which_samples_were_seen_when(world):
 
 
 def test_averages_of_an_interval(world):
-    meter = StepMeter(step=10)
+    meter = LossMeter(step=10)
     for loss in (1.0, 2.0, 6.0):
-        meter.waited(time.perf_counter())
         meter.add({"loss": torch.tensor(loss), "kl": torch.tensor(2 * loss)})
-    values = meter.flush(world)
-    assert (values["loss"], values["kl"]) == (3.0, 6.0)
-    assert values["steps_per_s"] > 0
-    assert 0 <= values["data_wait"] <= 1
+    assert meter.flush(world) == {"loss": 3.0, "kl": 6.0}
 
 
-def test_parts_of_a_batch_make_one_step(world):
-    meter = StepMeter(step=0)
-    meter.waited(time.perf_counter())
+def test_throughput_counts_steps_and_the_wait_for_data():
+    throughput = Throughput()
+    for _ in range(4):
+        with throughput.waiting():
+            time.sleep(0.03)
+        time.sleep(0.01)
+    steps_per_s, data_wait = throughput.flush()
+    assert 5 < steps_per_s <= 25
+    assert 0.5 < data_wait < 1
+    time.sleep(0.2)  # an evaluation, which counts for nothing
+    with throughput.waiting():
+        pass
+    steps_per_s, data_wait = throughput.flush()
+    assert steps_per_s > 20
+
+
+def test_passes_over_a_batch_make_one_step(world):
+    meter = LossMeter(step=0)
     for loss in (1.0, 3.0, 5.0, 9.0):
-        meter.add({"loss": torch.tensor(loss), "kl": torch.tensor(2 * loss)}, num_parts=2)
+        meter.add({"loss": torch.tensor(loss), "kl": torch.tensor(2 * loss)}, num_passes=2)
     values = meter.flush(world)
     assert (values["loss"], values["kl"]) == (4.5, 9.0)
-    meter.add({"loss": torch.tensor(1.0)}, num_parts=2)
-    meter.add({"loss": torch.tensor(float("nan"))}, num_parts=2)
+    meter.add({"loss": torch.tensor(1.0)}, num_passes=2)
+    meter.add({"loss": torch.tensor(float("nan"))}, num_passes=2)
     with pytest.raises(NonFiniteLossError) as caught:
         meter.flush(world)
-    assert caught.value.args == (3,)
+    assert caught.value.step == 3
 
 
 def test_the_first_step_that_is_not_finite_is_named(world):
-    meter = StepMeter(step=100)
+    meter = LossMeter(step=100)
     for loss in (1.0, float("nan"), float("inf")):
         meter.add({"loss": torch.tensor(loss)})
     with pytest.raises(NonFiniteLossError) as caught:
         meter.flush(world)
-    assert caught.value.args == (102,)
+    assert caught.value.step == 102
 
 
 def test_means_weigh_every_sample_alike(world):

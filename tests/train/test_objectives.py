@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from gowide_dist import build_network
 from gowide_dist.networks.teacher import Teacher
+from gowide_dist.recipe import BlocksStage
 from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
 from gowide_dist.train.objectives import Blocks, Kl, Labels
 
@@ -28,6 +29,11 @@ def teacher():
 def batch():
     torch.manual_seed(3)
     return torch.randn(8, 3, 16, 16), torch.randint(0, 10, (8,))
+
+
+def blocks(student, teacher, **options):
+    stage = {"train": ["thin"], "objective": "blocks", "teacher": "teacher", "epochs": 1, "optim": {"lr": 1}, **options}
+    return Blocks(student, teacher, BlocksStage.model_validate(stage))
 
 
 def test_kl_by_hand():
@@ -133,7 +139,7 @@ def thin(request):
 
 
 def test_bottom_up_trains_one_block_on_frozen_ones(thin, teacher, batch):
-    objective = Blocks(thin, teacher)
+    objective = blocks(thin, teacher)
     ran = []
     for index in range(3):
         thin.layer(index).register_forward_hook(lambda *_, index=index: ran.append(index))
@@ -154,7 +160,7 @@ def test_bottom_up_trains_one_block_on_frozen_ones(thin, teacher, batch):
 
 
 def test_a_phase_minimises_what_the_evaluation_shows(thin, teacher, batch):
-    objective = Blocks(thin, teacher).eval()
+    objective = blocks(thin, teacher).eval()
     for phase in range(3):
         objective.begin_phase(phase)
         error = objective(*batch)["loss"]
@@ -162,19 +168,19 @@ def test_a_phase_minimises_what_the_evaluation_shows(thin, teacher, batch):
 
 
 def test_a_trained_prefix_learns_from_the_blocks_above(thin, teacher, batch):
-    objective = Blocks(thin, teacher, trained_prefix=True)
+    objective = blocks(thin, teacher, prefix="trained")
     objective.begin_phase(1)
     objective.train()
     trained, losses = gradients(objective, batch)
     assert set(trained) == names_of_block(objective, 0) | names_of_block(objective, 1)
     assert set(losses) == {"loss", "mse_block2"}
-    frozen = Blocks(thin, teacher)
+    frozen = blocks(thin, teacher)
     frozen.begin_phase(1)
     assert set(gradients(frozen.train(), batch)[0]) == names_of_block(frozen, 1)
 
 
 def test_bottom_up_on_the_teachers_inputs(thin, teacher, batch):
-    objective = Blocks(thin, teacher, teacher_inputs=True)
+    objective = blocks(thin, teacher, inputs="teacher")
     ran = []
     for index in range(3):
         thin.layer(index).register_forward_hook(lambda *_, index=index: ran.append(index))
@@ -188,32 +194,32 @@ def test_bottom_up_on_the_teachers_inputs(thin, teacher, batch):
     assert torch.allclose(losses["loss"], block_mse(output, targets[2]).mean(), atol=1e-6)
 
 
-@pytest.mark.parametrize("teacher_inputs", [True, False])
-def test_jointly_each_block_learns_from_its_own_loss_alone(thin, teacher, batch, teacher_inputs):
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+def test_jointly_each_block_learns_from_its_own_loss_alone(thin, teacher, batch, inputs):
     """One pass gives the gradients that training each block by itself gives. Eval mode: statistics must not move."""
-    objective = Blocks(thin, teacher, joint=True, teacher_inputs=teacher_inputs).eval()
+    objective = blocks(thin, teacher, order="joint", inputs=inputs).eval()
     together, losses = gradients(objective, batch)
     assert objective.num_phases == 1
     assert set(losses) == {"loss", "mse_block1", "mse_block2", "mse_block3"}
-    single = Blocks(thin, teacher, teacher_inputs=teacher_inputs).eval()
+    single = blocks(thin, teacher, inputs=inputs).eval()
     single.load_state_dict(objective.state_dict())
-    apart = {}
+    separate = {}
     for phase in range(3):
         single.begin_phase(phase)
-        apart |= gradients(single, batch)[0]
-    assert together.keys() == apart.keys()
+        separate |= gradients(single, batch)[0]
+    assert together.keys() == separate.keys()
     for name, gradient in together.items():
-        assert torch.allclose(gradient, apart[name], rtol=1e-4, atol=1e-7), name
+        assert torch.allclose(gradient, separate[name], rtol=1e-4, atol=1e-7), name
 
 
 def test_jointly_with_a_trained_prefix_losses_reach_down(thin, teacher, batch):
-    objective = Blocks(thin, teacher, joint=True).eval()
-    apart, _ = gradients(objective, batch)
+    objective = blocks(thin, teacher, order="joint").eval()
+    separate, _ = gradients(objective, batch)
     objective.trained_prefix = True
     through, _ = gradients(objective, batch)
-    assert apart.keys() == through.keys()
-    assert not torch.allclose(apart["student.conv1.weight"], through["student.conv1.weight"])
-    assert torch.allclose(apart["student.layer3.0.bn3.bias"], through["student.layer3.0.bn3.bias"])
+    assert separate.keys() == through.keys()
+    assert not torch.allclose(separate["student.conv1.weight"], through["student.conv1.weight"])
+    assert torch.allclose(separate["student.layer3.0.bn3.bias"], through["student.layer3.0.bn3.bias"])
 
 
 def test_imitation_never_runs_the_teacher_above_the_block(student, batch):
@@ -221,7 +227,7 @@ def test_imitation_never_runs_the_teacher_above_the_block(student, batch):
     ran = []
     for index in range(3):
         teacher._network.layer(index).register_forward_hook(lambda *_, index=index: ran.append(index))
-    objective = Blocks(student, teacher)
+    objective = blocks(student, teacher)
     objective.begin_phase(1)
     objective.train()(*batch)
     assert ran == [0, 1]
@@ -229,15 +235,15 @@ def test_imitation_never_runs_the_teacher_above_the_block(student, batch):
 
 def test_the_classifier_is_the_teachers_or_fresh(student, teacher, batch):
     fresh = student.fc.weight.clone()
-    assert torch.equal(Blocks(student, teacher, fresh_classifier=True).finished().fc.weight, fresh)
-    finished = Blocks(student, teacher).finished()
+    assert torch.equal(blocks(student, teacher, classifier="fresh").finished().fc.weight, fresh)
+    finished = blocks(student, teacher).finished()
     assert torch.equal(finished.fc.weight, teacher.copy_of_classifier().weight)
     assert torch.equal(finished.fc.bias, teacher.copy_of_classifier().bias)
 
 
-@pytest.mark.parametrize("options", [{}, {"fresh_classifier": True}])
+@pytest.mark.parametrize("options", [{}, {"classifier": "fresh"}])
 def test_what_is_evaluated_is_what_is_left_behind(thin, teacher, batch, options):
-    objective = Blocks(thin, teacher, **options).eval()
+    objective = blocks(thin, teacher, **options).eval()
     _, logits = objective.losses(*batch)
     finished = objective.finished()
     assert finished.state_dict().keys() == thin.state_dict().keys()

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gowide_dist.recipe import Optim, Schedule
-from gowide_dist.train.optim import MovingAverage, Optimizer, Timeline, learning_rate
+from gowide_dist.timeline import Batching, Timeline
+from gowide_dist.train.optim import MovingAverage, Optimizer, learning_rate
 
 OPTIM = Optim(lr=0.1)
 
@@ -30,7 +31,7 @@ def test_cosine_by_hand():
 
 
 def test_every_phase_has_a_schedule_of_its_own():
-    timeline = Timeline(steps_per_epoch=10, epochs=4, num_phases=3)
+    timeline = Timeline(Batching(8), steps_per_epoch=10, epochs=4, num_phases=3)
     assert [timeline.phase(index) for index in range(3)] == [range(0, 13), range(13, 26), range(26, 40)]
     for index in range(3):
         steps = timeline.phase(index)
@@ -39,7 +40,7 @@ def test_every_phase_has_a_schedule_of_its_own():
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 8))
 def test_phases_cover_every_step_once(steps_per_epoch, epochs, num_phases):
-    timeline = Timeline(steps_per_epoch, epochs, num_phases)
+    timeline = Timeline(Batching(8), steps_per_epoch, epochs, num_phases)
     steps = [step for index in range(num_phases) for step in timeline.phase(index)]
     assert steps == list(range(timeline.total_steps))
 
@@ -55,10 +56,10 @@ def optimised(optim, gradients, weight=2.0, scaled=False):
     frozen = torch.nn.Linear(1, 1).requires_grad_(False)
     torch.nn.init.constant_(module.weight, weight)
     torch.nn.init.constant_(module.bias, weight)
-    descent = Optimizer(torch.nn.ModuleList([module, frozen]), Optim(lr=0.1, **optim), scaled)
+    optimizer = Optimizer(torch.nn.ModuleList([module, frozen]), Optim(lr=0.1, **optim), scaled)
     for gradient in gradients:
-        descent.backward(gradient * (module.weight.sum() + module.bias.sum()))
-        descent.step(0.1)
+        optimizer.backward(gradient * (module.weight.sum() + module.bias.sum()))
+        optimizer.step(0.1)
     return module.weight.item(), module.bias.item()
 
 

@@ -21,7 +21,7 @@ from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.stop import Stopped
-from gowide_dist.train import loop, student, teacher_logits
+from gowide_dist.train import start, student, teacher_logits
 from gowide_dist.train.losses import kl_divergence
 from gowide_dist.train.objectives import Kl
 from gowide_dist.train.teacher_logits import TeacherOutput, answers, coarsened
@@ -82,7 +82,7 @@ def no_teacher(monkeypatch):
         raise AssertionError("the teacher was asked")
 
     monkeypatch.setattr(Teacher, "logits", forbidden)
-    monkeypatch.setattr(loop, "load_trained", forbidden)
+    monkeypatch.setattr(start, "load_trained", forbidden)
 
 
 def test_coarsened_by_hand():

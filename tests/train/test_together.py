@@ -1,4 +1,4 @@
-"""Students that train together end with the bits that they have alone, and the teacher answers once for all of them."""
+"""Students that train together end with the bits that they have alone, and the teacher runs once for all of them."""
 
 import itertools
 import shutil
@@ -50,13 +50,13 @@ def taught(data, tmp_path_factory):
 def train(data, taught, tmp_path):
     """Train stages under that teacher in this process; the run."""
 
-    def run(*overrides, place="runs", only=tuple(STAGES), apart=False):
-        runs = tmp_path / place
+    def run(*overrides, folder="runs", only=tuple(STAGES), sequential=False):
+        runs = tmp_path / folder
         if not (runs / "chain").exists():
             shutil.copytree(taught / "chain", runs / "chain")
         recipe = load_recipe(write_job(tmp_path, students(data)), overrides)
         prepared = prepare(recipe, runs, only=list(only))
-        walk(prepared.run, [instance.key for instance in prepared.unfinished], apart=apart)
+        walk(prepared.run, [instance.key for instance in prepared.unfinished], sequential=sequential)
         return prepared.run
 
     return run
@@ -88,8 +88,7 @@ def test_the_same_bits_as_alone(train, monkeypatch, capsys):
     together = train()
     assert "distill/{thin,slim,narrow}" not in capsys.readouterr().out  # it prints what is done, each by its name
     assert next(asked) == 3 * next(computed)
-    apart = train(place="apart", apart=True)
-    assert results(together) == results(apart)
+    assert results(together) == results(train(folder="sequential", sequential=True))
     assert len({done for done, *_ in results(together).values()}) == 9
     seconds = [together.stage(f"distill/{name}").done.seconds for name in NETWORKS]
     assert len(set(seconds)) == 1
@@ -108,17 +107,19 @@ def test_restarts_are_exact(train, monkeypatch, saved):
 
     monkeypatch.setattr(student, "save_checkpoint", save_and_fail)
     with pytest.raises(PowerCut):
-        train(only=["imitate"], place="cut")
+        train(only=["imitate"], folder="cut")
     monkeypatch.undo()
-    begun = []
-    begin = student.Student.begin
-    monkeypatch.setattr(student.Student, "begin", lambda self, step: (begun.append(step), begin(self, step))[1])
-    run = train(only=["imitate"], place="cut")
-    assert begun == [6 if saved == 3 else 3] * 3
+    starts = []
+    open_metrics = student.Student.open_metrics
+    monkeypatch.setattr(
+        student.Student, "open_metrics", lambda self, step: (starts.append(step), open_metrics(self, step))[1]
+    )
+    run = train(only=["imitate"], folder="cut")
+    assert starts == [6 if saved == 3 else 3] * 3
     assert results(run, ["imitate"]) == results(undisturbed, ["imitate"])
 
 
-def test_those_ahead_train_apart(train, monkeypatch):
+def test_students_ahead_of_the_others_train_alone(train, monkeypatch):
     """With one checkpoint kept there is no step in common after a power cut between two saves."""
     undisturbed = train(only=["imitate"])
     save, saves = student.save_checkpoint, itertools.count(1)
@@ -130,24 +131,24 @@ def test_those_ahead_train_apart(train, monkeypatch):
 
     monkeypatch.setattr(student, "save_checkpoint", save_and_fail)
     with pytest.raises(PowerCut):
-        train("checkpoints.keep=1", only=["imitate"], place="cut")
+        train("checkpoints.keep=1", only=["imitate"], folder="cut")
     monkeypatch.undo()
     run = Run(undisturbed.path.parent.parent / "cut" / "chain")
     places = [run.stage(f"imitate/{name}") for name in NETWORKS]
     steps = [whole_checkpoints(place.checkpoints, fingerprint(place.read_identity())) for place in places]
     assert steps == [[6], [3], [3]]
-    assert results(train("checkpoints.keep=1", only=["imitate"], place="cut"), ["imitate"]) == results(
+    assert results(train("checkpoints.keep=1", only=["imitate"], folder="cut"), ["imitate"]) == results(
         undisturbed, ["imitate"]
     )
 
 
-def test_a_loss_that_is_no_number_names_its_student(train, monkeypatch):
-    learn = student.Student.learn
+def test_a_non_finite_loss_names_its_student(train, monkeypatch):
+    forward_backward = student.Student.forward_backward
 
-    def spoilt(self, examples, step, *rest):
+    def spoilt(self, batch, step, *rest):
         if self.instance.network_name == "slim" and step == 4:
             self.objective.student.conv1.weight.data[:] = float("nan")
-        learn(self, examples, step, *rest)
+        forward_backward(self, batch, step, *rest)
 
     monkeypatch.setattr(student.Student, "forward_backward", spoilt)
     with pytest.raises(TrainingError, match=r"imitate/slim: the loss is not finite at step 5 ") as caught:
@@ -156,16 +157,16 @@ def test_a_loss_that_is_no_number_names_its_student(train, monkeypatch):
 
 
 def test_two_processes_killed_and_continued(data, taught, tmp_path):
-    """`gowide run` trains them together, also after SIGKILL; `--apart` one after the other: the same bits."""
+    """`gowide run` trains them together, also after SIGKILL; `--sequential` one after the other: the same bits."""
     job = write_job(tmp_path, students(data))
-    for place in ("together", "apart"):
-        shutil.copytree(taught / "chain", tmp_path / place / "chain")
+    for folder in ("together", "sequential"):
+        shutil.copytree(taught / "chain", tmp_path / folder / "chain")
     command = ("run", job, "--nproc", 2, "--only", "imitate", "--runs", tmp_path / "together")
     run = Run(tmp_path / "together" / "chain")
     killed_when((run.stage("imitate/narrow").checkpoints / "step-000000003.json").exists, *command)
     result = gowide(*command)
     assert result.returncode == 0, result.stderr
     assert "imitate/{thin,slim,narrow}  continues at step" in result.stdout
-    result = gowide(*command[:-1], tmp_path / "apart", "--apart")
+    result = gowide(*command[:-1], tmp_path / "sequential", "--sequential")
     assert result.returncode == 0, result.stderr
-    assert results(run, ["imitate"]) == results(Run(tmp_path / "apart" / "chain"), ["imitate"])
+    assert results(run, ["imitate"]) == results(Run(tmp_path / "sequential" / "chain"), ["imitate"])

@@ -1,0 +1,84 @@
+"""What every stage of a run trains with: recipe, run directory, processes and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gowide_dist.data.loader import Batch, Loader
+from gowide_dist.identity import fingerprint
+from gowide_dist.networks.resnet import ResNet
+from gowide_dist.recipe import Recipe
+from gowide_dist.run import Run
+from gowide_dist.train.teacher_logits import TeacherOutput
+from gowide_dist.world import World, to_device
+
+
+class TrainBatch(NamedTuple):
+    """A batch on the device: images [B, 3, H, H], labels [B], and the teacher's output where it is stored."""
+
+    images: Tensor
+    labels: Tensor
+    teacher_output: TeacherOutput | None
+
+    def chunk(self, num_chunks: int) -> list[TrainBatch]:
+        """The batch in equal parts."""
+        outputs = self.teacher_output.chunk(num_chunks) if self.teacher_output else [None] * num_chunks
+        parts = zip(self.images.chunk(num_chunks), self.labels.chunk(num_chunks), outputs, strict=True)
+        return [TrainBatch(*part) for part in parts]
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The data of a run, used by all of its stages: loaders, and how their pixels become a network's input."""
+
+    train: Callable[[int], Loader]  # a new one, for a seed
+    val: Loader
+    num_classes: int
+    mean: Tensor  # [3] on the device, of pixels 0 to 255
+    std: Tensor
+    _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Normalised images [B, 3, H, H] float32 in channels_last, and labels [B], on the device."""
+        device = self.mean.device
+        pixels = to_device(batch.images, device)
+        mean, std = self._over_a_row(pixels.shape[2])
+        images = pixels.flatten(2).float().sub_(mean).div_(std).view(pixels.shape)
+        return images.permute(0, 3, 1, 2), to_device(batch.labels, device)  # NHWC in memory: channels_last
+
+    def _over_a_row(self, width: int) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [3 * width] for a row of pixels: CPUs take rows three times as fast as three channels."""
+        if width not in self._rows:
+            self._rows[width] = self.mean.repeat(width), self.std.repeat(width)
+        return self._rows[width]
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """What every stage of a run trains with. identities: of every stage instance, by key."""
+
+    recipe: Recipe
+    run: Run
+    world: World
+    data: TrainData
+    identities: Mapping[str, Mapping[str, Any]]
+
+    def fingerprint(self, key: str) -> str:
+        return fingerprint(self.identities[key])
+
+    def is_done(self, key: str) -> bool:
+        return self.run.stage(key).is_done(self.fingerprint(key))
+
+    def place(self, network: ResNet) -> ResNet:
+        """A network on the device, its convolutions in channels_last."""
+        return network.to(self.world.device).to(memory_format=torch.channels_last)
+
+    def autocast(self) -> torch.autocast:
+        """Inside, convolutions compute in the precision of the recipe; weights stay float32."""
+        dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,167 @@
+"""What a stage starts from: the newest common checkpoint, else finished weights, else a fresh network."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gowide_dist.data.loader import Batch
+from gowide_dist.networks.resnet import ResNet, build_network, take_over
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.networks.weights import load_weights
+from gowide_dist.recipe import Instance, KlStage, TaughtStage
+from gowide_dist.run import Run
+from gowide_dist.timeline import Batching, Timeline
+from gowide_dist.train.checkpoint import load_checkpoint, whole_checkpoints
+from gowide_dist.train.context import TrainContext
+from gowide_dist.train.metrics import StreamDigest
+from gowide_dist.train.objectives import Objective, build_objective
+from gowide_dist.train.stream import Stream
+from gowide_dist.train.student import Student
+from gowide_dist.train.teacher_logits import Layout, Source, TeacherLogits, stored_logits
+from gowide_dist.train.writing import Writer
+
+
+def start_steps(instances: Sequence[Instance], ctx: TrainContext) -> list[tuple[int, list[str]]]:
+    """The steps to start from, each with the keys of the instances that train together from there.
+
+    The newest step that all instances have saved; where there is none, those with the same newest step are a group.
+    """
+    saved = {
+        instance.key: whole_checkpoints(ctx.run.stage(instance.key).checkpoints, ctx.fingerprint(instance.key)) or [0]
+        for instance in instances
+    }
+    if common := set.intersection(*map(set, saved.values())):
+        return [(max(common), list(saved))]
+    groups = defaultdict(list)
+    for key, steps in saved.items():
+        groups[max(steps)].append(key)
+    return list(groups.items())
+
+
+def build_students(
+    instances: Sequence[Instance], start: int, stream: Stream, writer: Writer, ctx: TrainContext, name: str
+) -> tuple[list[Student], Teacher | None]:
+    """The students of a stage as they are at step `start`, and the teacher that answers them, if they need it live.
+
+    Every process loads the teacher once, whatever the number of students.
+    """
+    first, stage = instances[0], instances[0].stage
+    if isinstance(stage, KlStage) and stage.teacher_logits == "stored":
+        stream.stored = _stored_logits(first, stage, stream, ctx, name)
+    teacher_network: ResNet | None = None
+    teacher: Teacher | None = None
+    if first.teacher and (_starts_from_teacher(first) or not stream.stored):
+        teacher_network = load_teacher(first, ctx)
+        teacher = None if stream.stored else _build_teacher(teacher_network, ctx)
+
+    accumulate = stage.optim.accumulate if stage.optim else 1
+    batching = Batching(ctx.recipe.batch_size, ctx.world.size, ctx.world.rank, accumulate)
+    students = []
+    for instance in instances:
+        objective = initial_objective(instance, ctx, teacher_network, teacher)
+        timeline = Timeline(batching, stream.steps_per_epoch, stage.epochs, objective.num_phases)
+        students.append(Student(instance, objective, ctx, timeline, writer))
+    if start:
+        _restore(students, start, stream)
+    for student in students:
+        student.open_metrics(start)
+    return students, teacher
+
+
+def initial_objective(
+    instance: Instance, ctx: TrainContext, teacher_network: ResNet | None, teacher: Teacher | None
+) -> Objective:
+    """The objective of a stage before its first step, on the device. The student's weights are, in this order:
+
+    1. `init`: those of a finished stage, or of a file;
+    2. `start: teacher`: every weight of the teacher that fits by name and shape, the others fresh;
+    3. fresh, drawn from the instance's seed.
+
+    A checkpoint, where there is one, goes over all of them (`_restore`).
+    """
+    torch.manual_seed(instance.seed)
+    network = build_network(instance.architecture, ctx.data.num_classes)
+    if weights := instance.init_file or (instance.init and ctx.run.stage(instance.init).model):
+        load_weights(weights, network)
+    if _starts_from_teacher(instance):
+        assert teacher_network is not None
+        take_over(network, teacher_network)
+    objective = build_objective(instance.stage, ctx.place(network), teacher, instance.seed)
+    if ctx.recipe.compile:
+        network.compile_blocks()
+    if ctx.recipe.sync_batch_norm:
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
+    return objective
+
+
+def _restore(students: Sequence[Student], step: int, stream: Stream) -> None:
+    """Continue at `step` from the students' checkpoints, on the one stream that all of them have seen."""
+    states = [load_checkpoint(student.stage_dir.checkpoints, step) for student in students]
+    assert len({state["stream"] for state in states}) == 1, "at one step of one stream all have seen the same samples"
+    for student, state in zip(students, states, strict=True):
+        student.restore(state)
+    stream.digest = StreamDigest(states[0]["stream"])
+
+
+def _starts_from_teacher(instance: Instance) -> bool:
+    return isinstance(instance.stage, TaughtStage) and instance.stage.start == "teacher"
+
+
+def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
+    """The finished network of a stage instance, on the CPU. Raises RunError if the weights are not those trained.
+
+    Draws no random numbers: what is drawn afterwards does not depend on the size of a teacher.
+    """
+    with torch.device("meta"):
+        network = build_network(instance.architecture, num_classes)
+    stage_dir = run.stage(instance.key)
+    load_weights(stage_dir.model, network)
+    if stage_dir.done:
+        stage_dir.check_weights()
+    return network
+
+
+def load_teacher(instance: Instance, ctx: TrainContext) -> ResNet:
+    """The finished network that teaches an instance, on the CPU."""
+    assert instance.teacher is not None
+    return load_trained(ctx.recipe.instances[instance.teacher], ctx.run, ctx.data.num_classes)
+
+
+def _build_teacher(network: ResNet, ctx: TrainContext) -> Teacher:
+    return Teacher(ctx.place(network), compiled=ctx.recipe.compile)
+
+
+def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: TrainContext, name: str) -> TeacherLogits:
+    """The teacher's logits for the stream of a stage. The teacher is loaded only if they are not stored yet."""
+    identity = ctx.identities[instance.key]
+    temperature = stage.temperature if stage.top_k else 1.0  # all classes serve every temperature
+    metadata = {
+        "format": 1,
+        **{name: identity[name] for name in ("teacher", "batch_size", "precision", "compile")},
+        "data": {**identity["data"], "seed": instance.data_seed},
+        **stage.model_dump(mode="json", include={"epochs", "ramp", "top_k"}),
+        "temperature": temperature,
+    }
+    layout = Layout(
+        stage.epochs,
+        stream.steps_per_epoch * ctx.recipe.batch_size,
+        ctx.data.val.num_samples,
+        ctx.data.num_classes,
+        stage.top_k,
+        temperature,
+    )
+    teacher = functools.cache(lambda: _build_teacher(load_teacher(instance, ctx), ctx))
+
+    def logits_of(batches: Iterator[Batch]) -> Iterator[Tensor]:
+        for batch in batches:
+            with ctx.autocast():
+                logits = teacher().logits(ctx.data.to_device(batch)[0])
+            yield logits
+
+    source = Source(lambda epoch: logits_of(stream.epoch(epoch)), lambda: logits_of(ctx.data.val.batches()))
+    return stored_logits(ctx.run.teacher_logits, metadata, layout, source, ctx.world, name)
