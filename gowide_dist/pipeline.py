@@ -79,7 +79,7 @@ def open_data(recipe: Recipe, world: World) -> Iterator[TrainData]:
         Loader,
         batching=Batching(recipe.batch_size, world.size, world.rank),
         resolution=data.resolution,
-        num_threads=world.num_threads,
+        num_threads=world.num_loader_threads,
     )
     train = functools.partial(loader, data.train, train=True, geometry=geometry_of(data, train=True), order=data.order)
     with contextlib.closing(loader(data.val, train=False, geometry=geometry_of(data, train=False))) as val:

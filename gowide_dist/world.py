@@ -21,6 +21,8 @@ from gowide_dist.errors import UserError
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("GOWIDE_COLLECTIVE_TIMEOUT_S", "600")))
 _GLOO_THREADS_SETTLE_S = 0.1
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+GPUS_VARIABLE = "GOWIDE_GPUS_PER_NODE"  # how many the launcher expects this node to have
 _TORCHRUN_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 Value = TypeVar("Value")
@@ -72,12 +74,16 @@ class Ballot:
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, computing on `device` with `num_threads` CPU threads."""
+    """This process among all: `rank` of `size`, computing on `device`.
+
+    num_loader_threads: CPU threads that decode images. What PyTorch computes with is another number, OMP_NUM_THREADS:
+    a torchrun of the user's own sets it to 1, and one thread does not feed a GPU.
+    """
 
     rank: int
     size: int
     device: torch.device
-    num_threads: int
+    num_loader_threads: int
     ballot: Ballot
 
     @property
@@ -133,9 +139,16 @@ class World:
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every process rank 0's batch-norm statistics, which are the ones that are kept."""
-        if self.size > 1:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, src=0)
+        if self.size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in module.buffers():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in by_dtype.values():  # one collective for all of a type: a ResNet-50 has 159 buffers
+            flat = torch.cat([buffer.flatten() for buffer in buffers])
+            dist.broadcast(flat, src=0)
+            for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+                buffer.copy_(values.view_as(buffer))
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """`module`, with the gradients of its trainable parameters averaged over the processes.
@@ -185,6 +198,31 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def choose_device(local_rank: int) -> torch.device:
+    """The GPU of this process, or the CPU where the launcher expects no GPU.
+
+    Raises UserError if GPUs are expected (GPUS_VARIABLE) and PyTorch sees none, or if there are more processes than
+    GPUs. A Slurm task may see its own GPU alone, whatever its rank; processes of one torchrun all see the same ones.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    expected = int(os.environ.get(GPUS_VARIABLE, "0"))
+    if not num_gpus:
+        if expected:
+            raise UserError(
+                f"{expected} GPUs are expected on this node, but PyTorch {torch.__version__} sees none: its CUDA "
+                f"{torch.version.cuda} may need a newer driver (see nvidia-smi); to train on the CPU, set "
+                "CUDA_VISIBLE_DEVICES to nothing"
+            )
+        return torch.device("cpu")
+    sees_own_gpu_alone = num_gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    index = 0 if sees_own_gpu_alone else local_rank
+    if index >= num_gpus:
+        raise UserError(f"more than {num_gpus} processes for {num_gpus} GPUs: one process per GPU, --nproc {num_gpus}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def join() -> Iterator[World]:
     """Join the process group that torchrun (or a Slurm job with the same variables) describes.
@@ -195,20 +233,16 @@ def join() -> Iterator[World]:
     """
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN_VARIABLES)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    num_threads = int(os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // local_size)))
-    torch.set_num_threads(num_threads)
+    device = choose_device(local_rank)
+    cores = max(1, len(os.sched_getaffinity(0)) // local_size)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
     if size > 1:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            BACKENDS[device.type],
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
-    world = World(rank, size, device, num_threads, Ballot(size))
+    world = World(rank, size, device, cores, Ballot(size))
     try:
         yield world
     except stop.Stopped:

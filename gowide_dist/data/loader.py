@@ -32,6 +32,7 @@ from gowide_dist.timeline import Batching
 
 _BATCHES_AHEAD = 2  # finished ones, beside those that the threads are working on
 _WINDOW_PAGES = 256  # 2 GiB of the file
+_AS_THEY_ARE = decode.Shift(False, 0)
 
 Result = TypeVar("Result")
 Indices: TypeAlias = NDArray[np.int64]
@@ -56,7 +57,7 @@ def geometry_of(data: Data, *, train: bool) -> decode.Geometry:
         return decode.RandomCrop(augment.flip, *augment.crop.scale, *augment.crop.ratio)
     if train:
         return decode.Shift(augment.flip, augment.translate)
-    return decode.CenterCrop(data.center_crop) if data.center_crop else decode.Shift(False, 0)
+    return decode.CenterCrop(data.center_crop) if data.center_crop else _AS_THEY_ARE
 
 
 class Loader:
@@ -80,7 +81,7 @@ class Loader:
         *,
         train: bool,
         resolution: int,
-        geometry: decode.Geometry = decode.Shift(False, 0),
+        geometry: decode.Geometry = _AS_THEY_ARE,
         seed: int = 0,
         samples: Indices | None = None,
         order: Literal["random", "quasi-random"] = "random",

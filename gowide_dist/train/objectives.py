@@ -35,7 +35,7 @@ class Objective(nn.Module, ABC):
     def losses(
         self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of each sample by name, [B] each, and the logits [B, K]. teacher_output: the teacher's, where stored."""
+        """Losses of each sample by name, [B] each, and the logits [B, K]. teacher_output: where it is stored."""
 
     def begin_phase(self, phase: int) -> None:
         """Let exactly what phase `phase` trains require gradients and, in training mode, update statistics."""

@@ -1,4 +1,4 @@
-"""The data stream of a stage on the device: batches with the teacher's stored output, what was seen, how long it took."""
+"""The data stream of a stage: batches on the device with the teacher's stored output, what was seen, how fast."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.identity import fingerprint
 from gowide_dist.networks import weights
 from gowide_dist.pipeline import walk
+from gowide_dist.networks import weights
 from gowide_dist.prepare import check_group, prepare
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.train import checkpoint, loop, start, student
