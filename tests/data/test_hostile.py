@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gowide_dist.data import memory, sources
+from gowide_dist.data import decode, memory, sources
 from gowide_dist.data.encode import Options, encode_fashion_mnist, encode_ffcv, encode_image_folder
 from gowide_dist.data.images import read_rgb
 from gowide_dist.data.info import read_dataset_info
@@ -19,11 +19,13 @@ from gowide_dist.data.loader import Loader
 from gowide_dist.data.verify import verify_dataset
 from gowide_dist.errors import DataError
 from gowide_dist.files import try_lock
+from gowide_dist.timeline import Batching
 from tests.command import GOWIDE, LIMIT_S
 from tests.data.conftest import write_image_folder
 from tests.idx import write_fashion_mnist
 
 ONE = Options(jpg_share=1.0, workers=1)
+CROP = decode.RandomCrop(True, 0.1, 1.0, 3 / 4, 4 / 3)
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +194,12 @@ def test_fewer_validation_images_than_processes(small_set: Path, tmp_path: Path)
     encode_fashion_mnist(tmp_path / "out", tmp_path / "idx")
     for rank in range(3):
         with pytest.raises(DataError, match=r"val\.beton: 2 images for 3 processes; take fewer of these"):
-            Loader(tmp_path / "out" / "val.beton", batch_size=6, rank=rank, world_size=3, train=False, resolution=28)
+            Loader(tmp_path / "out" / "val.beton", Batching(6, 3, rank), train=False, resolution=28)
 
 
 def test_memory_is_looked_at_before_it_is_taken(small_set: Path):
     with pytest.raises(DataError, match=r"loading takes .* GiB, .* GiB are free; take a smaller batch"):
-        Loader(small_set / "train.beton", batch_size=600, train=True, crop_scale=(0.1, 1.0), resolution=300_000)
+        Loader(small_set / "train.beton", Batching(600), train=True, geometry=CROP, resolution=300_000)
 
 
 def test_cached_files_are_not_memory_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -215,7 +217,7 @@ def test_cached_files_are_not_memory_in_use(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_resumed_epoch_reads_ahead_only_what_is_left(photo_set: Path):
     loader = Loader(
-        photo_set / "train.beton", batch_size=4, train=True, crop_scale=(0.1, 1.0), resolution=32, order="quasi-random",
+        photo_set / "train.beton", Batching(4), train=True, geometry=CROP, resolution=32, order="quasi-random",
         window_pages=1,
     )  # fmt: skip
     try:

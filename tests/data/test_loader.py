@@ -12,14 +12,19 @@ from gowide_dist.data import decode
 from gowide_dist.data.beton import Beton
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.errors import DataError
+from gowide_dist.timeline import Batching
 
-AUGMENT = {"flip": True, "translate": 3}
+BATCHING = Batching(48)
+AUGMENT = decode.Shift(flip=True, translate=3)
+UNCHANGED = decode.Shift(flip=False, translate=0)
 
 
-def stream(folder: Path, epoch: int = 0, start: int = 0, *, train: bool = True, **options) -> list[Batch]:
+def stream(
+    folder: Path, epoch: int = 0, start: int = 0, *, batching: Batching = BATCHING, train: bool = True, **options
+) -> list[Batch]:
     """The batches of an iteration, copied out of the buffers."""
-    options = {"batch_size": 48, "resolution": 28, **(AUGMENT if train else {}), **options}
-    loader = Loader(folder / ("train.beton" if train else "val.beton"), train=train, **options)
+    options = {"resolution": 28, "geometry": AUGMENT if train else UNCHANGED, **options}
+    loader = Loader(folder / ("train.beton" if train else "val.beton"), batching, train=train, **options)
     batches = [Batch(*(tensor.clone() for tensor in batch)) for batch in loader.batches(epoch, start)]
     assert len(batches) == loader.steps_per_epoch - start
     loader.close()
@@ -66,10 +71,10 @@ def test_resume_is_the_tail(small_set: Path, start: int):
     assert same(stream(small_set, start=start), stream(small_set)[start:])
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_processes_join_to_one(small_set: Path, world_size: int):
-    shares = [stream(small_set, rank=rank, world_size=world_size) for rank in range(world_size)]
-    joined = [Batch(*(torch.cat(parts) for parts in zip(*step, strict=True))) for step in zip(*shares, strict=True)]
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+def test_batches_of_all_processes_join_to_the_global_batch(small_set: Path, num_processes: int):
+    streams = [stream(small_set, batching=Batching(48, num_processes, rank)) for rank in range(num_processes)]
+    joined = [Batch(*(torch.cat(parts) for parts in zip(*step, strict=True))) for step in zip(*streams, strict=True)]
     assert same(joined, stream(small_set))
 
 
@@ -78,10 +83,12 @@ def test_threads_change_nothing(small_set: Path, num_threads: int):
     assert same(stream(small_set, num_threads=num_threads), stream(small_set))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_validation_is_every_image_once_as_it_is(small_set: Path, world_size: int):
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
+def test_validation_is_every_image_once_unchanged(small_set: Path, num_processes: int):
     batches = [
-        b for rank in range(world_size) for b in stream(small_set, train=False, rank=rank, world_size=world_size)
+        batch
+        for rank in range(num_processes)
+        for batch in stream(small_set, batching=Batching(48, num_processes, rank), train=False)
     ]
     indices = torch.cat([batch.indices for batch in batches])
     assert indices.tolist() == list(range(203))
@@ -105,12 +112,12 @@ def test_pixels_are_a_flip_and_a_shift_evenly_distributed(small_set: Path):
 
 def test_without_augmentation_the_pixels_are_the_originals(small_set: Path):
     images = originals(small_set)
-    for batch in stream(small_set, flip=False, translate=0):
+    for batch in stream(small_set, geometry=UNCHANGED):
         assert (batch.images.numpy() == images[batch.indices]).all()
 
 
 def test_buffers_are_not_overwritten_while_in_use(small_set: Path):
-    loader = Loader(small_set / "train.beton", batch_size=16, train=True, resolution=28, num_threads=3, **AUGMENT)
+    loader = Loader(small_set / "train.beton", Batching(16), train=True, resolution=28, geometry=AUGMENT, num_threads=3)
     for batch in loader.batches():
         before = batch.images.clone()
         time.sleep(0.005)  # time enough for the threads to run ahead
@@ -120,13 +127,13 @@ def test_buffers_are_not_overwritten_while_in_use(small_set: Path):
 
 def test_leaving_early_and_closing_end_the_threads(small_set: Path):
     threads, torch_threads = threading.active_count(), torch.get_num_threads()
-    loader = Loader(small_set / "train.beton", batch_size=16, train=True, resolution=28, num_threads=2)
+    loader = Loader(small_set / "train.beton", Batching(16), train=True, resolution=28, num_threads=2)
     for epoch in range(20):
         batches = loader.batches(epoch)
         next(batches)
         batches.close()
-    first = next(loader.batches(3))
-    assert torch.equal(first.images, stream(small_set, 3, batch_size=16, flip=False, translate=0)[0].images)
+    first, expected = next(loader.batches(3)), stream(small_set, 3, batching=Batching(16), geometry=UNCHANGED)[0]
+    assert torch.equal(first.images, expected.images)
     assert threading.active_count() == threads + 2
     loader.close()
     assert threading.active_count() == threads
@@ -150,9 +157,10 @@ def test_a_stall_is_an_error_that_names_the_file(small_set: Path, monkeypatch: p
 
 def test_a_stalled_read_does_not_keep_the_process_alive(small_set: Path):
     code = (
-        "import sys, time; from pathlib import Path; from gowide_dist.data import decode, loader\n"
+        "import sys, time; from pathlib import Path\n"
+        "from gowide_dist.data import decode, loader; from gowide_dist.timeline import Batching\n"
         "decode.fill = lambda *_: time.sleep(1000)\n"
-        f"stream = loader.Loader(Path({str(small_set / 'val.beton')!r}), train=False, batch_size=8, resolution=28,"
+        f"stream = loader.Loader(Path({str(small_set / 'val.beton')!r}), Batching(8), train=False, resolution=28,"
         "                       timeout_s=0.2)\n"
         "try: next(stream.batches())\n"
         "finally: stream.close()"
@@ -165,4 +173,4 @@ def test_what_does_not_fit_is_refused(small_set: Path):
     with pytest.raises(DataError, match="images of 28 to 28 px, but the resolution is 32"):
         stream(small_set, resolution=32)
     with pytest.raises(DataError, match="601 images, fewer than one batch of 1,024"):
-        stream(small_set, batch_size=1024)
+        stream(small_set, batching=Batching(1024))
