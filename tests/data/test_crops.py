@@ -1,4 +1,4 @@
-"""Images of varying sizes, half of them JPEG: the same promises as for fixed ones, and the crops themselves."""
+"""Images of varying sizes, half of them JPEG: the exactness of the stream, and the crops against torchvision's."""
 
 import threading
 from pathlib import Path
@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional
 
 from gowide_dist.data import decode
 from gowide_dist.data.beton import JPEG, Beton
-from gowide_dist.data.encode import Options, encode_image_folder
+from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.images import encode_jpg, read_rgb
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.data.order import quasi_random_order, random_order
@@ -23,9 +23,8 @@ from tests.data.test_loader import same
 
 SIDE = 32
 BATCHING = Batching(24)
-CROP = decode.RandomCrop(True, 0.08, 1.0, 3 / 4, 4 / 3)
+CROP = decode.RandomResizedCrop(True, 0.08, 1.0, 3 / 4, 4 / 3)
 LARGE_CROP = CROP._replace(flip=False, min_scale=0.3)
-UNCHANGED = decode.Shift(flip=False, translate=0)
 
 
 def loader_of(folder: Path, batching: Batching = BATCHING, **options) -> Loader:
@@ -52,7 +51,7 @@ def pixels_of(beton: Beton, index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("order", ["random", "quasi-random"])
 class TestExactness:
-    """One stream, however it is cut."""
+    """The stream is the same for any number of processes, threads and restarts."""
 
     def test_same_epoch_twice_and_others_differ(self, photo_set: Path, order: str):
         once = stream(photo_set, order=order)
@@ -92,13 +91,13 @@ def test_resolution_changes_by_epoch_without_compiling(photo_set: Path):
 
 
 def test_pixels_are_torchvisions_of_the_same_box(photo_set: Path):
-    """Within a level where the image is raw: torchvision rounds between rows and columns. Of a JPEG, two decoders
-    differ (fast against exact inverse transform, chroma upsampling), by less than two levels on average."""
+    """Within one level for a raw image: torchvision rounds between rows and columns. For a JPEG, two decoders differ
+    (fast or exact inverse DCT, chroma upsampling) by less than two levels on average."""
     beton = Beton(photo_set / "train.beton")
     images = np.empty((len(beton), SIDE, SIDE, 3), np.uint8)
     key = np.uint64(7)
-    source = decode.source_of(beton)
-    decode.fill(source, np.arange(len(beton)), key, CROP, images, decode.Scratch.of(source))
+    arrays = decode.BetonArrays.of(beton)
+    decode.fill(arrays, np.arange(len(beton)), key, CROP, images, decode.Scratch.of(arrays))
     num_flipped = 0
     for index in range(len(beton)):
         sample_key = np.uint64(decode._draw(key, np.uint64(index)))
@@ -119,18 +118,18 @@ def test_boxes_are_distributed_as_torchvisions():
     """Two-sample Kolmogorov-Smirnov tests of area, ratio and position, at a level of 0.1 %."""
     num, height, width = 4000, 300, 400
     keys = np.arange(num, dtype=np.uint64)
-    ours = np.array(
+    boxes = np.array(
         [decode._random_box(np.uint64(decode._draw(np.uint64(3), key)), height, width, CROP) for key in keys]
     )
     torch.manual_seed(0)
     transform = v2.RandomResizedCrop(SIDE)
     image = torch.empty(3, height, width)
     drawn = [transform.make_params([image]) for _ in range(num)]
-    theirs = np.array([[box[name] for name in ("top", "left", "height", "width")] for box in drawn])
+    expected = np.array([[box[name] for name in ("top", "left", "height", "width")] for box in drawn])
 
     def features(boxes: np.ndarray) -> dict[str, np.ndarray]:
         top, left, h, w = boxes.T.astype(float)
-        rng = np.random.default_rng(0)  # breaks the ties of what can only be a few whole numbers
+        rng = np.random.default_rng(0)  # breaks ties: the positions are few integers
         return {
             "area": h * w,
             "ratio": w / h,
@@ -138,10 +137,10 @@ def test_boxes_are_distributed_as_torchvisions():
             "left": left / (width - w + 1) + rng.uniform(0, 1e-3, len(left)),
         }
 
-    for name, values in features(ours).items():
-        others = features(theirs)[name]
-        grid = np.sort(np.concatenate([values, others]))
-        cumulated = [np.searchsorted(np.sort(x), grid, side="right") / num for x in (values, others)]
+    for name, values in features(boxes).items():
+        expected_values = features(expected)[name]
+        grid = np.sort(np.concatenate([values, expected_values]))
+        cumulated = [np.searchsorted(np.sort(x), grid, side="right") / num for x in (values, expected_values)]
         assert abs(cumulated[0] - cumulated[1]).max() < 1.95 * np.sqrt(2 / num), name
 
 
@@ -152,39 +151,39 @@ def test_boxes_of_extreme_images_lie_inside(height: int, width: int):
         assert h > 0 and w > 0 and 0 <= top <= height - h and 0 <= left <= width - w
 
 
-def test_partly_decoded_is_the_top_of_the_whole():
+def test_partial_decoding_gives_the_top_rows_of_the_whole():
     rng = np.random.default_rng(0)
     noise = np.asarray(rng.integers(0, 256, (133, 150, 3), np.uint8))
     data = np.frombuffer(encode_jpg(noise, 90).data, np.uint8)
     column = np.zeros(1, np.int64)
-    source = decode.Source(data, column, column + len(data), np.zeros(1, np.uint8), column + 133, column + 150)
-    scratch = decode.Scratch.of(source)
-    decode._decode_jpeg(source, 0, 133, scratch, decode.imdecode)
+    arrays = decode.BetonArrays(data, column, column + len(data), np.zeros(1, np.uint8), column + 133, column + 150)
+    scratch = decode.Scratch.of(arrays)
+    decode._decode_jpeg(arrays, 0, 133, scratch, decode.imdecode)
     whole = scratch.pixels.reshape(133, 150, 3).copy()
     for num_rows in range(1, 134):
         scratch.pixels[:] = 0
-        decode._decode_jpeg(source, 0, num_rows, scratch, decode.imdecode)
+        decode._decode_jpeg(arrays, 0, num_rows, scratch, decode.imdecode)
         assert (scratch.pixels.reshape(133, 150, 3)[:num_rows] == whole[:num_rows]).all()
     assert abs(whole.astype(int) - read_rgb(data.tobytes())).mean() < 3
 
 
 @pytest.mark.parametrize("ratio", [0.875, 1.0])
 def test_validation_is_torchvisions_resize_and_center_crop(photo_set: Path, ratio: float):
-    """Tolerances and their reasons as above."""
+    """With the tolerances of test_pixels_are_torchvisions_of_the_same_box."""
     beton = Beton(photo_set / "val.beton")
     loader = Loader(
         photo_set / "val.beton", Batching(16), train=False, resolution=SIDE, geometry=decode.CenterCrop(ratio)
     )
-    seen = 0
+    num_images = 0
     for batch in loader.batches():
         for image, index in zip(batch.images.numpy(), batch.indices.tolist(), strict=True):
             resized = functional.resize(pixels_of(beton, index), round(SIDE / ratio), antialias=True)
             expected = functional.center_crop(resized, [SIDE, SIDE]).permute(1, 2, 0).numpy()
             difference = abs(image - expected.astype(int))
             assert difference.mean() < 2 if beton.modes[index] == JPEG else difference.max() <= 1
-            seen += 1
+            num_images += 1
     loader.close()
-    assert seen == len(beton)
+    assert num_images == len(beton)
 
 
 def test_jpegs_of_fixed_size_can_be_shifted(tmp_path: Path):
@@ -193,16 +192,16 @@ def test_jpegs_of_fixed_size_can_be_shifted(tmp_path: Path):
         (tmp_path / "images" / split / "one").mkdir(parents=True)
         for index in range(4):
             Image.fromarray(photo(rng, SIDE, SIDE)).save(tmp_path / "images" / split / "one" / f"{index}.png")
-    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, quality=95, workers=1))
+    encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, quality=95, workers=1))
     beton = Beton(tmp_path / "out" / "train.beton")
-    for batch in stream(tmp_path / "out", batching=Batching(4), geometry=UNCHANGED):
+    for batch in stream(tmp_path / "out", batching=Batching(4), geometry=decode.UNCHANGED):
         expected = torch.stack([pixels_of(beton, index).permute(1, 2, 0) for index in batch.indices])
         assert (batch.images.int() - expected.int()).abs().float().mean() < 2
 
 
 def test_varying_sizes_need_a_crop(photo_set: Path):
     with pytest.raises(DataError, match=r"data\.augment\.crop, data\.center_crop"):
-        stream(photo_set, geometry=UNCHANGED)
+        stream(photo_set, geometry=decode.UNCHANGED)
 
 
 def pages_per_batch(order: np.ndarray, pages: np.ndarray) -> float:
@@ -247,24 +246,24 @@ def _rss_mib() -> float:
 
 def test_nothing_grows_over_50_epochs(photo_set: Path):
     loader = loader_of(photo_set, num_threads=2)
-    grown = []
+    growth = []
     for epoch in range(50):
         batches = loader.batches(epoch)
         for _ in range(3 if epoch % 2 else loader.steps_per_epoch):
             next(batches)
         batches.close()
-        grown.append((threading.active_count(), _rss_mib()))
+        growth.append((threading.active_count(), _rss_mib()))
     loader.close()
-    assert len({threads for threads, _ in grown}) == 1
-    assert grown[-1][1] - grown[5][1] < 4
+    assert len({threads for threads, _ in growth}) == 1
+    assert growth[-1][1] - growth[5][1] < 4
 
 
-def test_preflight_names_the_cause(photo_set: Path, monkeypatch: pytest.MonkeyPatch):
+def test_labels_and_memory_are_checked_before_training(photo_set: Path, monkeypatch: pytest.MonkeyPatch):
     loader = loader_of(photo_set)
     loader.preflight(num_classes=4)
     with pytest.raises(DataError, match="labels 0 to 3, but there are 3 classes"):
         loader.preflight(num_classes=3)
+    loader.close()
     monkeypatch.setattr("gowide_dist.data.loader.available_memory_bytes", lambda: 1000)
     with pytest.raises(DataError, match="take a smaller batch"):
-        loader.preflight(num_classes=4)
-    loader.close()
+        loader_of(photo_set)

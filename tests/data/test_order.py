@@ -16,7 +16,7 @@ def test_order_is_a_permutation_and_a_function_of_seed_and_epoch(num_samples: in
 
 
 def test_order_never_changes():
-    """Runs that continue after an update must see the same stream."""
+    """Runs that continue with a newer version must see the same stream."""
     assert random_order(10, seed=0, epoch=0).tolist() == [2, 1, 9, 5, 7, 0, 8, 3, 4, 6]
 
 
