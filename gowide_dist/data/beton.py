@@ -26,11 +26,13 @@ _HEADER = np.dtype(
 )
 _FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
-_SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
 _ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _VERSION = 2
-_FIELDS = (("image", 2), ("label", 1))  # FFCV's numbers of RGBImageField and IntField
-_FIELD_TYPES: dict[int, tuple[str, np.dtype[np.void] | str]] = {2: ("image", _IMAGE), 1: ("label", "<i8")}
+_FIELDS: dict[int, tuple[str, np.dtype[np.void] | str]] = {  # by FFCV's numbers of RGBImageField and IntField
+    2: ("image", _IMAGE),
+    1: ("label", "<i8"),
+}
+_SAMPLE = np.dtype(list(_FIELDS.values()), align=True)
 _TABLE_OFFSET = _HEADER.itemsize + len(_FIELDS) * _FIELD.itemsize
 
 _READ_AHEAD_BYTES = 1 << 17  # Linux's usual read-ahead window, to which it cuts each request
@@ -103,7 +105,7 @@ class BetonWriter:
 
         header = np.array([(_VERSION, len(_FIELDS), PAGE_BYTES, self.num_samples, self._end)], _HEADER)
         fields = np.zeros(len(_FIELDS), _FIELD)
-        for field, (name, type_id) in zip(fields, _FIELDS, strict=True):
+        for field, (type_id, (name, _)) in zip(fields, _FIELDS.items(), strict=True):
             field["type_id"] = type_id
             field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         self._file.seek(0)
@@ -145,9 +147,9 @@ def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:
     if header["version"] != _VERSION or not num_samples or not start < tail < len(content):
         raise broken
     types = content[_HEADER.itemsize : start].view(_FIELD)["type_id"].tolist()
-    if sorted(types) != sorted(_FIELD_TYPES):
+    if sorted(types) != sorted(_FIELDS):
         raise DataError(f"{path}: its samples have other fields than one RGBImageField and one IntField")
-    row = np.dtype([_FIELD_TYPES[type_id] for type_id in types], align=True)
+    row = np.dtype([_FIELDS[type_id] for type_id in types], align=True)
     if start + num_samples * row.itemsize > tail or (len(content) - tail) % _ALLOCATION.itemsize:
         raise broken
     samples = content[start : start + num_samples * row.itemsize].view(row)

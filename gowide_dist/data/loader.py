@@ -106,7 +106,7 @@ class Loader:
         num_threads: int = 1,
         timeout_s: float = 300.0,
     ):
-        self._path, self._train, self._seed = beton, train, seed
+        self._path, self._seed = beton, seed
         self._geometry, self._resolution = geometry, resolution
         self._order, self._window_pages = order, window_pages
         self._timeout_s, self._stalled = timeout_s, False
@@ -119,13 +119,14 @@ class Loader:
             self.num_samples = len(self._beton)
             _check_images(self._beton, batching, geometry, resolution, train=train, chosen=samples is not None)
             if train:
+                self._samples = None
                 self._batching, self.steps_per_epoch = batching, self.num_samples // batching.global_batch
-            else:  # over its own part of the samples a process works alone
+            else:  # a process goes through its part of the samples alone
                 if samples is None:
                     samples = validation_part(self.num_samples, batching.rank, batching.num_processes)
+                self._samples = samples
                 self._batching = Batching(batching.local_batch)
                 self.steps_per_epoch = math.ceil(len(samples) / batching.local_batch)
-            self._samples = samples
             self._arrays = decode.BetonArrays.of(self._beton)
             scratches = [decode.Scratch.of(self._arrays) for _ in range(num_threads)]
             num_buffers, batch_bytes = self._num_ahead + 1, batching.local_batch * resolution * resolution * 3
