@@ -1,4 +1,4 @@
-"""dataset.json: what a folder of encoded images holds. Light to import: a login node reads it too."""
+"""dataset.json: the contents of a folder of encoded images. Light to import: a login node reads it too."""
 
 from pathlib import Path
 from typing import Literal, TypeAlias

@@ -1,4 +1,4 @@
-"""`gowide data verify`: compares a dataset on disk with what was encoded."""
+"""`gowide data verify`: compares the files of a dataset with dataset.json, and decodes every image."""
 
 import io
 import os
