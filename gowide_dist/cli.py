@@ -92,15 +92,17 @@ def encode(
     root: Annotated[Path | None, typer.Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
     write_mode: Annotated[
         str | None,
-        typer.Option(help="raw, jpg, or a part as jpg: 0.5. Default: imagefolder jpg, ffcv as it is, else raw."),
+        typer.Option(help="raw, jpg or a fraction as JPEG; default: imagefolder jpg, ffcv unchanged, else raw."),
     ] = None,
-    quality: Annotated[int, typer.Option(help="Of JPEGs, 1 to 100.")] = 90,
-    max_side_px: Annotated[int | None, typer.Option(help="Shrink larger images to this longer side.")] = None,
-    subset: Annotated[int | None, typer.Option(help="So many training images only, of every class alike.")] = None,
-    held_out: Annotated[int | None, typer.Option(help="Make so many training images the validation part.")] = None,
-    skip_bad: Annotated[bool, typer.Option(help="Leave out files that hold no whole image; see skipped.txt.")] = False,
+    quality: Annotated[int, typer.Option(help="JPEG quality, 1-100.")] = 90,
+    max_side_px: Annotated[int | None, typer.Option(help="Shrink images whose longer side exceeds this.")] = None,
+    subset: Annotated[int | None, typer.Option(help="Use only N training images, stratified by class.")] = None,
+    held_out: Annotated[
+        int | None, typer.Option(help="Hold out N training images as the validation split, stratified by class.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out damaged images, and list them in skipped.txt.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that read files; default: one a core.", min=0)] = 0,
-    cluster: Annotated[Path | None, typer.Option(help="Do it as a Slurm job of this cluster profile.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="Encode in a Slurm job, by this cluster profile.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --cluster: print the sbatch script, and do nothing.")
     ] = False,
@@ -112,12 +114,7 @@ def encode(
     from gowide_dist.data import encode as encoders
     from gowide_dist.stop import raise_on_sigterm
 
-    jpg_share = {DatasetKind.IMAGEFOLDER: 1.0, DatasetKind.FFCV: None}.get(dataset, 0.0)
-    if write_mode:
-        try:
-            jpg_share = float({"raw": "0", "jpg": "1"}.get(write_mode, write_mode))
-        except ValueError as error:
-            raise UserError(f"--write-mode {write_mode}: should be raw, jpg or a part such as 0.5") from error
+    jpg_share = encoders.jpg_share_of(dataset.value, write_mode)
     options = encoders.Options(jpg_share, quality, max_side_px, subset, held_out, skip_bad, workers)
     if dry_run and not cluster:
         raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
@@ -141,9 +138,9 @@ def encode(
 
 @data_app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that `gowide encode` wrote.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="A folder written by `gowide encode`.", metavar="DIR")],
 ) -> None:
-    """Read all of a dataset: checksums, counts, and every image decoded.
+    """Check a whole dataset: checksums, counts, labels, and every image decoded.
 
     Example: `gowide data verify data/imagenet`
     """

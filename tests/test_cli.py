@@ -29,9 +29,6 @@ def test_encode_then_verify(tmp_path):
     verified = gowide("data", "verify", tmp_path / "data")
     assert verified.returncode == 0, verified.stderr
     assert "whole, 30 train, 20 val images" in verified.stdout
-    described = gowide("data", "order", tmp_path / "data", "--batch-size", 10)
-    assert [line.split()[0] for line in described.stdout.splitlines()] == ["random", "quasi-random"]
-    assert "1.0 of 1 pages per batch" in described.stdout
     beton = tmp_path / "data" / "train.beton"
     beton.write_bytes(beton.read_bytes()[:-8] + b"12345678")
     damaged = gowide("data", "verify", tmp_path / "data")
@@ -61,11 +58,11 @@ def test_encode_an_image_folder(tmp_path):
         (["encode", "fashion-mnist", "--out", "x", "--root", "nowhere"], "nowhere: not found"),
         (
             ["encode", "fashion-mnist", "--out", "x", "--write-mode", "as it is"],
-            "--write-mode as it is: should be raw, jpg or a part",
+            "--write-mode as it is: should be raw, jpg or a fraction",
         ),
         (
             ["encode", "fashion-mnist", "--out", "x", "--write-mode", "bmp"],
-            "--write-mode bmp: should be raw, jpg or a part",
+            "--write-mode bmp: should be raw, jpg or a fraction",
         ),
         (["encode", "fashion-mnist", "--out", "x", "--quality", "0"], "--quality 0: give a number from 1 to 100"),
         (["encode", "fashion-mnist", "--out", "x", "--write-mode", "2"], "--write-mode 2: give a number from 0 to 1"),
@@ -95,7 +92,6 @@ def test_a_file_in_the_place_of_a_folder(tmp_path):
     line = refused(*run, "batch_size=10", "--runs", tmp_path / "file")
     assert line.endswith("file: is no folder; choose another place with --runs")
     assert (tmp_path / "file").read_text() == "mine"
-    assert "batch size 51 is more than the 50 images" in refused("data", "order", tmp_path / "data", "--batch-size", 51)
 
 
 def test_without_arguments_the_help_is_shown():

@@ -233,7 +233,7 @@ def _encode(folder: Path, jpg_share: float) -> NDArray[np.uint8]:
     import numpy as np
     from PIL import Image
 
-    from gowide_dist.data.encode import Options, encode_image_folder
+    from gowide_dist.data.encode import Options, encode
 
     ramp = np.linspace(0, 200, 32)
     images = np.stack(
@@ -250,7 +250,7 @@ def _encode(folder: Path, jpg_share: float) -> NDArray[np.uint8]:
             path = folder / "images" / split / f"class{index // 4}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-    encode_image_folder(folder / "data", folder / "images", Options(jpg_share=jpg_share, workers=1))
+    encode("imagefolder", folder / "data", folder / "images", Options(jpg_share=jpg_share, workers=1))
     return images
 
 

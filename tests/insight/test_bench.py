@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gowide_dist import load_recipe
-from gowide_dist.data.encode import Options, encode_image_folder
+from gowide_dist.data.encode import Options, encode
 from gowide_dist.errors import DataError, UserError
 from gowide_dist.insight import bench
 from gowide_dist.insight.bench.loader import loader
@@ -43,7 +43,7 @@ DETAILS = {
 
 def test_loader_against_the_usual_ways(tmp_path: Path):
     write_image_folder(tmp_path / "images", 64, 4)
-    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, workers=1))
+    encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, workers=1))
     result = loader(tmp_path / "out", tmp_path / "images", batch_size=16, resolution=32, num_threads=1)
     rates = result["images_per_s"]
     assert set(rates) == {"gowide_dist", "ffcv", "torchvision", "decode_only"} == set(result["memory_mib"])
@@ -56,7 +56,7 @@ def test_missing_folders_are_errors(tmp_path: Path):
     with pytest.raises(DataError, match=r"dataset\.json: not found"):
         loader(tmp_path)
     write_image_folder(tmp_path / "images", 4, 4)
-    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(workers=1))
+    encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(workers=1))
     with pytest.raises(DataError, match="--images"):
         loader(tmp_path / "out", tmp_path / "nowhere")
 
@@ -86,7 +86,7 @@ def test_figures_of_training(figures, name):
 @pytest.mark.parametrize("jpg_share, close", [(0.0, 1e-5), (1.0, 0.03)])  # JPEG: FFCV's fast transform, Pillow's exact
 def test_the_plain_way_reads_the_same_images(tmp_path: Path, jpg_share, close):
     write_image_folder(tmp_path / "images", 8, 8, most_px=40)
-    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=jpg_share, workers=1))
+    encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(jpg_share=jpg_share, workers=1))
     plain = chain(tmp_path / "out", batch_size=8)
     plain["data"] |= {"resolution": 40, "augment": {}}
     recipe = load_recipe(write_job(tmp_path, plain))

@@ -7,7 +7,7 @@ import platform
 import pytest
 
 from gowide_dist import load_recipe
-from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.data.encode import encode
 from gowide_dist.insight.status import status, table
 from gowide_dist.prepare import prepare
 from tests.command import gowide, refused
@@ -17,7 +17,7 @@ from tests.fashion import chain, write_job, write_part
 @pytest.fixture
 def run(tmp_path):
     write_part(tmp_path / "idx", 120, 60)
-    encode_fashion_mnist(tmp_path / "data", tmp_path / "idx")
+    encode("fashion-mnist", tmp_path / "data", tmp_path / "idx")
     recipe = load_recipe(write_job(tmp_path, chain(tmp_path / "data")))
     return prepare(recipe, tmp_path / "runs").run
 

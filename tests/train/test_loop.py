@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gowide_dist
 from gowide_dist import load_model, load_recipe
-from gowide_dist.data.encode import encode_image_folder
+from gowide_dist.data.encode import encode
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.identity import fingerprint
@@ -395,7 +395,7 @@ def test_images_of_any_size_train_from_a_recipe(train, tmp_path, runs):
             path = tmp_path / "images" / split / str(label) / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).resize(tuple(rng.integers(24, 49, 2))).save(path)
-    encode_image_folder(tmp_path / "out", tmp_path / "images")
+    encode("imagefolder", tmp_path / "out", tmp_path / "images")
     files = {name: str(tmp_path / "out" / f"{name}.beton") for name in ("train", "val")}
     crop = {"flip": True, "crop": {"scale": [0.6, 1.0]}}
     data = {**files, "resolution": 32, "augment": crop, "center_crop": 1.0, "order": "quasi-random"}

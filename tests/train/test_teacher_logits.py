@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gowide_dist import load_recipe
-from gowide_dist.data.encode import encode_image_folder
+from gowide_dist.data.encode import encode
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.files import try_lock
 from gowide_dist.networks.teacher import Teacher
@@ -289,7 +289,7 @@ def test_images_that_grow_have_logits_of_their_size(monkeypatch, tmp_path):
             path = tmp_path / "images" / split / str(index % 4) / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (50, 60, 3), np.uint8)).save(path)
-    encode_image_folder(tmp_path / "out", tmp_path / "images")
+    encode("imagefolder", tmp_path / "out", tmp_path / "images")
     files = {name: str(tmp_path / "out" / f"{name}.beton") for name in ("train", "val")}
     stages = chain(tmp_path)["stages"]
     stages["teacher"]["epochs"] = 1

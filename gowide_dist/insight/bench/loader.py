@@ -124,7 +124,7 @@ def _memory_mib(key: str) -> float:
 
 
 def _own(beton: Path, batch_size: int, side: int, cropped: bool, threads: int) -> Epoch:
-    from gowide_dist.data.decode import RandomCrop, Shift
+    from gowide_dist.data.decode import RandomResizedCrop, Shift
     from gowide_dist.data.loader import Loader
     from gowide_dist.timeline import Batching
 
@@ -132,7 +132,7 @@ def _own(beton: Path, batch_size: int, side: int, cropped: bool, threads: int) -
         beton,
         Batching(batch_size),
         train=True,
-        geometry=RandomCrop(True, 0.08, 1.0, 3 / 4, 4 / 3) if cropped else Shift(True, 4),
+        geometry=RandomResizedCrop(True, 0.08, 1.0, 3 / 4, 4 / 3) if cropped else Shift(True, 4),
         resolution=side,
         num_threads=threads,
     )
@@ -168,13 +168,13 @@ def _decode_only(beton: Path, threads: int) -> Epoch:
     from gowide_dist.data.beton import JPEG, Beton
     from gowide_dist.data.threads import DaemonThreads
 
-    source = decode.source_of(Beton(beton))
-    shares = np.array_split(np.flatnonzero(source.modes == JPEG), threads)
-    scratches = [decode.Scratch.of(source) for _ in shares]
+    arrays = decode.BetonArrays.of(Beton(beton))
+    shares = np.array_split(np.flatnonzero(arrays.modes == JPEG), threads)
+    scratches = [decode.Scratch.of(arrays) for _ in shares]
     pool = DaemonThreads(threads)
 
     def epoch(_: int) -> int:
-        tasks = [partial(decode.decode_whole, source, *work) for work in zip(shares, scratches, strict=True)]
+        tasks = [partial(decode.decode_whole, arrays, *work) for work in zip(shares, scratches, strict=True)]
         for future in [pool.submit(task) for task in tasks]:
             future.result()
         return sum(map(len, shares))
