@@ -10,24 +10,31 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from gowide_dist.errors import RunError, is_full
 
 PARTIAL = ".partial"  # a folder of files that are being written
 
 
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` whole or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    with atomic(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager

@@ -145,10 +145,10 @@ class Student:
             "seconds": self.seconds,
             "stream": str(stream),
         }
-        about = {"stage": self.instance.key, "fingerprint": self.fingerprint, "world_size": self.world.size}
+        metadata = {"stage": self.instance.key, "fingerprint": self.fingerprint, "world_size": self.world.size}
         keep = self.recipe.checkpoints.keep
         self.writing(
-            partial(save_checkpoint, self.place.checkpoints, snapshot(state), step=step, about=about, keep=keep)
+            partial(save_checkpoint, self.place.checkpoints, snapshot(state), step=step, metadata=metadata, keep=keep)
         )
 
     def finish(self, step: int, results: Mapping[str, float], stream: StreamDigest) -> Done:

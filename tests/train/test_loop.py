@@ -252,10 +252,10 @@ def test_checkpoints_are_snapshots_written_while_training_goes_on(train, monkeyp
 def test_a_checkpoint_that_cannot_be_written_stops_training(train, monkeypatch, tmp_path):
     """At the next step, with the error of the file system; nothing is written after it, nothing is finished."""
 
-    def full(path, content):
+    def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    monkeypatch.setattr(checkpoint, "atomic", full)
     with pytest.raises(OSError, match="No space left"):
         train(name="full", into=tmp_path / "elsewhere")
     place = Run(tmp_path / "elsewhere" / "full").stage("teacher/wide")
