@@ -37,6 +37,24 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+class HashingFile:
+    """An open file that hashes what is written to it, from start to end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._sha256 = file, hashlib.sha256()
+        self.flush = file.flush
+
+    def write(self, content: bytes | memoryview) -> int:
+        self._sha256.update(content)
+        return self._file.write(content)
+
+    def sync(self) -> str:
+        """Put all on the disk; its SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._sha256.hexdigest()
+
+
 @contextmanager
 def writing_to(path: Path, option: str) -> Iterator[None]:
     """Inside, an error of the operating system becomes a RunError: `path` cannot be written, `option` names another.

@@ -6,18 +6,17 @@ a description, or with another digest than described, was cut off while it was w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from gowide_dist.files import atomic, sha256, write_atomically
+from gowide_dist.files import HashingFile, atomic, sha256, write_atomically
 
 FORMAT = 2  # of the state: raised when its keys or their meaning change
 log = logging.getLogger(__name__)
@@ -83,27 +82,15 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.pt"
     with atomic(path) as file:
-        hashing = _HashingFile(file)
-        torch.save(state, hashing)  # type: ignore[arg-type]  # uses `write` and `flush` alone
-    description = {"format": FORMAT, "step": step, **metadata, "sha256": hashing.digest.hexdigest()}
+        hashing = HashingFile(file)  # the state is never in memory a second time
+        torch.save(state, hashing)  # type: ignore[arg-type]
+        description = {"format": FORMAT, "step": step, **metadata, "sha256": hashing.sync()}
     write_atomically(path.with_suffix(".json"), json.dumps(description, indent=2) + "\n")
     states = sorted(folder.glob("step-*.pt"))
     kept = [state for state in states if state <= path and state.with_suffix(".json").exists()][-keep:]
     for old in set(states) - set(kept):
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink()
-
-
-class _HashingFile:
-    """Hashes what is written on its way to a file: a state is never in memory a second time."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.digest = file, hashlib.sha256()
-        self.flush = file.flush
-
-    def write(self, data: bytes | memoryview) -> int:
-        self.digest.update(data)
-        return self._file.write(data)
 
 
 def whole_checkpoints(folder: Path, fingerprint: str) -> list[int]:

@@ -27,7 +27,7 @@ from gowide_dist.train.metrics import mean_over_samples
 from gowide_dist.train.objectives import build_objective
 from gowide_dist.train.optim import learning_rate
 from gowide_dist.train.student import Examples, Student, TrainingError, autocast
-from gowide_dist.train.teacher_logits import Layout, Source, TeacherLogits, TeacherOutput, stored_logits
+from gowide_dist.train.teacher_logits import Layout, TeacherLogits, TeacherOutput, stored_logits
 from gowide_dist.world import World, to_device
 
 DATA_BOUND = 0.3  # share of the time spent waiting for data from which on the user is told
@@ -362,7 +362,9 @@ class _Training:
                     logits = teacher().logits(self.images.to_device(batch)[0])
                 yield logits
 
-        source = Source(lambda epoch: ask(self._epoch(epoch)), lambda: ask(self.images.val.batches()))
+        def source(epoch: int | None) -> Iterator[Tensor]:
+            return ask(self.images.val.batches() if epoch is None else self._epoch(epoch))
+
         return stored_logits(ctx.run.teacher_logits, about, layout, source, self.world, self.name)
 
     def _load_teacher(self, instance: Instance) -> ResNet:

@@ -17,7 +17,7 @@ from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.transforms import linear_transform, merged
 from gowide_dist.recipe import BlocksStage, KlStage, LabelsStage
 from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
-from gowide_dist.train.teacher_logits import TeacherOutput, coarsened
+from gowide_dist.train.teacher_logits import TeacherOutput, merge_tail
 
 
 class Objective(nn.Module, ABC):
@@ -102,7 +102,7 @@ class Kl(Objective):
         if stored is None:
             assert self.teacher is not None
             stored = TeacherOutput(self.teacher.logits(images))
-        kl = kl_divergence(coarsened(logits, stored.classes, self.temperature), stored.values, self.temperature)
+        kl = kl_divergence(merge_tail(logits, stored.classes, self.temperature), stored.values, self.temperature)
         if not self.labels_weight:
             return {"loss": kl}, logits
         from_labels = cross_entropy(logits, labels)
