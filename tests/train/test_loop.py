@@ -344,7 +344,7 @@ def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path):
         "teacher": {"train": "wide", "objective": "labels", "epochs": 0, "init": {"file": str(tmp_path / "other.pth")}}
     }
     networks = {"wide": {"arch": "resnet18"}}
-    with pytest.raises(RunError, match=r"fc.weight is \(7, 512\) there, \(10, 512\) here; fc.bias is \(7,\) there"):
+    with pytest.raises(RunError, match=r"fc.weight is \(7, 512\) in the file, \(10, 512\) in the network; fc.bias is"):
         train(networks=networks, stages=stages)
     (tmp_path / "other.pth").write_bytes(b"no weights")
     runs = sorted(tmp_path.rglob("*"))
