@@ -111,10 +111,9 @@ class Layout:
         return self.epochs + 1
 
     def block_rows(self, block: int) -> slice:
-        start, count = (
-            (0, self.val_rows) if block == self.epochs else (block * self.rows_per_epoch, self.rows_per_epoch)
-        )
-        return slice(start, start + count)
+        if block == self.epochs:
+            return slice(0, self.val_rows)
+        return slice(block * self.rows_per_epoch, (block + 1) * self.rows_per_epoch)
 
     def arrays(self, block: int) -> list[tuple[str, np.dtype[Any], tuple[int, int]]]:
         """Names, types and shapes of the arrays with the rows of a block."""
