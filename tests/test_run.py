@@ -63,7 +63,7 @@ def test_what_is_forgotten_never_comes_back(data, tmp_path):
     recipe = chain(data)
     run = train(tmp_path, recipe, "teacher")
     place = run.stage("teacher/wide")
-    save_checkpoint(place.checkpoints, {}, step=3, about={"fingerprint": "of another"}, keep=1)
+    save_checkpoint(place.checkpoints, {}, step=3, metadata={"fingerprint": "of another"}, keep=1)
     (place.path / "done.json").unlink()
     (place.path / "identity.json").unlink()
     again = train(tmp_path, recipe, "teacher").stage("teacher/wide").done

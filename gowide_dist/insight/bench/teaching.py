@@ -18,7 +18,7 @@ from gowide_dist.networks.teacher import Teacher
 from gowide_dist.recipe import BlocksStage
 from gowide_dist.train.objectives import build_objective
 from gowide_dist.train.student import autocast
-from gowide_dist.train.teacher_logits import Layout, Source, TeacherLogits, stored_logits
+from gowide_dist.train.teacher_logits import Layout, TeacherLogits, stored_logits
 
 _NUM_STUDENTS = 3
 
@@ -166,7 +166,10 @@ def _store(subject: Subject, taught: Teacher) -> TeacherLogits:
             yield from (taught.logits(images) for images, _ in inputs)
 
     first = subject.inputs[0]
-    source = Source(lambda epoch: ask(subject.inputs), lambda: ask([(first[0][:1], first[1][:1])]))
+
+    def source(epoch: int | None) -> Iterator[Tensor]:
+        return ask([(first[0][:1], first[1][:1])] if epoch is None else subject.inputs)
+
     with contextlib.redirect_stdout(io.StringIO()):
         return stored_logits(subject.folder, {"for": "bench"}, layout, source, subject.world, "bench")
 

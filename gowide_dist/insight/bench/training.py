@@ -90,7 +90,7 @@ def _foreground_saves(subject: Subject, architecture: Architecture) -> list[floa
     folder = subject.folder / "checkpoints"
     folder.mkdir()
     return [
-        seconds_of(partial(save_checkpoint, folder, state, step=step, about={}, keep=1))
+        seconds_of(partial(save_checkpoint, folder, state, step=step, metadata={}, keep=1))
         for step in range(subject.effort.pairs)
     ]
 
