@@ -446,7 +446,7 @@ def report(
     from gowide_dist.insight.report import report
     from gowide_dist.run import Run
 
-    text, data = report([Run(path) for path in runs], measured=measure, out=out)
+    text, data = report([Run(path) for path in runs], measure=measure, out=out)
     print_line(json.dumps(data, indent=2) if as_json else text)
 
 

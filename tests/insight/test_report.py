@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from gowide_dist import load_model, load_recipe
 from gowide_dist.files import sha256
-from gowide_dist.insight import compare
 from gowide_dist.insight.report import report, write_report
-from gowide_dist.insight.results import Standing, times, view
+from gowide_dist.insight.results import spread
 from gowide_dist.insight.trained import open_trained
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
@@ -84,7 +83,7 @@ def test_what_is_measured_is_of_the_finished_networks(reported):
     written = rows(run.report / "results.csv")
     assert [float(row["top1"]) for row in written] == [row["top1"] for row in data["results"]]
     assert all((run.report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-               for name in ("loss", "accuracy", "cost", "time", "imitate-thin"))  # fmt: skip
+               for name in ("loss", "accuracy", "cost"))  # fmt: skip
 
 
 def test_channels_that_died_are_told(copy):
@@ -132,24 +131,6 @@ def test_without_its_data(copy):
     assert "gone.beton" in data["not_measured"]["distill/thin"]
     assert all(row["agreement"] is None and row["latency_ms_1"] > 0 for row in data["results"])
     assert "gone.beton" in (copy.report / "report.html").read_text()
-
-
-def test_where_the_time_went(runs):
-    instance = view(runs[0]).standings["distill/thin"].instance
-    train = {"kind": "train", "epoch": 1, "images_per_s": 100.0, "data_wait": 0.25, "comm_wait": 0.1}
-    lines = [
-        {**train, "step": 10, "seconds": 12.0},  # 1,000 images: 10 s
-        {"kind": "val", "epoch": 1, "step": 10, "seconds": 15.0},
-        {**train, "step": 20, "seconds": 26.0},  # 1 s between
-    ]
-    spent = times(Standing(instance, None, lines), batch_size=100)
-    assert spent[:6] == (13, 5, 2, 3, 1, 2)
-    old = [{name: value for name, value in line.items() if name not in ("seconds", "comm_wait")} for line in lines]
-    spent = times(Standing(instance, None, old), batch_size=100)
-    assert spent[:5] == (15, 5, None, None, None)
-    for key, spent in view(runs[0]).times.items():
-        assert sum(spent[:6]) == pytest.approx(spent.total, rel=0.02), key
-        assert spent.validation > 0
 
 
 def test_a_run_in_progress(copy):
@@ -211,8 +192,8 @@ def test_runs_that_differ_in_more(runs, copy, tmp_path):
 def test_the_same_twice_is_refused(runs, copy):
     line = refused("report", runs[0].path, copy.path)
     assert "the same recipe and seed" in line
-    assert compare.spread([]) is None
-    assert compare.spread([1.0]).sd is None
+    assert spread([]) is None
+    assert spread([1.0])["sd"] is None
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -221,14 +202,16 @@ def test_the_page_in_a_browser(reported, runs, tmp_path, several):
         pytest.skip("no Chromium here (Debian: apt-get install chromium)")
     _, data = report(runs if several else runs[:1], out=tmp_path / "report")
     page = tmp_path / "report" / ("runs.html" if several else "report.html")
-    seen, asked = look_at(page, [1280, 390], chromium, tmp_path / "chromium")
+    seen, asked = look_at(page, [1280, 400], chromium, tmp_path / "chromium")
+    dark, _ = look_at(page, [400], chromium, tmp_path / "chromium", dark=True)
+    assert (seen["400"]["ink"], seen["400"]["paper"]) == ("rgb(31, 35, 41)", "rgb(255, 255, 255)")
+    assert (dark["400"]["ink"], dark["400"]["paper"]) == ("rgb(230, 237, 243)", "rgb(15, 19, 24)")
     assert set(asked) <= {"/wrapper.html", f"/{page.name}", "/favicon.ico"}
     numbers = [f"{row['top1']:.2f}" for run in data.get("runs", [data]) for row in run["results"]]
     for width, shown in seen.items():
-        assert len(shown["pictures"]) == (2 if several else 8), width
-        assert all(natural > 0 and drawn > 200 for natural, drawn in shown["pictures"]), width
+        assert len(shown["figures"]) == (2 if several else 6), width
+        assert all(drawn > 100 and width > 200 for drawn, width in shown["figures"]), width
         assert shown["overflow"] <= 0, width
-        assert [name for name in shown["asked"] if not name.startswith("data:")] == []
+        assert shown["asked"] == []
         assert all(number in shown["text"] for number in numbers)
         assert "not measured" not in shown["text"] or several
-        assert "time" in shown["text"]
