@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from matplotlib import rc_context
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from gowide_dist.files import write_atomically
-from gowide_dist.insight.results import RunResults
+from gowide_dist.insight.results import Group, RunResults
 from gowide_dist.recipe import KlStage
 
 TEXT, GRID = "#1f2329", "#d0d7dd"
@@ -82,16 +81,24 @@ def figures_of_run(results: RunResults, folder: Path) -> dict[str, str]:
     }
 
 
-def figures_of_groups(values: Mapping[str, Mapping[str, Sequence[float]]], folder: Path) -> dict[str, str]:
-    """SVG by what it shows; runs.png into `folder`. values: by title and label; each is a dot, the line their mean."""
+def figures_of_groups(groups: Sequence[Group], folder: Path) -> dict[str, str]:
+    """SVG by what it shows; runs.png into `folder`. Every network is a dot, the line their mean."""
     panels = []
-    for title, groups in values.items():
-        dots = [Series(label, [x] * len(y), y, "o") for x, (label, y) in enumerate(groups.items())]
-        means = [
-            Series(label, [x - 0.25, x + 0.25], [fmean(y)] * 2, "-") for x, (label, y) in enumerate(groups.items())
-        ]
-        if groups:
-            panels.append(Panel(title, dots + means, names=list(groups)))
+    for title, name in (("top-1 %", "top1"), ("points above the baseline", "minus_baseline")):
+        spreads = {
+            f"{group.name}: {key}" if len(groups) > 1 else key: spread
+            for group in groups
+            for key, statistic in group.statistics.items()
+            # imitation, far below the others, would hide their differences
+            if group.runs[0].recipe.instances[key].stage.objective != "blocks"
+            if (spread := getattr(statistic, name))
+        }
+        series = []
+        for x, (label, spread) in enumerate(spreads.items()):
+            series.append(Series(label, [x] * spread.n, spread.values, "o"))
+            series.append(Series(label, [x - 0.25, x + 0.25], [spread.mean] * 2, "-"))
+        if series:
+            panels.append(Panel(title, series, names=list(spreads)))
     if panels:
         draw(*([panel] for panel in panels), png=folder / "runs.png")
     return {f"{panel.title}: every network, and their mean": draw([panel]) for panel in panels}

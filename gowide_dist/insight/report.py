@@ -11,7 +11,7 @@ from typing import Any
 
 from gowide_dist.files import write_atomically, writing_to
 from gowide_dist.insight.latency import measure_networks
-from gowide_dist.insight.results import SPREAD, Result, RunResults, group_runs, read_results, statistics
+from gowide_dist.insight.results import Group, Result, RunResults, Spread, group_runs, read_results
 from gowide_dist.insight.text import table, used_columns
 from gowide_dist.run import Run
 
@@ -22,8 +22,13 @@ COLUMNS = {  # of a run's table: the field of a Result, and its format
     "agrees %": ("agreement", ".2f"), "ms at 1": ("latency_ms_1", ",.2f"), "ms at 64": ("latency_ms_64", ",.1f"),
 }  # fmt: skip
 GROUP_COLUMNS = (
-    "stage", "network", "student epochs", "n", "top-1 %, mean ± sd", "min", "max", "minus baseline, mean ± sd", "n",
+    "stage", "network", "student epochs", "top-1 %, mean ± sd", "n", "min", "max", "minus baseline, mean ± sd", "n",
     "min", "max",
+)  # fmt: skip
+SPREAD = ("n", "mean", "sd", "min", "max")
+GROUPS_CSV = (
+    "recipe", "seeds", "stage", "network", "student_epochs",
+    *(f"top1_{name}" for name in SPREAD), *(f"minus_baseline_{name}" for name in SPREAD),
 )  # fmt: skip
 RUN_CAPTION = (
     "Epochs and seconds are of the stage alone; student epochs and train TFLOPs include the stages that it started "
@@ -104,57 +109,27 @@ def _report_run(results: RunResults, folder: Path) -> tuple[str, dict[str, Any]]
     return "\n".join([section.text(), "", *notes]), results.as_json()
 
 
-def _report_groups(groups: Mapping[str, list[RunResults]], folder: Path) -> tuple[str, dict[str, Any]]:
+def _report_groups(groups: list[Group], folder: Path) -> tuple[str, dict[str, Any]]:
     from gowide_dist.insight.plots import figures_of_groups
 
-    rows = {name: statistics(runs) for name, runs in groups.items()}
-    seeds = {name: ", ".join(str(run.recipe.seed) for run in runs) for name, runs in groups.items()}
-    head = ["recipe", "seeds", "stage", "network", "student_epochs"]
-    _write_csv(
-        folder / "runs.csv",
-        [*head, *(f"{name}_{number}" for name in ("top1", "minus_baseline") for number in SPREAD)],
-        (
-            [name, seeds[name], *list(row.values())[:3], *_numbers(row["top1"]), *_numbers(row["minus_baseline"])]
-            for name in groups
-            for row in rows[name].values()
-        ),
-    )
-    sections = [
-        Section(
-            f"{', '.join(str(run.run.path) for run in runs)} (seeds {seeds[name]})",
-            GROUP_COLUMNS,
-            [_group_cells(row) for row in rows[name].values()],
-            lines=[] if rows[name] else ["No stage is finished yet."],
-        )
-        for name, runs in groups.items()
+    rows = [
+        (group.name, group.seeds, row.stage, row.network, row.student_epochs, *_numbers(row.top1, row.minus_baseline))
+        for group in groups
+        for row in group.statistics.values()
     ]
+    _write_csv(folder / "runs.csv", GROUPS_CSV, rows)
+    sections = [_group_section(group) for group in groups]
     if len(groups) > 1:
-        sections += _side_by_side(groups, rows)
+        sections += _side_by_side(groups)
     text = [f"{section.title}\n\n{section.text(markdown=True)}" for section in sections]
-    figures = figures_of_groups({
-        title: {
-            f"{name}: {key}" if len(groups) > 1 else key: row[column]["values"]
-            for name, runs in groups.items()
-            for key, row in rows[name].items()
-            # imitation, far below the others, would hide their differences
-            if row[column] and runs[0].recipe.instances[key].stage.objective != "blocks"
-        }
-        for title, column in (("top-1 %", "top1"), ("points above the baseline", "minus_baseline"))
-    }, folder)  # fmt: skip
-    everyone = [run for runs in groups.values() for run in runs]
-    sections += [Section("Every run", figures=figures, caption=GROUPS_CAPTION), *map(_run_section, everyone)]
-    _write_page(folder / "runs.html", ", ".join(groups), sections)
-    return "\n\n".join([*text, f"more in {folder / 'runs.html'}"]), {
-        "runs": [run.as_json() for run in everyone],
-        "groups": [
-            {
-                "runs": [str(run.run.path) for run in runs],
-                "seeds": [run.recipe.seed for run in runs],
-                "statistics": list(rows[name].values()),
-            }
-            for name, runs in groups.items()
-        ],
-    }
+    runs = [run for group in groups for run in group.runs]
+    sections += [
+        Section("Every run", figures=figures_of_groups(groups, folder), caption=GROUPS_CAPTION),
+        *(_run_section(run) for run in runs),
+    ]
+    _write_page(folder / "runs.html", ", ".join(group.name for group in groups), sections)
+    data = {"runs": [run.as_json() for run in runs], "groups": [group.as_json() for group in groups]}
+    return "\n\n".join([*text, f"more in {folder / 'runs.html'}"]), data
 
 
 def _run_section(results: RunResults) -> Section:
@@ -162,52 +137,47 @@ def _run_section(results: RunResults) -> Section:
         ["" if (value := getattr(row, name)) is None else format(value, spec) for name, spec in COLUMNS.values()]
         for row in results.rows.values()
     ]
-    count = f"{results.run.path}: {len(rows)} of {len(results.recipe.instances)} stages done"
-    nothing = [] if rows else ["No stage is finished yet."]
+    lines = [f"{results.run.path}: {len(rows)} of {len(results.recipe.instances)} stages done"]
+    lines += [] if rows else ["No stage is finished yet."]
     title = f"{results.run.path}, seed {results.recipe.seed}"
-    return Section(title, list(COLUMNS), rows, lines=[count, *nothing, *results.notes])
+    return Section(title, list(COLUMNS), rows, lines=[*lines, *results.notes])
 
 
-def _side_by_side(groups: Mapping[str, list[RunResults]], rows: Mapping[str, dict[str, Any]]) -> list[Section]:
+def _group_section(group: Group) -> Section:
+    def numbers(spread: Spread | None, sign: str = "") -> list[str]:
+        """Mean ± sd, n, min, max."""
+        if spread is None:
+            return [""] * 4
+        return [spread.text(sign), str(spread.n), f"{spread.min:{sign}.2f}", f"{spread.max:{sign}.2f}"]
+
+    rows = [
+        [row.stage, row.network, str(row.student_epochs), *numbers(row.top1), *numbers(row.minus_baseline, "+")]
+        for row in group.statistics.values()
+    ]
+    title = f"{', '.join(str(run.run.path) for run in group.runs)} (seeds {group.seeds})"
+    return Section(title, GROUP_COLUMNS, rows, lines=[] if rows else ["No stage is finished yet."])
+
+
+def _side_by_side(groups: list[Group]) -> list[Section]:
     """Top-1 of every instance in each group, and the settings in which the groups' recipes differ."""
-    top1 = [
-        [
-            key,
-            *(
-                f"{(cells := _spread_cells(row['top1']))[0]} (n={cells[1]})" if (row := of.get(key)) else ""
-                for of in rows.values()
-            ),
-        ]
-        for key in dict.fromkeys(key for of in rows.values() for key in of)
-    ]
-    settings = [runs[0].settings for runs in groups.values()]
-    values = {
-        key: [of.get(key, "absent") for of in settings] for key in dict.fromkeys(key for of in settings for key in of)
-    }
-    differences = [[key, *of] for key, of in values.items() if len(set(of)) > 1]
+    names = [group.name for group in groups]
+    top1 = []
+    for key in dict.fromkeys(key for group in groups for key in group.statistics):
+        spreads = [group.statistics[key].top1 if key in group.statistics else None for group in groups]
+        top1.append([key, *(f"{spread.text()} (n={spread.n})" if spread else "" for spread in spreads)])
+    settings = [group.runs[0].settings for group in groups]
+    keys = dict.fromkeys(key for values in settings for key in values)
+    rows = [[key, *(values.get(key, "absent") for values in settings)] for key in keys]
+    differences = [row for row in rows if len(set(row[1:])) > 1]
     return [
-        Section("Side by side", ("top-1 %", *groups), top1, left=(0,)),
-        Section("Differences between the recipes", ("setting", *groups), differences, left=(0,)),
+        Section("Side by side", ["top-1 %", *names], top1, left=(0,)),
+        Section("Differences between the recipes", ["setting", *names], differences, left=(0,)),
     ]
 
 
-def _spread_cells(spread: Mapping[str, Any] | None, sign: str = "") -> tuple[str, ...]:
-    """Mean ± sd, n, min and max as text."""
-    if spread is None:
-        return ("",) * 4
-    mean, low, high = (f"{spread[name]:{sign}.2f}" for name in ("mean", "min", "max"))
-    return mean + ("" if spread["sd"] is None else f" ± {spread['sd']:.2f}"), str(spread["n"]), low, high
-
-
-def _group_cells(row: Mapping[str, Any]) -> list[str]:
-    """A row under GROUP_COLUMNS."""
-    mean, n, *least_and_most = _spread_cells(row["top1"])
-    baseline = _spread_cells(row["minus_baseline"], "+")
-    return [row["stage"], row["network"], str(row["student_epochs"]), n, mean, *least_and_most, *baseline]
-
-
-def _numbers(spread: Mapping[str, Any] | None) -> list[Any]:
-    values = [spread and spread[name] for name in SPREAD]
+def _numbers(*spreads: Spread | None) -> list[float | None]:
+    """Under the columns of runs.csv that SPREAD names, for each."""
+    values = [getattr(spread, name, None) for spread in spreads for name in SPREAD]
     return [round(value, 4) if isinstance(value, float) else value for value in values]
 
 

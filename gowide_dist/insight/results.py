@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -142,51 +142,81 @@ def read_results(run: Run) -> RunResults:
     return RunResults(run, recipe, done, metrics, read_measurements(run))
 
 
-SPREAD = ("n", "mean", "sd", "min", "max")
+@dataclass(frozen=True)
+class Spread:
+    """Of n values; sd: the standard deviation (n - 1), None for one value."""
+
+    n: int
+    mean: float
+    sd: float | None
+    min: float
+    max: float
+    values: list[float]
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread | None:
+        """None for an empty list."""
+        sd = stdev(values) if len(values) > 1 else None
+        return cls(len(values), fmean(values), sd, min(values), max(values), values) if values else None
+
+    def text(self, sign: str = "") -> str:
+        return f"{self.mean:{sign}.2f}" + (f" ± {self.sd:.2f}" if self.sd is not None else "")
 
 
-def spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """n, mean, sd (with n - 1; None for one value), min and max of values, and these; None for an empty list."""
-    if not values:
-        return None
-    sd = stdev(values) if len(values) > 1 else None
-    numbers = (len(values), fmean(values), sd, min(values), max(values))
-    return {**dict(zip(SPREAD, numbers, strict=True)), "values": list(values)}
+@dataclass(frozen=True)
+class Statistic:
+    """A stage instance over the runs of a group.
 
-
-def statistics(runs: Sequence[RunResults]) -> dict[str, dict[str, Any]]:
-    """For each instance that one of the runs has finished: stage, network, student epochs, and the spread of its
-
-    top1: in %, over the networks that were trained: one that several runs share counts once;
-    minus_baseline: in points, over the runs that have both at equal student epochs, within each.
+    top1: in %, of each network that was trained: one that several runs share counts once. minus_baseline: in points,
+    within each run that has both at equal student epochs.
     """
-    rows = {}
-    for key in runs[0].recipe.instances:
-        finished = [run for run in runs if key in run.done]
-        if not finished:
-            continue
-        stage, network, epochs = (
-            getattr(finished[0].rows[key], name) for name in ("stage", "network", "student_epochs")
-        )
-        top1 = {run.done[key].model_sha256: run.done[key].top1 for run in finished}
-        baseline = f"{BASELINE}/{network}"
-        differences = [
-            run.done[key].top1 - run.done[baseline].top1
-            for run in finished
-            if baseline in run.done and key != baseline and run.rows[baseline].student_epochs == epochs
-        ]
-        rows[key] = {
-            "stage": stage, "network": network, "student_epochs": epochs,
-            "top1": spread(list(top1.values())), "minus_baseline": spread(differences),
-        }  # fmt: skip
-    return rows
+
+    stage: str
+    network: str
+    student_epochs: int
+    top1: Spread
+    minus_baseline: Spread | None
 
 
-def group_runs(runs: Sequence[RunResults]) -> dict[str, list[RunResults]]:
-    """The runs by recipe, under its name or, where that is not unique, their path.
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe with different seeds. name: the recipe's or, where that is not unique, the run's path."""
 
-    Raises RunError if two runs have the same recipe and the same seed.
-    """
+    name: str
+    runs: list[RunResults]
+
+    @property
+    def seeds(self) -> str:
+        return ", ".join(str(run.recipe.seed) for run in self.runs)
+
+    @cached_property
+    def statistics(self) -> dict[str, Statistic]:
+        """Of each instance that a run has finished."""
+        statistics = {}
+        for key in self.runs[0].recipe.instances:
+            finished = [run for run in self.runs if key in run.done]
+            top1 = Spread.of(list({run.done[key].model_sha256: run.done[key].top1 for run in finished}.values()))
+            if top1 is None:
+                continue
+            row = finished[0].rows[key]
+            baseline = f"{BASELINE}/{row.network}"
+            pairs = [
+                (run.rows[key], run.rows[baseline]) for run in finished if baseline in run.done and key != baseline
+            ]
+            minus = [one.top1 - plain.top1 for one, plain in pairs if one.student_epochs == plain.student_epochs]
+            statistics[key] = Statistic(row.stage, row.network, row.student_epochs, top1, Spread.of(minus))
+        return statistics
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "runs": [str(run.run.path) for run in self.runs],
+            "seeds": [run.recipe.seed for run in self.runs],
+            "statistics": [asdict(row) for row in self.statistics.values()],
+        }
+
+
+def group_runs(runs: Sequence[RunResults]) -> list[Group]:
+    """The runs by recipe. Raises RunError if two have the same recipe and the same seed."""
     by_recipe: dict[str, dict[int, RunResults]] = {}
     for run in runs:
         seeds = by_recipe.setdefault(json.dumps(run.settings), {})
@@ -196,11 +226,11 @@ def group_runs(runs: Sequence[RunResults]) -> dict[str, list[RunResults]]:
                 "name one of them"
             )
         seeds[run.recipe.seed] = run
-    groups = [list(seeds.values()) for seeds in by_recipe.values()]
-    names = [group[0].recipe.name for group in groups]
-    paths = [group[0].run.path.absolute() for group in groups]
+    members = [list(seeds.values()) for seeds in by_recipe.values()]
+    names = [runs[0].recipe.name for runs in members]
+    paths = [runs[0].run.path.absolute() for runs in members]
     common = os.path.commonpath(paths)
-    return {
-        name if names.count(name) == 1 else str(path.relative_to(common)): group
-        for name, path, group in zip(names, paths, groups, strict=True)
-    }
+    return [
+        Group(name if names.count(name) == 1 else str(path.relative_to(common)), runs)
+        for name, path, runs in zip(names, paths, members, strict=True)
+    ]

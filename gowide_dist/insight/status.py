@@ -16,7 +16,7 @@ from gowide_dist.launch.queue import JobState, cancel, newest_jobs, read_jobs
 from gowide_dist.launch.slurm import log_file, start_of
 from gowide_dist.prepare import Prepared
 from gowide_dist.progress import clock
-from gowide_dist.recipe import Instance, Recipe, load_recipe
+from gowide_dist.recipe import Recipe, load_recipe
 from gowide_dist.run import Done, Run, StageDir, read_metrics
 
 FOLLOW_EVERY_S = 0.5
