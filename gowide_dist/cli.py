@@ -307,7 +307,7 @@ def submit(
 
     Example: `gowide submit jobs/demo.yaml --cluster slurm/clusters/devcluster.yaml`
     """
-    from gowide_dist.insight.status import graph
+    from gowide_dist.insight.status import submitted_table
     from gowide_dist.launch.chain import prepare_chain, rehearse_chain
     from gowide_dist.launch.profile import load_profile
     from gowide_dist.launch.queue import require
@@ -322,7 +322,7 @@ def submit(
     require("sbatch")
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
     write_run(prepared, fresh=fresh, in_jobs={*chain.queued, *chain.leaving})
-    print_line(graph(prepared, {**chain.queued, **chain.submit()}))
+    print_line(submitted_table(prepared, {**chain.queued, **chain.submit()}))
 
 
 @app.command()
@@ -334,11 +334,13 @@ def status(
 
     Example: `gowide status runs/demo`
     """
-    from gowide_dist.insight import status
+    from dataclasses import asdict
+
+    from gowide_dist.insight.status import status, status_table
     from gowide_dist.run import Run
 
-    rows = status.status(Run(run))
-    print_line(json.dumps(status.as_json(rows), indent=2) if as_json else status.table(rows))
+    rows = status(Run(run))
+    print_line(json.dumps([asdict(row) for row in rows], indent=2) if as_json else status_table(rows))
 
 
 @app.command()
@@ -443,7 +445,7 @@ def report(
     from gowide_dist.insight.report import report
     from gowide_dist.run import Run
 
-    text, data = report([Run(path) for path in runs], measured=measure, out=out)
+    text, data = report([Run(path) for path in runs], measure=measure, out=out)
     print_line(json.dumps(data, indent=2) if as_json else text)
 
 

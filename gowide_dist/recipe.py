@@ -286,7 +286,11 @@ class Checkpoints(Frozen):
 
 
 class Instance(NamedTuple):
-    """One stage for one network: what runs, is stored and is fingerprinted. `key` is `stage/network`."""
+    """One stage for one network: what runs, is stored and is fingerprinted. `key` is `stage/network`.
+
+    What is to be trained is said here; elsewhere, of the same instance: `StageDir` is its folder, `Done` its result,
+    `StagePlan` its expected cost, `StageStatus` its progress and its job, `Result` its row in a report.
+    """
 
     stage_name: str
     network_name: str

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 
 from gowide_dist.files import sha256
-from gowide_dist.train.checkpoint import Background, load_checkpoint, save_checkpoint, whole_checkpoints
+from gowide_dist.train.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
 
 
 def save(folder, step, keep=2, fingerprint="mine"):
@@ -87,41 +86,3 @@ def test_a_state_is_never_in_memory_a_second_time(tmp_path):
     """200 MB are written in at most 50 MB beside them."""
     result = subprocess.run([sys.executable, "-c", SAVE_ALONE, tmp_path], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 50_000  # KiB
-
-
-def test_writing_goes_on_in_the_background_in_order():
-    written, gate = [], threading.Event()
-    with Background() as writing:
-        writing(lambda: (gate.wait(60), written.append(1)))
-        writing(lambda: written.append(2))
-        writing.check()  # nothing has failed
-        assert written == []
-        gate.set()
-        writing.wait()
-        assert written == [1, 2]
-        writing(lambda: written.append(3))
-    assert written == [1, 2, 3]
-
-
-def test_nothing_is_written_after_a_failure():
-    """The first failure surfaces wherever training looks next, not that of a later write."""
-    written, gate = [], threading.Event()
-
-    def fail(error):
-        gate.wait(60)
-        raise error
-
-    with pytest.raises(OSError, match="first"), Background() as writing:  # at the regular exit
-        writing(lambda: fail(OSError("first")))
-        writing(lambda: fail(OSError("second")))
-        writing(lambda: written.append(1))
-        gate.set()
-        with pytest.raises(OSError, match="first"):
-            writing.wait()
-        with pytest.raises(OSError, match="first"):
-            writing.check()
-        writing(lambda: written.append(2))
-    assert written == []
-    with pytest.raises(KeyError), Background() as writing:  # never in place of the error that ends training
-        writing(lambda: fail(OSError("first")))
-        raise KeyError
