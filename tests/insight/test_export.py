@@ -24,6 +24,7 @@ from gowide_dist.insight import export
 from gowide_dist.insight.trained import open_trained
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
+from gowide_dist.timeline import Batching
 from tests.command import gowide, refused
 from tests.docs import DOCS, fenced_blocks
 from tests.fashion import write_job
@@ -45,7 +46,7 @@ def exported(finished_run):
 def val(finished_run):
     """The validation images, uint8 [1000, 28, 28, 3], and their labels."""
     beton = finished_run.path.parents[1] / "data" / "val.beton"
-    with closing(Loader(beton, batch_size=1000, train=False, resolution=28)) as loader:
+    with closing(Loader(beton, Batching(1000), train=False, resolution=28)) as loader:
         batch = next(iter(loader.batches()))
         return batch.images.numpy().copy(), batch.labels.numpy().copy()
 
@@ -152,7 +153,7 @@ def test_the_same_again_and_what_is_there(finished_run, exported, tmp_path, caps
 
 
 def test_another_architecture_and_a_loss_that_is_told(finished_run, val, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "INT8_MAY_LOSE", -100.0)
+    monkeypatch.setattr(export, "MAX_INT8_LOSS", -100.0)
     export.export(open_trained(finished_run.path, "baseline/basic"), tmp_path / "export", images=32)
     assert "warning: model.int8.onnx loses " in capsys.readouterr().err
     expected = torch_logits(finished_run, "baseline", val[0][:32], "basic")
