@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import gowide_dist
 from gowide_dist.data.memory import available_memory_bytes
@@ -74,9 +75,9 @@ def check_machine(runs: Path, cluster: Path | None = None) -> Iterator[Finding]:
     yield from in_child("ffcv", "jpeg")
     yield from in_child("gpus")
     if cluster:
-        yield examine("profile", lambda: check_profile(cluster))
+        yield examine("profile", lambda: check_profile(cluster, runs))
     yield examine("slurm", lambda: check_slurm(is_needed=cluster is not None))
-    yield examine("runs", lambda: check_runs(runs, cluster))
+    yield examine("runs", lambda: check_runs(runs))
 
 
 def examine(name: str, check: Callable[[], str]) -> Finding:
@@ -108,33 +109,26 @@ def in_child(*names: str, limit_s: float = CHILD_LIMIT_S) -> list[Finding]:
 
 def check_packages(constraints: Path = CONSTRAINTS) -> str:
     """The dependencies in pyproject.toml are installed, in the versions of constraints.txt if that is present."""
-    requirements = [Requirement(text) for text in metadata.requires("gowide_dist") or ()]
-    missing = [
-        f"{requirement} ({installed or 'absent'})"
-        for requirement in requirements
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if not ((installed := _version(requirement.name)) and requirement.specifier.contains(installed, True))
-    ]
+    installed = {canonicalize_name(package.name): package.version for package in metadata.distributions()}
+    missing = []
+    for requirement in map(Requirement, metadata.requires("gowide_dist") or ()):
+        version = installed.get(canonicalize_name(requirement.name))
+        is_optional = requirement.marker and not requirement.marker.evaluate({"extra": ""})
+        if not is_optional and not (version and requirement.specifier.contains(version, prereleases=True)):
+            missing.append(f"{requirement} ({version or 'absent'})")
     if missing:
         raise CheckError(f"missing or too old: {', '.join(missing)}", INSTALL)
     if not constraints.is_file():
         return "all installed; no constraints.txt to compare versions with"
     pins = [line.split("==") for line in constraints.read_text().splitlines() if "==" in line]
     others = [
-        f"{name} {installed} instead of {pinned}"
+        f"{name} {version} instead of {pinned}"
         for name, pinned in pins
-        if (installed := _version(name)) and installed.split("+")[0] != pinned
+        if (version := installed.get(canonicalize_name(name))) and version.split("+")[0] != pinned
     ]
     if others:
         raise CheckError(f"other versions than the tested ones: {', '.join(others)}", INSTALL, WARNING)
     return f"all installed, in the versions of {constraints.name}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def check_cpus() -> str:
@@ -182,8 +176,9 @@ def check_jpeg() -> str:
     with tempfile.TemporaryDirectory(prefix="gowide-doctor-") as scratch:
         sources, _, pixels = _round_trip(Path(scratch), jpg_share=1.0)
     pillow = np.stack([decode(encode_jpg(image, 90)) for image in sources])
-    text = f"libturbojpeg's pixels are {np.abs(pixels.astype(int) - pillow).mean():.2f} of 255 from Pillow's on average"
-    if np.abs(pixels.astype(int) - pillow).mean() > JPEG_TOLERANCE:
+    difference = np.abs(pixels.astype(int) - pillow).mean()
+    text = f"libturbojpeg's pixels are {difference:.2f} of 255 from Pillow's on average"
+    if difference > JPEG_TOLERANCE:
         raise CheckError(text, INSTALL_FFCV)
     return text
 
@@ -198,7 +193,7 @@ def _round_trip(folder: Path, jpg_share: float) -> tuple[NDArray[np.uint8], Path
     from gowide_dist.timeline import Batching
 
     number, y, x, channel = np.mgrid[:8, :32, :32, :3]
-    images = (20 * number + 2 * y + channel * x // 2).astype(np.uint8)  # smooth, as JPEG likes it
+    images = (20 * number + 2 * y + channel * x // 2).astype(np.uint8)  # smooth: chroma subsampling changes it little
     for split in ("train", "val"):
         (folder / split / "class").mkdir(parents=True)
         for index, image in enumerate(images):
@@ -236,10 +231,10 @@ def _all_reduce(rank: int, size: int, backend: str, store: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    limit = timedelta(seconds=COLLECTIVE_LIMIT_S)
-    dist.init_process_group(backend, f"file://{store}", limit, size, rank)
-    total = torch.tensor([rank + 1], device=device)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, f"file://{store}", timedelta(seconds=COLLECTIVE_LIMIT_S), size, rank)
+    total = torch.tensor([rank + 1], device="cuda" if backend == "nccl" else "cpu")
     dist.all_reduce(total)
     if total.item() != size * (size + 1) // 2:
         raise ArithmeticError(f"{backend} gives a wrong sum over {size} processes")
@@ -254,15 +249,16 @@ IN_CHILD: dict[str, tuple[Callable[[], str], str]] = {
 }
 
 
-def check_profile(path: Path) -> str:
-    """A cluster profile is valid, and its partition exists where Slurm can tell."""
+def check_profile(path: Path, runs: Path) -> str:
+    """A cluster profile is valid, its nodes see the folder of runs, and its partition exists where Slurm can tell."""
     try:
-        partition = load_profile(path).partition
+        profile = load_profile(path)
+        check_folder(runs.absolute(), profile)
     except UserError as error:
-        raise CheckError(str(error), f"edit {path}") from error
+        raise CheckError(str(error), f"edit {path}, or choose another --runs") from error
     with suppress(SlurmError):  # which check_slurm reports
-        if partition and not call("sinfo", "-h", "-p", partition).strip():
-            raise CheckError(f"{path}: no partition '{partition}'", "sinfo -s, for the names of partitions")
+        if profile.partition and not call("sinfo", "-h", "-p", profile.partition).strip():
+            raise CheckError(f"{path}: no partition '{profile.partition}'", "sinfo -s, for the names of partitions")
     return f"{path}"
 
 
@@ -289,16 +285,14 @@ def check_slurm(is_needed: bool) -> str:
     return f"{version}; the controller and accounting answer"
 
 
-def check_runs(runs: Path, cluster: Path | None = None) -> str:
-    """The folder of runs can be written, has locks and space for checkpoints, and the nodes of the cluster see it."""
+def check_runs(runs: Path) -> str:
+    """Files in the folder of runs can be written and locked, and there is space for checkpoints."""
     folder = next(parent for parent in (runs.absolute(), *runs.absolute().parents) if parent.exists())
     try:
         with writing_to(folder, "--runs"), tempfile.NamedTemporaryFile("w", dir=folder) as file:
             flock(file, fcntl.LOCK_EX)
-        if cluster:
-            check_folder(runs.absolute(), load_profile(cluster))
     except (OSError, UserError) as error:
-        raise CheckError(str(error), "choose --runs DIR") from error
+        raise CheckError(str(error), "choose another --runs") from error
     free_gb = shutil.disk_usage(folder).free / 1e9
     text = f"{folder}: files can be written and locked, {free_gb:,.1f} GB are free"
     if free_gb < LOW_DISK_GB:

@@ -39,6 +39,7 @@ MAX_INT8_LOSS = 1.0  # points of top-1; with more the user is warned
 CALIBRATION_IMAGES = 512
 LATENCY_BATCHES = (1, 64)
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_DYNAMIC_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
 
 Forward: TypeAlias = Callable[[Tensor], Tensor]  # uint8 images [B, H, H, 3] -> logits [B, K]
 Figures: TypeAlias = dict[str, dict[str, Any]]  # by file name; PyTorch's own under "pytorch"
@@ -172,21 +173,17 @@ def _in_torchvision(architecture: Architecture, num_classes: int) -> dict[str, A
 def _program(classifier: Classifier, resolution: int) -> ExportedProgram:
     """The graph of a classifier for any number of images."""
     example = torch.zeros(2, resolution, resolution, 3, dtype=torch.uint8)  # a batch of 1 would become a constant
-    program = torch.export.export(classifier, (example,), dynamic_shapes=_dynamic_batch())
+    program = torch.export.export(classifier, (example,), dynamic_shapes=_DYNAMIC_BATCH)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds paths of this machine
     return program
-
-
-def _dynamic_batch() -> dict[str, Any]:
-    return {"images": {0: torch.export.Dim("batch", min=1)}}
 
 
 def _write_onnx(program: ExportedProgram, path: Path) -> None:
     import onnx
 
     exported = torch.onnx.export(
-        program, input_names=["images"], output_names=["logits"], dynamic_shapes=_dynamic_batch(), verbose=False
+        program, input_names=["images"], output_names=["logits"], dynamic_shapes=_DYNAMIC_BATCH, verbose=False
     )
     assert exported is not None
     model = exported.model_proto

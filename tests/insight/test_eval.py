@@ -1,4 +1,4 @@
-"""`gowide eval`: every figure against one computed the plain way."""
+"""`gowide eval`: every figure against a plain computation."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def other_data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(finished_run):
-    """Logits and labels of the run's validation images: the network called as a user would."""
+    """Logits and labels of the run's validation images, from `load_model` as a user calls it."""
     data = finished_run.path.parents[1] / "data"
     info = json.loads((data / "dataset.json").read_text())
     mean, std = (np.array(info[name], np.float32) for name in ("mean", "std"))
@@ -81,7 +81,7 @@ def test_calibration_by_hand():
     assert error == pytest.approx(100 * (4 * abs(0.75 - 0.8) + 1 * abs(0 - 1)) / 5)
 
 
-def test_what_is_printed_and_written(finished_run, tmp_path):
+def test_printed_and_written_evaluations_agree(finished_run, tmp_path):
     before = sorted(path for path in finished_run.path.rglob("*"))
     shown = gowide("eval", finished_run.path, "baseline/basic", "--out", tmp_path / "out", "--json")
     assert shown.returncode == 0, shown.stderr
@@ -106,7 +106,7 @@ def test_other_images(finished_run, other_data):
     assert "[red]pear" in table(replace(own, classes=("[red]pear", *own.classes[1:])))
 
 
-def test_what_does_not_fit(finished_run, other_data, tmp_path):
+def test_data_of_other_classes_is_refused(finished_run, other_data, tmp_path):
     with pytest.raises(
         RunError, match="name one of its stages and networks: finetune/thin, baseline/thin, baseline/basic"
     ):
@@ -123,7 +123,7 @@ def test_what_does_not_fit(finished_run, other_data, tmp_path):
         evaluate(open_trained(finished_run.path, "finetune"), data / "val.beton")
 
 
-def test_weights_or_images_that_have_changed(finished_run, tmp_path):
+def test_changed_weights_or_training_images_are_refused(finished_run, tmp_path):
     shutil.copytree(finished_run.path, tmp_path / "run")
     copy = Run(tmp_path / "run")
     weights = copy.stage("finetune/thin").model
