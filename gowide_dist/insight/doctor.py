@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 GOOD, WARNING, BAD = "good", "warning", "bad"
-CHILD_LIMIT_S, COLLECTIVE_LIMIT_S = 180.0, 60.0
+CHILD_LIMIT_S, COLLECTIVE_LIMIT_S = 180.0, 90.0
 CONSTRAINTS = Path(gowide_dist.__file__).parents[1] / "constraints.txt"
 INSTALL = "pip install -c constraints.txt -e ."
 INSTALL_FFCV = "apt install g++ pkg-config libopencv-dev libturbojpeg0-dev; pip install --force-reinstall ffcv"
@@ -245,7 +245,7 @@ def _all_reduce(rank: int, size: int, backend: str, store: Path) -> None:
 IN_CHILD: dict[str, tuple[Callable[[], str], str]] = {
     "ffcv": (check_ffcv, INSTALL_FFCV),
     "jpeg": (check_jpeg, INSTALL_FFCV),
-    "gpus": (check_gpus, INSTALL),
+    "gpus": (check_gpus, "NCCL_DEBUG=INFO python -m gowide_dist.insight.doctor gpus, for details"),
 }
 
 

@@ -124,12 +124,10 @@ def table(evaluation: Evaluation) -> str:
         f"calibration error {e.ece:.2f} % ({NUM_BINS} bins)"
     ]
     accuracies = {label: top1 for label, top1 in enumerate(e.per_class_top1) if top1 is not None}
-    title, shown = "class", list(accuracies)
+    shown, title = list(accuracies), "class"
     if len(accuracies) > MANY_CLASSES:
-        title, shown = (
-            f"worst of {len(accuracies)} classes",
-            sorted(accuracies, key=accuracies.__getitem__)[:WORST_SHOWN],
-        )
+        shown = sorted(accuracies, key=accuracies.__getitem__)[:WORST_SHOWN]
+        title = f"worst of {len(accuracies)} classes"
     rows = [(e.classes[label], f"{e.per_class_images[label]:,}", f"{accuracies[label]:.2f}") for label in shown]
     parts.append(text.table((title, "images", "top-1 %"), rows))
     if confused := _most_confused(e.confusion):

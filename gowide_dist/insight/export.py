@@ -303,7 +303,7 @@ def table(report: Mapping[str, Any]) -> str:
         rows.append((name, megabytes, *(cell(row, key, form) for key, form in figures), *latencies))
     head = ("file", "MB", "top-1 %", "as PyTorch %", "logits differ by", *(f"ms, batch {n}" for n in LATENCY_BATCHES))
     lines = [
-        text.table(head, rows),
+        text.table(head, rows) + "\n",
         f"compared on {report['validation']['images']:,} images of {report['validation']['data']}",
     ]
     if calibration := report["calibration"]:

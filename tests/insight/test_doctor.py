@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from gowide_dist.insight import doctor
@@ -60,6 +61,25 @@ def test_all_reduce_over_processes():
 def test_an_all_reduce_that_fails():
     with pytest.raises(ProcessRaisedException, match="no-such-backend"):
         doctor.all_reduce("no-such-backend", 1)
+
+
+def test_gpus_are_checked_with_a_process_each(monkeypatch):
+    """With stand-ins for torch's view of two GPUs."""
+    groups = []
+    monkeypatch.setattr(doctor, "all_reduce", lambda *group: groups.append(group))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A100")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 1))
+    assert doctor.check_gpus() == "2: A100; NCCL 2.28.1 sums over all of them"
+    assert groups == [("nccl", 2)]
+
+
+def test_a_driver_without_a_gpu_for_torch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "num_gpus", lambda: 8)
+    with pytest.raises(CheckError, match="torch sees no GPU"):
+        doctor.check_gpus()
 
 
 def test_other_versions(tmp_path):

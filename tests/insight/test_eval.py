@@ -106,6 +106,16 @@ def test_other_images(finished_run, other_data):
     assert "[red]pear" in table(replace(own, classes=("[red]pear", *own.classes[1:])))
 
 
+def test_table_of_many_classes(finished_run):
+    accuracies = [100.0 - label for label in range(30)]
+    many = {"classes": tuple(f"class {label}" for label in range(30)), "per_class_images": [100] * 30}
+    confusion = torch.zeros(30, 30, dtype=torch.int64).tolist()
+    evaluation = evaluate(open_trained(finished_run.path, "finetune"))
+    lines = table(replace(evaluation, **many, per_class_top1=accuracies, confusion=confusion)).splitlines()
+    assert lines[3].startswith("worst of 30 classes")
+    assert [line.split()[1] for line in lines[4:]] == [str(label) for label in range(29, 19, -1)]
+
+
 def test_data_of_other_classes_is_refused(finished_run, other_data, tmp_path):
     with pytest.raises(
         RunError, match="name one of its stages and networks: finetune/thin, baseline/thin, baseline/basic"

@@ -148,7 +148,7 @@ def test_a_second_export_does_nothing_and_other_folders_are_refused(finished_run
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").touch()
     line = refused("export", finished_run.path, "finetune", "--to", tmp_path / "other")
-    assert line.startswith(f"{tmp_path / 'mine'}: holds something else")
+    assert line.startswith(f"{tmp_path / 'other'}: holds something else")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["letter.txt"]
 
 
