@@ -381,13 +381,13 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="A folder that `gowide encode` wrote, or one file of it as DIR/test.beton; default: the run's."
+            help="A folder that `gowide encode` wrote, or one of its files, as DIR/test.beton; default: the run's."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for eval.json and confusion.csv.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
 ) -> None:
-    """Measure a finished network on every validation image: accuracies, by class too, confusion, calibration.
+    """Evaluate a finished network on every validation image: accuracies, also per class, confusion, calibration.
 
     Example: `gowide eval runs/demo finetune --out runs/demo/report/finetune`
     """
@@ -395,24 +395,22 @@ def evaluate(
     from gowide_dist.insight.trained import open_trained
 
     path = data / "val.beton" if data and data.suffix != ".beton" else data
-    found = evaluate.evaluate(open_trained(run, stage), path)
+    evaluation = evaluate.evaluate(open_trained(run, stage), path)
     if out:
-        evaluate.write_evaluation(found, out)
-    print_line(json.dumps(evaluate.as_json(found), indent=2) if as_json else evaluate.table(found))
+        evaluate.write_evaluation(evaluation, out)
+    print_line(evaluation.to_json() if as_json else evaluate.table(evaluation))
 
 
 @app.command()
 def export(
     run: RunDir,
     stage: StageName,
-    to: Annotated[Path, typer.Option(help="Folder for the files; a new or empty one, or of the same export.")],
+    to: Annotated[Path, typer.Option(help="Folder for the files: new, empty, or of an export of the same weights.")],
     int8: Annotated[bool, typer.Option(help="Also write model.int8.onnx.")] = True,
-    images: Annotated[
-        int | None, typer.Option(help="Compare on so many validation images; default: all.", min=1)
-    ] = None,
+    images: Annotated[int | None, typer.Option(help="Compare on N validation images; default: all.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print export.json.")] = False,
 ) -> None:
-    """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX, and compare and time them.
+    """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX; compare and time each.
 
     Example: `gowide export runs/demo finetune --to exports/demo`
     """
@@ -452,19 +450,19 @@ def report(
 @app.command()
 def doctor(
     runs: Runs = Path("runs"),
-    cluster: Annotated[Path | None, typer.Option(help="A cluster profile that you want to use.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="A cluster profile to check.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say whether this machine can do it: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk; and how to mend what can't.
+    """Check this machine, and say what mends each fault: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk.
 
-    Ends with status 1 if anything is bad. It takes up to a minute.
+    Ends with status 1 if anything is bad. Takes up to a minute.
 
     Example: `gowide doctor --cluster slurm/clusters/gpu8.yaml`
     """
-    from gowide_dist.insight.doctor import BAD, examine
+    from gowide_dist.insight.doctor import BAD, check_machine
 
     findings = []
-    for finding in examine(runs, cluster):
+    for finding in check_machine(runs, cluster):
         findings.append(finding)
         if not as_json:
             print_line(str(finding))
