@@ -91,7 +91,7 @@ def loader_table(result: Mapping[str, Any]) -> Table:
     """The result of `loader` for people."""
     head = "loader", "images/s", "gowide_dist over it", "memory growth, MiB"
     return head, [
-        (name, f"{rate:,}", str(result.get(_RATIOS.get(name), "")), f"{result['memory_mib'][name]:,}")
+        (name, f"{rate:,}", str(result.get(_RATIOS.get(name, ""), "")), f"{result['memory_mib'][name]:,}")
         for name, rate in result["images_per_s"].items()
     ]
 
