@@ -46,7 +46,8 @@ class Figure:
     def as_json(self) -> dict[str, Any]:
         """Details stand beside the rest."""
         values = asdict(self)
-        return {**values, **values.pop("details")}
+        details = values.pop("details")
+        return {**values, **details}
 
 
 def spread(over: list[float], under: list[float]) -> dict[str, float]:

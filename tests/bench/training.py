@@ -55,6 +55,7 @@ def checkpoint(subject: Subject) -> Figure:
     usual = statistics.median(stream.seconds)
     stalls = [seconds - usual for seconds in stream.seconds[every - 1 :: every]]
     minutes = subject.recipe.checkpoints.every_minutes or Checkpoints().every_minutes
+    assert minutes is not None
     costs = [more - less for more, less in zip(around, without, strict=False)]
     network = subject.plain_network(widest)
     saves = [seconds_of(partial(subject.save, network, step)) for step in range(subject.effort.pairs)]
