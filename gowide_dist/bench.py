@@ -67,7 +67,7 @@ def stages(recipe: Recipe, num_processes: int, num_steps: int = NUM_STEPS) -> It
     """What a few steps of each stage of the recipe take, its networks together. Raises UserError as training does."""
     for name, stage in recipe.stages.items():
         if stage.epochs:
-            say(f"{name}: training a few steps in {num_processes} processes")
+            say(f"{name}: a few training steps, processes: {num_processes}")
             times = run_steps(recipe, [f"{name}/{network}" for network in stage.train], num_processes, num_steps)
             result = {
                 "images_per_s": round(recipe.batch_size / times.step_s, 1),
