@@ -6,7 +6,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -151,52 +151,57 @@ def verify(
     print_line(f"{folder}: whole, {counts} images in {len(info.classes)} classes")
 
 
+class BenchPart(StrEnum):
+    """What `gowide bench` measures."""
+
+    LOADER = "loader"
+    STAGES = "stages"
+
+
 @app.command()
 def bench(
     job: Job,
     overrides: Overrides = None,
-    data: Annotated[Path | None, typer.Option(help="Another dataset than the recipe's.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes that train; default as of run.", min=1)] = None,
+    data: Annotated[Path | None, typer.Option(help="Another dataset than the recipe's, for the loader.")] = None,
     images: Annotated[Path | None, typer.Option(help="The same images as class folders, for torchvision.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="What to measure, see above; may be repeated.")] = None,
+    only: Annotated[list[BenchPart] | None, typer.Option(help="Measure only this.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Measure this machine: each way of working against the plain one, in turns in one run, as ratios.
+    """Measure whether this machine feeds and trains a recipe.
 
-    - `loader`: images a second against stock FFCV's and torchvision's
-    - `loop`: a step of the training loop over a bare forward, backward, step; **less is better**
-    - `teacher`: a plain teacher's forward pass over ours
-    - `imitate`: the plain way of imitation, with hooks on a teacher that runs whole for every block, over ours
-    - `distill_stored`: a distillation step the plain way, teacher and all, over one with stored logits
-      (in both the plain way's images are read by torchvision; `plain_in_memory` is the ratio without reading them)
-    - `students_together`: three students in a stage each over three in one pass
-    - `two_processes`: images a second of two processes with a thread each over one with two threads
-    - `simulation`: a step of two processes as `plan --scale` simulates it, over one that was measured
-    - `checkpoint`: share of the training time that saving costs; **less is better**
-    - `start_seconds`: seconds from `gowide run` to the first training step; **less is better**
-    - `growth`, only when it is named: seconds and memory at 1, 2 and 4 times the images, the width and the processes
+    - `loader`: images per second and growth of memory, against stock FFCV and, with --images, torchvision
+    - `stages`: a few real steps of every stage: images per second, the part of the time spent waiting for data, and
+      the peak memory of a process (of its GPU, if it has one)
 
-    With `--json` every name but `loader` and `growth` has `ratio`, the median of `pairs` that were measured in turns,
-    between the quartiles `low` and `high`, then `what` is over what, its `target`, and details. `machine` says what it
-    was measured on: on a busy machine the spread shows it. Networks, batch size and images are the recipe's, the
-    weights random. Nothing is written but into a temporary folder.
+    `machine` says what it was measured on. Nothing is written but into a temporary folder.
 
-    Example: `gowide bench jobs/demo.yaml --only imitate --only loop`
+    Example: `gowide bench jobs/demo.yaml --only loader`
     """
-    from gowide_dist.insight import bench as benches
+    from gowide_dist.bench import loader, loader_table, machine, stages, stages_table
+    from gowide_dist.insight.text import table
+    from gowide_dist.launch.local import default_num_processes
     from gowide_dist.recipe import load_recipe
 
     recipe = load_recipe(job, overrides or [])
-    names = benches.choose(recipe, only or [])
-    machine = benches.machine()
+    parts = only or list(BenchPart)
+    if (data or images) and BenchPart.LOADER not in parts:
+        raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
+    results: dict[str, Any] = {"machine": machine()}
     if not as_json:
-        print_line(", ".join(f"{name} {value}" for name, value in machine.items()))
-    results = {}
-    for name, result in benches.measure(recipe, names, data=data, images=images):
-        results[name] = result
+        print_line(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    if BenchPart.LOADER in parts:
+        resolution = recipe.data.resolution if recipe.data.augment.crop else None
+        folder = data or recipe.data.train.parent
+        results["loader"] = loader(folder, images, batch_size=recipe.batch_size, resolution=resolution)
         if not as_json:
-            print_line(benches.as_text(name, result))
+            print_line(table(*loader_table(results["loader"])))
+    if BenchPart.STAGES in parts:
+        results["stages"] = dict(stages(recipe, nproc or default_num_processes()))
+        if not as_json:
+            print_line(table(*stages_table(results["stages"])))
     if as_json:
-        print_line(json.dumps({"machine": machine, **results}, indent=2))
+        print_line(json.dumps(results, indent=2))
 
 
 @app.command()

@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import gowide_dist
+from gowide_dist.bench import cpu_name
 from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.errors import UserError
 from gowide_dist.files import flock, writing_to
@@ -144,13 +145,6 @@ def check_cpus() -> str:
     return text
 
 
-def cpu_name() -> str:
-    """The processor's model name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()
-
-
 def check_ffcv() -> str:
     """Raw images that we encode are read back the same by our loader and by stock FFCV's."""
     import numpy as np
@@ -171,7 +165,7 @@ def check_jpeg() -> str:
     """JPEGs decoded by our loader, with FFCV's libturbojpeg, against Pillow's pixels."""
     import numpy as np
 
-    from gowide_dist.data.images import decode, encode_jpg
+    from gowide_dist.data.images import decode_stored, encode_jpg
 
     with tempfile.TemporaryDirectory(prefix="gowide-doctor-") as scratch:
         sources, _, pixels = _round_trip(Path(scratch), jpg_share=1.0)

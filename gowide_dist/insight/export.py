@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gowide_dist.bench import cpu_name
 from gowide_dist.data.loader import Loader
 from gowide_dist.errors import InternalError, RunError, UserError
 from gowide_dist.files import PARTIAL, replacing, sha256, writing_to
 from gowide_dist.insight import text
-from gowide_dist.insight.doctor import cpu_name
 from gowide_dist.insight.latency import latency_ms
 from gowide_dist.insight.trained import Classifier, Trained, predict
 from gowide_dist.networks.architecture import ARCHITECTURES, Architecture
