@@ -29,7 +29,7 @@ def at_step(wrong: Callable[[], None], rank: int) -> None:
     forward_backward = student.Student.forward_backward
 
     def faulty(self, batch, step, *rest):
-        if RANK == rank and step == FAULTY_STEP:
+        if rank == RANK and step == FAULTY_STEP:
             wrong()
         forward_backward(self, batch, step, *rest)
 

@@ -77,14 +77,14 @@ class PowerCut(BaseException):
 
 
 def test_the_same_bits_as_alone(train, monkeypatch, capsys):
-    asked, ask = itertools.count(), Teacher._answer
+    asked, ask = itertools.count(), Teacher._cached
     computed = itertools.count()
 
     def counting(self, images, question, compute):
         next(asked)
         return ask(self, images, question, lambda: (next(computed), compute())[1])
 
-    monkeypatch.setattr(Teacher, "_answer", counting)
+    monkeypatch.setattr(Teacher, "_cached", counting)
     together = train()
     assert "distill/{thin,slim,narrow}" not in capsys.readouterr().out  # it prints what is done, each by its name
     assert next(asked) == 3 * next(computed)
