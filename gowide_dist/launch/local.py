@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -21,9 +20,12 @@ from gowide_dist.errors import FULL_DISK, InternalError, UserError
 from gowide_dist.prepare import Prepared
 
 ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker leaves the error that the launcher shows
-_LAUNCHER_VARIABLE = "GOWIDE_LAUNCHER"  # its process id
+LAUNCHER_VARIABLE = "GOWIDE_LAUNCHER"  # process id of the parent, with which a process ends
+# Read by glibc's malloc: keep what is freed for the next training step, which wants the same again. Else large blocks
+# return to the kernel, which clears every page anew: up to a fifth of a step on CPUs.
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}
 
-_TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class WorkerError(InternalError):
@@ -55,39 +57,31 @@ def _installed_gpus() -> int:
 
 
 def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
-    """Run `python -m module arguments` in `num_processes` processes that torchrun's agent starts and watches.
+    """Run `python -m module arguments` in `num_processes` processes under torchrun.
 
+    SIGINT, SIGTERM and SIGHUP go on to the workers, which save and end; then KeyboardInterrupt is raised.
     Raises UserError with the line of a worker that raised one, WorkerError if a worker failed otherwise.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    with tempfile.TemporaryDirectory(prefix="gowide-") as scratch:
-        error_file = Path(scratch) / "error.json"
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_processes,
-            run_id="gowide",
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            monitor_interval=0.1,
-            start_method="spawn",
-            signals_to_handle=",".join(_signals_to_handle()),
+    with tempfile.TemporaryDirectory(prefix="gowide-") as folder:
+        error_file = Path(folder) / "error.json"
+        torchrun = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "gowide_dist.launch.torchrun"),
+                *("--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"),
+                *("--monitor-interval=0.1", "-m", module, *arguments),
+            ],
+            env=_environment(error_file, num_processes),
+            start_new_session=True,  # or it would get a terminal's Ctrl-C twice, and not wait for the workers
         )
-        try:
-            with _for_workers(error_file, num_processes):
-                elastic_launch(config, sys.executable)("-m", module, *arguments)
-        except ChildFailedError as error:
-            if error_file.exists():
-                raise UserError(read_error(error_file) or FULL_DISK) from error
-            rank, failure = error.get_first_failure()
-            raise WorkerError(f"process {rank} ended with exit code {failure.exitcode}; see its error above") from error
-        except SignalException as error:
-            raise KeyboardInterrupt from error
+        with _forwarding_signals_to(torchrun):
+            status = torchrun.wait()
+        message = read_error(error_file)
+    if status == 2:
+        raise UserError(message or FULL_DISK)
+    if status > 128:
+        raise KeyboardInterrupt
+    if status:
+        raise WorkerError(message or f"torchrun ended with exit status {status}")
 
 
 def run_here(prepared: Prepared, num_processes: int, *, sequential: bool = False) -> None:
@@ -101,43 +95,32 @@ def run_here(prepared: Prepared, num_processes: int, *, sequential: bool = False
         torchrun("gowide_dist.pipeline", arguments, num_processes)
 
 
-def _signals_to_handle() -> list[str]:
-    """The signals at which torchrun ends the workers: all of its own, but for SIGHUP under nohup, which ignores it."""
-    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number.name for number in _TORCHRUN_SIGNALS if not (is_ignored and number == signal.SIGHUP)]
+def _environment(error_file: Path, num_processes: int) -> dict[str, str]:
+    """The environment of torchrun and its workers; what the user has set holds."""
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        **({} if num_gpus() else KEEP_FREED_MEMORY),
+    }
+    return {**defaults, **os.environ, ERROR_FILE_VARIABLE: str(error_file), LAUNCHER_VARIABLE: str(os.getpid())}
 
 
 @contextlib.contextmanager
-def _for_workers(error_file: Path, num_processes: int) -> Iterator[None]:
-    """The environment that torchrun's workers inherit, and torchrun itself silent: the workers have said what is wrong.
-
-    Both end with the workers, or whatever this process starts next would take them over; so does what torchrun does on
-    signals, which leaves a traceback.
-    """
-    before = dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in _TORCHRUN_SIGNALS}
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ[ERROR_FILE_VARIABLE] = str(error_file)
-    os.environ[_LAUNCHER_VARIABLE] = str(os.getpid())
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+def _forwarding_signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Signals that this process ignores, as SIGHUP under nohup, stay ignored."""
+    numbers = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in handlers.items():
-            if handler is not None:  # not Python's
-                signal.signal(number, handler)
-        logging.disable(level)
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
+            signal.signal(number, handler)
 
 
 def end_with_launcher() -> None:
     """In a worker, first of all: end when the launcher is killed, or was before; an orphan would go on writing."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's: ours, or one that the user has started
-        stop.end_with(int(os.environ.get(_LAUNCHER_VARIABLE, os.getppid())))
+        stop.end_with(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
 
 
 def leave(status: int) -> NoReturn:
