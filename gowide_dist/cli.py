@@ -130,8 +130,8 @@ def encode(
         if dry_run:
             print_line("\n".join(chain.scripts()))
             return
-        job_id = {**chain.queued, **chain.submit()}[KEY]
-        print_line(f"{out}  job {job_id}{' already' if chain.queued else ''}  {log_file(chain.folder, job_id)}")
+        job_id = chain.submit()[KEY]
+        print_line(f"{out}  job {job_id}{'' if chain.jobs else ' already'}  {log_file(chain.folder, job_id)}")
         return
     raise_on_sigterm()
     info = encoders.encode(dataset.value, out, root, options)
@@ -324,8 +324,8 @@ def submit(
         return
     require("sbatch")
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
-    write_run(prepared, fresh=fresh, in_jobs={*chain.queued, *chain.leaving})
-    print_line(graph(prepared, {**chain.queued, **chain.submit()}))
+    write_run(prepared, fresh=fresh, in_jobs=chain.in_jobs)
+    print_line(graph(prepared, chain.submit()))
 
 
 @app.command()

@@ -21,7 +21,7 @@ FLOORS = [
     ["run"],
     ["identity"],
     ["recipe"],
-    ["networks"],
+    ["networks", "stages"],
     ["schema", "world", "progress", "timeline"],
     ["files", "stop", "collector"],
     ["errors"],

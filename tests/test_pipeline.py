@@ -265,7 +265,7 @@ def read_all(file):
         (["data.train=nowhere/train.beton"], "nowhere/dataset.json: not found"),
         (["data.classes=100"], "has 10 classes, the recipe says 100"),
         (["batch_size=1000"], "batch_size: 1000 is more than the 600 images"),
-        (["batch_size=61"], "batch_size: 61 cannot be shared equally by 2 processes"),
+        (["batch_size=61"], "batch_size: 61 is not divisible by 2 processes"),
         (["data.resolution=32"], "resolution"),
         (["stages.distill.epoch=1"], "unknown key 'epoch', did you mean 'epochs'?"),
         (["sync_batch_norm=true"], "sync_batch_norm: PyTorch has it for GPUs only, and the 2 processes have none"),

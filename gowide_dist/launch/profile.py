@@ -158,14 +158,14 @@ class Profile(Resources):
             for name in settings.model_fields_set:
                 value = getattr(settings, name)
                 values[name] = {**values[name], **value} if isinstance(value, dict) else value
-        return validate(Resources, values, f"cluster profile, {what}", _dotted)
+        return validate(Resources, values, f"cluster profile, {what}", _key)
 
 
-def _dotted(location: tuple[int | str, ...]) -> str:
+def _key(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location if part != "[key]")
 
 
 def load_profile(path: Path) -> Profile:
     """The checked profile in a YAML file. Raises RecipeError: one line with file, place and fault."""
     values: dict[str, Any] = read_yaml(path)
-    return validate(Profile, values, str(path), _dotted)
+    return validate(Profile, values, str(path), _key)

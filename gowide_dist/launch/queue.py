@@ -48,6 +48,10 @@ class JobState:
         """Whether its processes are being ended: it is then either over or queued again."""
         return self.state == "COMPLETING"
 
+    @property
+    def is_over(self) -> bool:
+        return not (self.is_waiting or self.is_running or self.is_leaving)
+
 
 def call(*command: str, stderr: bool = False) -> str:
     """The output of a Slurm command, or what it writes to stderr. Raises SlurmError with what it complains of."""
