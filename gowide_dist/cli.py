@@ -24,7 +24,7 @@ app = typer.Typer(
 def print_version(wanted: bool) -> None:
     """Print the version of this package, and its commit where it lies in a repository, and leave."""
     if wanted:
-        from gowide_dist.run import code_version
+        from gowide_dist.environment import code_version
 
         about = code_version()
         commit = f" at {about['commit'][:12]}{', changed' if about['dirty'] else ''}" if about["commit"] else ""

@@ -23,7 +23,7 @@ FLOORS = [
     ["recipe"],
     ["networks", "stages"],
     ["schema", "world", "progress", "timeline"],
-    ["files", "stop", "collector"],
+    ["files", "stop", "environment"],
     ["errors"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from gowide_dist import load_model
 from gowide_dist.data.encode import Options, encode_image_folder
-from gowide_dist.run import Run, code_version, read_metrics
+from gowide_dist.environment import code_version
+from gowide_dist.run import Run, read_metrics
 from tests.command import GOWIDE, LIMIT_S, gowide, killed_when, refused
 from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, without_times, write_job
@@ -153,7 +154,7 @@ def test_a_teacher_that_is_trained_is_shared(finished, data, tmp_path):
     recipe["stages"] = {"wide-one": recipe["stages"]["teacher"]}
     result = gowide("run", write_job(tmp_path, recipe), "--nproc", 2, "--runs", tmp_path)
     assert result.returncode == 0
-    assert "wide-one/wide  is" in result.stdout
+    assert "wide-one/wide  copied from" in result.stdout
     mine, theirs = (
         Run(tmp_path / name).stage(key).done for name, key in (("second", "wide-one/wide"), ("chain", "teacher/wide"))
     )
@@ -163,7 +164,7 @@ def test_a_teacher_that_is_trained_is_shared(finished, data, tmp_path):
 def test_another_recipe_in_the_same_place(finished, job):
     run, _ = finished
     line = refused("run", job, "--runs", run.path.parent, "stages.distill.epochs=5", "--nproc", 2)
-    assert "holds distill/thin of another recipe (stage.epochs is 2 there, 5 here)" in line
+    assert "holds distill/thin of another recipe (stage.epochs was 2, is 5)" in line
     assert "--fresh" in line
     assert run.stage("distill/thin").done.epochs == 2
 
