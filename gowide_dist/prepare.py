@@ -39,12 +39,12 @@ class Prepared:
 
     @cached_property
     def siblings(self) -> dict[str, StageDir]:
-        """Fingerprints of unfinished instances to where a run beside this one has finished the same, weights and all."""
+        """By fingerprint of an unfinished instance: where a run beside this one has finished it, weights intact."""
         wanted = {fingerprint(self.identities[instance.key]) for instance in self.unfinished}
         siblings: dict[str, StageDir] = {}
         for path in sorted(self.run.path.parent.glob("*/stages/*/*/done.json")) if wanted else ():
             stage_dir = StageDir(path.parent, "/".join(path.parts[-3:-1]))
-            with contextlib.suppress(RunError):  # damaged: another run's business
+            with contextlib.suppress(RunError):  # another run's damaged file is no error of this one
                 if stage_dir.done and stage_dir.done.fingerprint in wanted - siblings.keys():
                     stage_dir.check_weights()
                     siblings[stage_dir.done.fingerprint] = stage_dir

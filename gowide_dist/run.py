@@ -125,7 +125,7 @@ class StageDir:
         write_atomically(self.path / "done.json", done.model_dump_json(indent=2) + "\n")
 
     def clear(self) -> None:
-        """Delete what was trained. Killed at any point, it leaves nothing that a later training could take for its own."""
+        """Delete what was trained, in an order such that a kill leaves nothing that another training would use."""
         if not self.path.exists():
             return
         with self.lock():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gowide_dist.errors import DataError
 from gowide_dist.files import try_lock
-from gowide_dist.launch.local import KEEP_FREED_MEMORY
+from gowide_dist.launch.local import device_environment
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import (
     JobState,
@@ -194,10 +194,9 @@ def _jobs(instances: Iterable[Instance], recipe: Recipe, run: Run, profile: Prof
         sys.stderr.write(f"gowide: the cluster profile's stages.{name} is no stage of recipe {recipe.name}\n")
     for instance in instances:
         resources = profile.resources(instance)
-        has_gpus = resources.gpus_per_node > 0
         for num_processes in resources.num_processes:
-            check_group(recipe, num_processes, on_gpus=has_gpus)
+            check_group(recipe, num_processes, on_gpus=resources.gpus_per_node > 0)
         worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
-        environment = {} if has_gpus else KEEP_FREED_MEMORY
         name = job_name(recipe.name, instance.key)
+        environment = device_environment(resources.gpus_per_node)
         yield Job(instance.key, name, worker, resources, parents=instance.parents, environment=environment)

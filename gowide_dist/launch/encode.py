@@ -1,4 +1,4 @@
-"""`gowide encode` as a Slurm job: one task, with the CPUs of a node."""
+"""`gowide encode` as a Slurm job: one task with the CPUs of a node."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gowide_dist.errors import RunError
-from gowide_dist.launch.local import ERROR_FILE_VARIABLE, read_error
+from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, read_error
 from gowide_dist.launch.profile import Profile, Resources
 from gowide_dist.launch.queue import SlurmError, complaint
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MANY_TIMEOUTS = 10_000  # a stage goes on over as many allocations as it needs
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that Linux gives to outgoing connections
-LEFT_FOR_SLURM_S = 60
+LEFT_FOR_SLURM_S = 60  # longer than Slurm takes to end a process after SIGTERM (KillWait, 30 s by default)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Worker:
             # SIGTERM comes before a job is cancelled, preempted or requeued: Slurm knows which, and ends this process.
             time.sleep(LEFT_FOR_SLURM_S)
         if status:
-            sys.exit(status)
+            leave(status)
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit submits again before the time limit: the same, for training finds its own checkpoint."""
@@ -86,17 +86,17 @@ class Job:
 
 
 def error_file(folder: Path, job_id: str, start: int) -> Path:
-    """Where the processes of a job's n-th start leave the line that the user can mend."""
+    """Where the processes of a job's n-th start write the line of a UserError."""
     return folder / f"{job_id}_{start}_error.json"
 
 
 def start_of(path: Path) -> int:
-    """Which start of its job an error file is of."""
+    """The number of the start that wrote an error file."""
     return int(path.name.split("_")[-2])
 
 
 def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
-    """What a process of a job prints, over all its starts."""
+    """The output of a process of a job, over all its starts."""
     return folder / f"{job_id}_{rank}_log.out"
 
 
@@ -132,7 +132,7 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
     class Executor(SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
-            return 1  # scripts can be written without Slurm
+            return 1  # submitit asks whether Slurm is there: scripts can be written without
 
     resources = job.resources
     ranged = {"nodes": resources.nodes} if not resources.nodes.isdecimal() else {}
@@ -154,7 +154,7 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         "wckey": None,
         "stderr_to_stdout": True,
         "setup": _setup(job),
-        # Current Slurm's srun does not take over sbatch's CPUs per task.
+        # srun does not inherit sbatch's --cpus-per-task since Slurm 22.05.
         "srun_args": [
             "--kill-on-bad-exit=1",
             f"--cpus-per-task={resources.cpus_per_task}",
@@ -181,7 +181,7 @@ def _setup(job: Job) -> list[str]:
 
 
 def _teardown(folder: Path, retries: int) -> list[str]:
-    """Queue the job again when a process crashed, hung or was killed, unless it left an error for the user to mend."""
+    """Requeue the job when a process crashed, hung or was killed, unless there is the line of a UserError."""
     return [
         "status=$?",
         f"# a process crashed, hung or was killed, with nothing for the user to mend: again, {retries} times at most",

@@ -61,7 +61,7 @@ def test_without_slurm(job, tmp_path, monkeypatch):
     profile = CLUSTERS / "devcluster.yaml"
     result = gowide("submit", job, "--cluster", profile, "--runs", tmp_path / "runs", "--test-only")
     assert result.returncode == 2
-    line = "sbatch is not there: this is no machine of a Slurm cluster; `gowide run` trains here"
+    line = "sbatch not found: this machine belongs to no Slurm cluster; `gowide run` trains here"
     assert result.stderr.splitlines()[-1] == f"gowide: teacher/wide: {line}"
 
 

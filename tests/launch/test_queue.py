@@ -132,7 +132,7 @@ def test_without_slurm_nothing_is_written(data, tmp_path, monkeypatch):
     job = write_recipe(tmp_path, chain(data, name="q"))
     (tmp_path / "profile.yaml").write_text(PROFILE)
     line = refused("submit", job, "--cluster", tmp_path / "profile.yaml", "--runs", tmp_path / "runs")
-    assert line.startswith("sbatch is not there: this is no machine of a Slurm cluster")
+    assert line.startswith("sbatch not found: this machine belongs to no Slurm cluster")
     assert not Path(tmp_path / "runs").exists()
 
 
