@@ -80,13 +80,9 @@ class Data(Frozen):
     resolution: Count  # px
     classes: Count | None = None  # default: dataset.json's
     augment: Augment = Augment()
-    center_crop: Annotated[Fraction, Field(gt=0)] | None = (
-        None  # validation: side of the crop over the image's shorter side
-    )
+    center_crop: Annotated[Fraction, Field(gt=0)] | None = None  # side of a validation crop over the shorter side
     order: Literal["random", "quasi-random"] = "random"  # quasi-random: for files larger than memory
-    seed: Seed | None = (
-        None  # of order and augmentation; default: the stage's. Set, runs of several seeds see one stream
-    )
+    seed: Seed | None = None  # of order and augmentation, by default the stage's: one stream for runs of several seeds
 
     @model_validator(mode="after")
     def _check(self) -> Data:
