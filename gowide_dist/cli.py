@@ -6,7 +6,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -99,15 +99,17 @@ def encode(
     root: Annotated[Path | None, typer.Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
     write_mode: Annotated[
         str | None,
-        typer.Option(help="raw, jpg, or a part as jpg: 0.5. Default: imagefolder jpg, ffcv as it is, else raw."),
+        typer.Option(help="raw, jpg or a fraction as JPEG; default: imagefolder jpg, ffcv unchanged, else raw."),
     ] = None,
-    quality: Annotated[int, typer.Option(help="Of JPEGs, 1 to 100.")] = 90,
-    max_side_px: Annotated[int | None, typer.Option(help="Shrink larger images to this longer side.")] = None,
-    subset: Annotated[int | None, typer.Option(help="So many training images only, of every class alike.")] = None,
-    held_out: Annotated[int | None, typer.Option(help="Make so many training images the validation part.")] = None,
-    skip_bad: Annotated[bool, typer.Option(help="Leave out files that hold no whole image; see skipped.txt.")] = False,
+    quality: Annotated[int, typer.Option(help="JPEG quality, 1-100.")] = 90,
+    max_side_px: Annotated[int | None, typer.Option(help="Shrink images whose longer side exceeds this.")] = None,
+    subset: Annotated[int | None, typer.Option(help="Use only N training images, stratified by class.")] = None,
+    held_out: Annotated[
+        int | None, typer.Option(help="Hold out N training images as the validation split, stratified by class.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out damaged images, and list them in skipped.txt.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that read files; default: one a core.", min=0)] = 0,
-    cluster: Annotated[Path | None, typer.Option(help="Do it as a Slurm job of this cluster profile.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="Encode in a Slurm job, by this cluster profile.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --cluster: print the sbatch script, and do nothing.")
     ] = False,
@@ -119,12 +121,7 @@ def encode(
     from gowide_dist.data import encode as encoders
     from gowide_dist.stop import raise_on_sigterm
 
-    jpg_share = {DatasetKind.IMAGEFOLDER: 1.0, DatasetKind.FFCV: None}.get(dataset, 0.0)
-    if write_mode:
-        try:
-            jpg_share = float({"raw": "0", "jpg": "1"}.get(write_mode, write_mode))
-        except ValueError as error:
-            raise UserError(f"--write-mode {write_mode}: should be raw, jpg or a part such as 0.5") from error
+    jpg_share = encoders.jpg_share_of(dataset.value, write_mode)
     options = encoders.Options(jpg_share, quality, max_side_px, subset, held_out, skip_bad, workers)
     if dry_run and not cluster:
         raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
@@ -148,9 +145,9 @@ def encode(
 
 @data_app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that `gowide encode` wrote.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="A folder written by `gowide encode`.", metavar="DIR")],
 ) -> None:
-    """Read all of a dataset: checksums, counts, and every image decoded.
+    """Check a whole dataset: checksums, counts, labels, and every image decoded.
 
     Example: `gowide data verify data/imagenet`
     """
@@ -161,52 +158,57 @@ def verify(
     print_line(f"{folder}: whole, {counts} images in {len(info.classes)} classes")
 
 
+class BenchPart(StrEnum):
+    """What `gowide bench` measures."""
+
+    LOADER = "loader"
+    STAGES = "stages"
+
+
 @app.command()
 def bench(
     job: Job,
     overrides: Overrides = None,
-    data: Annotated[Path | None, typer.Option(help="Another dataset than the recipe's.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes that train; default as of run.", min=1)] = None,
+    data: Annotated[Path | None, typer.Option(help="Another dataset than the recipe's, for the loader.")] = None,
     images: Annotated[Path | None, typer.Option(help="The same images as class folders, for torchvision.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="What to measure, see above; may be repeated.")] = None,
+    only: Annotated[list[BenchPart] | None, typer.Option(help="Measure only this.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Measure this machine: each way of working against the plain one, in turns in one run, as ratios.
+    """Measure whether this machine feeds and trains a recipe.
 
-    - `loader`: images a second against stock FFCV's and torchvision's
-    - `loop`: a step of the training loop over a bare forward, backward, step; **less is better**
-    - `teacher`: a plain teacher's forward pass over ours
-    - `imitate`: the plain way of imitation, with hooks on a teacher that runs whole for every block, over ours
-    - `distill_stored`: a distillation step the plain way, teacher and all, over one with stored logits
-      (in both the plain way's images are read by torchvision; `plain_in_memory` is the ratio without reading them)
-    - `students_together`: three students in a stage each over three in one pass
-    - `two_processes`: images a second of two processes with a thread each over one with two threads
-    - `simulation`: a step of two processes as `plan --scale` simulates it, over one that was measured
-    - `checkpoint`: share of the training time that saving costs; **less is better**
-    - `start_seconds`: seconds from `gowide run` to the first training step; **less is better**
-    - `growth`, only when it is named: seconds and memory at 1, 2 and 4 times the images, the width and the processes
+    - `loader`: images per second and growth of memory, against stock FFCV and, with --images, torchvision
+    - `stages`: a few real steps of every stage: images per second, the part of the time spent waiting for data, and
+      the peak memory of a process (of its GPU, if it has one)
 
-    With `--json` every name but `loader` and `growth` has `ratio`, the median of `pairs` that were measured in turns,
-    between the quartiles `low` and `high`, then `what` is over what, its `target`, and details. `machine` says what it
-    was measured on: on a busy machine the spread shows it. Networks, batch size and images are the recipe's, the
-    weights random. Nothing is written but into a temporary folder.
+    `machine` says what it was measured on. Nothing is written but into a temporary folder.
 
-    Example: `gowide bench jobs/demo.yaml --only imitate --only loop`
+    Example: `gowide bench jobs/demo.yaml --only loader`
     """
-    from gowide_dist.insight import bench as benches
+    from gowide_dist.bench import loader, loader_table, machine, stages, stages_table
+    from gowide_dist.insight.text import table
+    from gowide_dist.launch.local import default_num_processes
     from gowide_dist.recipe import load_recipe
 
     recipe = load_recipe(job, overrides or [])
-    names = benches.choose(recipe, only or [])
-    machine = benches.machine()
+    parts = only or list(BenchPart)
+    if (data or images) and BenchPart.LOADER not in parts:
+        raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
+    results: dict[str, Any] = {"machine": machine()}
     if not as_json:
-        print_line(", ".join(f"{name} {value}" for name, value in machine.items()))
-    results = {}
-    for name, result in benches.measure(recipe, names, data=data, images=images):
-        results[name] = result
+        print_line(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    if BenchPart.LOADER in parts:
+        resolution = recipe.data.resolution if recipe.data.augment.crop else None
+        folder = data or recipe.data.train.parent
+        results["loader"] = loader(folder, images, batch_size=recipe.batch_size, resolution=resolution)
         if not as_json:
-            print_line(benches.as_text(name, result))
+            print_line(table(*loader_table(results["loader"])))
+    if BenchPart.STAGES in parts:
+        results["stages"] = dict(stages(recipe, nproc or default_num_processes()))
+        if not as_json:
+            print_line(table(*stages_table(results["stages"])))
     if as_json:
-        print_line(json.dumps({"machine": machine, **results}, indent=2))
+        print_line(json.dumps(results, indent=2))
 
 
 @app.command()
@@ -311,7 +313,7 @@ def submit(
 
     Example: `gowide submit jobs/demo.yaml --cluster slurm/clusters/devcluster.yaml`
     """
-    from gowide_dist.insight.status import graph
+    from gowide_dist.insight.status import submitted_table
     from gowide_dist.launch.chain import prepare_chain, rehearse_chain
     from gowide_dist.launch.profile import load_profile
     from gowide_dist.launch.queue import require
@@ -325,7 +327,7 @@ def submit(
     require("sbatch")
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
     write_run(prepared, fresh=fresh, in_jobs=chain.in_jobs)
-    print_line(graph(prepared, chain.submit()))
+    print_line(submitted_table(prepared, chain.submit()))
 
 
 @app.command()
@@ -334,11 +336,13 @@ def status(run: RunDir, as_json: Json = False) -> None:
 
     Example: `gowide status runs/demo`
     """
-    from gowide_dist.insight import status
+    from dataclasses import asdict
+
+    from gowide_dist.insight.status import status, status_table
     from gowide_dist.run import Run
 
-    rows = status.status(Run(run))
-    print_line(json.dumps(status.as_json(rows), indent=2) if as_json else status.table(rows))
+    rows = status(Run(run))
+    print_line(json.dumps([asdict(row) for row in rows], indent=2) if as_json else status_table(rows))
 
 
 @app.command()
@@ -379,13 +383,13 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="A folder that `gowide encode` wrote, or one file of it as DIR/test.beton; default: the run's."
+            help="A folder that `gowide encode` wrote, or one of its files, as DIR/test.beton; default: the run's."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for eval.json and confusion.csv.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
 ) -> None:
-    """Measure a finished network on every validation image: accuracies, by class too, confusion, calibration.
+    """Evaluate a finished network on every validation image: accuracies, also per class, confusion, calibration.
 
     Example: `gowide eval runs/demo finetune --out runs/demo/report/finetune`
     """
@@ -393,24 +397,22 @@ def evaluate(
     from gowide_dist.insight.trained import open_trained
 
     path = data / "val.beton" if data and data.suffix != ".beton" else data
-    found = evaluate.evaluate(open_trained(run, stage), path)
+    evaluation = evaluate.evaluate(open_trained(run, stage), path)
     if out:
-        evaluate.write_evaluation(found, out)
-    print_line(json.dumps(evaluate.as_json(found), indent=2) if as_json else evaluate.table(found))
+        evaluate.write_evaluation(evaluation, out)
+    print_line(evaluation.to_json() if as_json else evaluate.table(evaluation))
 
 
 @app.command()
 def export(
     run: RunDir,
     stage: StageName,
-    to: Annotated[Path, typer.Option(help="Folder for the files; a new or empty one, or of the same export.")],
+    to: Annotated[Path, typer.Option(help="Folder for the files: new, empty, or of an export of the same weights.")],
     int8: Annotated[bool, typer.Option(help="Also write model.int8.onnx.")] = True,
-    images: Annotated[
-        int | None, typer.Option(help="Compare on so many validation images; default: all.", min=1)
-    ] = None,
+    images: Annotated[int | None, typer.Option(help="Compare on N validation images; default: all.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print export.json.")] = False,
 ) -> None:
-    """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX, and compare and time them.
+    """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX; compare and time each.
 
     Example: `gowide export runs/demo finetune --to exports/demo`
     """
@@ -443,26 +445,26 @@ def report(
     from gowide_dist.insight.report import report
     from gowide_dist.run import Run
 
-    text, data = report([Run(path) for path in runs], measured=measure, out=out)
+    text, data = report([Run(path) for path in runs], measure=measure, out=out)
     print_line(json.dumps(data, indent=2) if as_json else text)
 
 
 @app.command()
 def doctor(
     runs: Runs = Path("runs"),
-    cluster: Annotated[Path | None, typer.Option(help="A cluster profile that you want to use.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="A cluster profile to check.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say whether this machine can do it: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk; and how to mend what can't.
+    """Check this machine, and say what mends each fault: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk.
 
-    Ends with status 1 if anything is bad. It takes up to a minute.
+    Ends with status 1 if anything is bad. Takes up to a minute.
 
     Example: `gowide doctor --cluster slurm/clusters/gpu8.yaml`
     """
-    from gowide_dist.insight.doctor import BAD, examine
+    from gowide_dist.insight.doctor import BAD, check_machine
 
     findings = []
-    for finding in examine(runs, cluster):
+    for finding in check_machine(runs, cluster):
         findings.append(finding)
         if not as_json:
             print_line(str(finding))

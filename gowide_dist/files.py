@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from gowide_dist.errors import RunError, is_full
 
@@ -20,17 +20,42 @@ NO_WEIGHTS = (
 )
 
 
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file that is complete or absent, also after a power cut."""
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` when the context ends without an exception, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file that is complete or absent, also after a power cut."""
+    with atomic(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+class HashingFile:
+    """An open file that hashes what is written to it, from start to end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._sha256 = file, hashlib.sha256()
+        self.flush = file.flush
+
+    def write(self, content: bytes | memoryview) -> int:
+        self._sha256.update(content)
+        return self._file.write(content)
+
+    def sync(self) -> str:
+        """Write buffers to the disk; the SHA-256 of the content."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._sha256.hexdigest()
 
 
 @contextmanager

@@ -147,7 +147,7 @@ class World:
         for buffers in by_dtype.values():  # one collective for all of a type: a ResNet-50 has 159 buffers
             flat = torch.cat([buffer.flatten() for buffer in buffers])
             dist.broadcast(flat, src=0)
-            for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            for buffer, values in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
                 buffer.copy_(values.view_as(buffer))
 
     def wrap(self, module: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from gowide_dist.data.encode import Options, encode_image_folder
+from gowide_dist.data.encode import Options, encode
 from tests.data.conftest import write_image_folder
 from tests.fashion import encode_part
 
@@ -48,4 +48,4 @@ def make_sandbox(folder: Path) -> None:
         path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     assert small == folder / "small" / "data"
     write_image_folder(folder / "photos", 80, 20)
-    encode_image_folder(folder / "data" / "mine", folder / "photos", Options(jpg_share=1.0, workers=1))
+    encode("imagefolder", folder / "data" / "mine", folder / "photos", Options(jpg_share=1.0, workers=1))

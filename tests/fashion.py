@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from gowide_dist import load_recipe
-from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.data.encode import encode
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
 from gowide_dist.run import Run
@@ -31,7 +31,7 @@ def write_part(root: Path, num_train: int, num_val: int) -> None:
 def encode_part(root: Path, num_train: int, num_val: int) -> Path:
     """The first images of each part, encoded: the folder of the FFCV files."""
     write_part(root / "idx", num_train, num_val)
-    encode_fashion_mnist(root / "data", root / "idx")
+    encode("fashion-mnist", root / "data", root / "idx")
     return root / "data"
 
 

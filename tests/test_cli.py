@@ -59,11 +59,11 @@ def test_encode_an_image_folder(tmp_path):
         (["encode", "fashion-mnist", "--out", "x", "--root", "nowhere"], "nowhere: not found"),
         (
             ["encode", "fashion-mnist", "--out", "x", "--write-mode", "as it is"],
-            "--write-mode as it is: should be raw, jpg or a part",
+            "--write-mode as it is: should be raw, jpg or a fraction",
         ),
         (
             ["encode", "fashion-mnist", "--out", "x", "--write-mode", "bmp"],
-            "--write-mode bmp: should be raw, jpg or a part",
+            "--write-mode bmp: should be raw, jpg or a fraction",
         ),
         (["encode", "fashion-mnist", "--out", "x", "--quality", "0"], "--quality 0: give a number from 1 to 100"),
         (["encode", "fashion-mnist", "--out", "x", "--write-mode", "2"], "--write-mode 2: give a number from 0 to 1"),

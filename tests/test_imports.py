@@ -14,6 +14,8 @@ FLOORS = [
     ["cli"],
     ["insight"],
     ["bench"],
+    ["steps"],
+    ["steps"],
     ["pipeline"],
     ["launch"],
     ["prepare"],
@@ -62,7 +64,7 @@ def test_every_room_has_its_floor():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "pipeline", "prepare", "recipe", "run", "identity", "networks.architecture", "insight.report", "launch.local", "launch.slurm", "launch.chain", "launch.queue", "launch.profile", "insight.status", "insight.plan", "insight.simulate", "data.info"]
+    "module", ["cli", "pipeline", "bench", "prepare", "recipe", "run", "identity", "networks.architecture", "insight.report", "launch.local", "launch.slurm", "launch.chain", "launch.queue", "launch.profile", "insight.status", "insight.plan", "insight.simulate", "data.info"]
 )  # fmt: skip
 def test_login_nodes_import_no_torch(module):
     code = (

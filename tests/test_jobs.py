@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from gowide_dist import load_model, load_recipe
-from gowide_dist.data.encode import encode_image_folder
+from gowide_dist.data.encode import encode
 from gowide_dist.insight.costs import spent
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
@@ -71,7 +71,7 @@ def test_imagenets_networks_train_on_synthetic_jpegs(tmp_path, monkeypatch):
             for index in range(count):
                 pixels = rng.integers(0, 255, (150 + 40 * index, 200, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index}.jpg")
-    encode_image_folder(tmp_path / "data", tmp_path / "images")
+    encode("imagefolder", tmp_path / "data", tmp_path / "images")
     recipe = load_recipe(
         JOBS / "imagenet_rn50.yaml",
         [f"data.train={tmp_path}/data/train.beton", f"data.val={tmp_path}/data/val.beton", "data.classes=2", "batch_size=2",

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from gowide_dist import load_model
-from gowide_dist.data.encode import Options, encode_image_folder
+from gowide_dist.data.encode import Options, encode
 from gowide_dist.environment import code_version
 from gowide_dist.run import Run, read_metrics
 from tests.command import GOWIDE, LIMIT_S, gowide, killed_when, refused
@@ -280,7 +280,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(job, tmp_path, m
 
 def test_images_of_many_sizes_need_to_be_cut(job, tmp_path):
     write_image_folder(tmp_path / "images", 80, 20, num_classes=10)
-    encode_image_folder(tmp_path / "data", tmp_path / "images", Options(jpg_share=1.0, workers=1))
+    encode("imagefolder", tmp_path / "data", tmp_path / "images", Options(jpg_share=1.0, workers=1))
     given = [f"data.{part}={tmp_path / 'data' / part}.beton" for part in ("train", "val")]
     arguments = ["run", job, "--runs", tmp_path / "runs", *given]
     assert "say how they become 28 px, for example data.augment.crop: {scale: [0.08, 1.0]}" in refused(*arguments)

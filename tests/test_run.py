@@ -63,7 +63,7 @@ def test_nothing_of_a_cleared_folder_is_used(data, tmp_path):
     recipe = chain(data)
     run = train(tmp_path, recipe, "teacher")
     stage_dir = run.stage("teacher/wide")
-    save_checkpoint(stage_dir.checkpoints, {}, step=3, about={"fingerprint": "of another"}, keep=1)
+    save_checkpoint(stage_dir.checkpoints, {}, step=3, metadata={"fingerprint": "of another"}, keep=1)
     (stage_dir.path / "done.json").unlink()
     (stage_dir.path / "identity.json").unlink()
     again = train(tmp_path, recipe, "teacher").stage("teacher/wide").done

@@ -1,6 +1,6 @@
-"""Datasets as FFCV files: encoded once, then streamed to every process. FFCV is touched in this folder alone.
+"""Datasets in FFCV's file format; of FFCV itself one C symbol is used, `imdecode` (JPEG decoding).
 
-What FFCV gives is its file format (stock FFCV reads our files) and its C library (JPEG decoding and resizing). Its
-Python package is not imported: doing so compiles for 4 s in every process and sets torch's threads, an exception in
-its loader's thread hangs the consumer, and its shuffled epochs cannot be shared exactly between processes.
+Stock FFCV reads the files written here, and `encode` reads files written by stock FFCV. FFCV's Python package is not
+imported: that compiles for 4 s in every process and sets torch's threads, an exception in its loader's thread hangs the
+consumer, and its shuffled epochs cannot be split exactly between processes.
 """

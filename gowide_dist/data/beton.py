@@ -26,11 +26,13 @@ _HEADER = np.dtype(
 )
 _FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
-_SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
 _ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _VERSION = 2
-_FIELDS = (("image", 2), ("label", 1))  # FFCV's numbers of RGBImageField and IntField
-_FIELD_TYPES: dict[int, tuple[str, np.dtype[np.void] | str]] = {2: ("image", _IMAGE), 1: ("label", "<i8")}
+_FIELDS: dict[int, tuple[str, np.dtype[np.void] | str]] = {  # by FFCV's numbers of RGBImageField and IntField
+    2: ("image", _IMAGE),
+    1: ("label", "<i8"),
+}
+_SAMPLE = np.dtype(list(_FIELDS.values()), align=True)
 _TABLE_OFFSET = _HEADER.itemsize + len(_FIELDS) * _FIELD.itemsize
 
 _READ_AHEAD_BYTES = 1 << 17  # Linux's usual read-ahead window, to which it cuts each request
@@ -38,7 +40,7 @@ MAX_SIDE_PX = int(np.iinfo(np.uint16).max)
 
 
 class EncodedImage(NamedTuple):
-    """An image as it lies in the file: raw RGB rows, or a JPEG stream. Sides in pixels."""
+    """An image as a file holds it: raw RGB rows, or a JPEG stream. mode: JPEG or RAW; sides in pixels."""
 
     mode: int
     height: int
@@ -53,7 +55,7 @@ def _next_page(offset: int) -> int:
 class BetonWriter:
     """Writes samples in the order given; the same samples give the same bytes. A context manager.
 
-    capacity: the most samples that may come. Raises DataError for an image larger than a page.
+    capacity: the largest number of samples. Raises DataError for an image larger than a page.
     """
 
     def __init__(self, path: Path, capacity: int):
@@ -65,7 +67,6 @@ class BetonWriter:
         self._end = _next_page(_TABLE_OFFSET + self._samples.nbytes)
 
     def write(self, image: EncodedImage, label: int) -> None:
-        """Append a sample."""
         size = len(image.data)
         if size > PAGE_BYTES:
             raise DataError(
@@ -84,12 +85,14 @@ class BetonWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         with self._file:
-            if kind is None:
+            if error_type is None:
                 self._write_tables()
                 self._file.flush()
-                os.fsync(self._file.fileno())  # a power cut must not leave an index of images that are not there
+                os.fsync(self._file.fileno())  # after a power cut the index must not point at unwritten images
 
     def _write_tables(self) -> None:
         samples = self._samples[: self.num_samples]
@@ -102,7 +105,7 @@ class BetonWriter:
 
         header = np.array([(_VERSION, len(_FIELDS), PAGE_BYTES, self.num_samples, self._end)], _HEADER)
         fields = np.zeros(len(_FIELDS), _FIELD)
-        for field, (name, type_id) in zip(fields, _FIELDS, strict=True):
+        for field, (type_id, (name, _)) in zip(fields, _FIELDS.items(), strict=True):
             field["type_id"] = type_id
             field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         self._file.seek(0)
@@ -110,7 +113,7 @@ class BetonWriter:
 
 
 class StoredImage(NamedTuple):
-    """Where an image lies in an FFCV file of any origin. Sides in pixels, offset and size in bytes."""
+    """An image's position in an FFCV file of any origin. Sides in pixels, offset and size in bytes."""
 
     path: Path
     mode: int
@@ -120,19 +123,19 @@ class StoredImage(NamedTuple):
     size: int
 
     def read(self) -> EncodedImage:
-        """The image as it lies there. Raises OSError if the file cannot be read, ValueError if it is too short."""
+        """Raises OSError if the file cannot be read, ValueError if it is too short."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
         if len(data) != self.size:
-            raise ValueError(f"{len(data):,} of its {self.size:,} bytes are there")
+            raise ValueError(f"{len(data):,} bytes instead of {self.size:,}")
         return EncodedImage(self.mode, self.height, self.width, data)
 
 
 def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:
-    """The images and labels of a file that any program wrote with FFCV's DatasetWriter, in the order of its samples.
+    """The images and labels [N] of a file written by FFCV's own DatasetWriter, in the order of its samples.
 
-    Raises DataError unless it is a whole file of the format's version 2 with an image and a whole number a sample.
+    Raises DataError unless it is a whole file of the format's version 2 whose samples are an image and an integer.
     """
     content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
     broken = DataError(f"{path}: damaged, or no FFCV file of version {_VERSION}; write it again with FFCV")
@@ -144,26 +147,27 @@ def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:
     if header["version"] != _VERSION or not num_samples or not start < tail < len(content):
         raise broken
     types = content[_HEADER.itemsize : start].view(_FIELD)["type_id"].tolist()
-    if sorted(types) != sorted(_FIELD_TYPES):
+    if sorted(types) != sorted(_FIELDS):
         raise DataError(f"{path}: its samples have other fields than one RGBImageField and one IntField")
-    row = np.dtype([_FIELD_TYPES[type_id] for type_id in types], align=True)
+    row = np.dtype([_FIELDS[type_id] for type_id in types], align=True)
     if start + num_samples * row.itemsize > tail or (len(content) - tail) % _ALLOCATION.itemsize:
         raise broken
     samples = content[start : start + num_samples * row.itemsize].view(row)
     allocations = content[tail:].view(_ALLOCATION)
     allocations = allocations[np.argsort(allocations["offset"])]
     images = samples["image"]
-    places = np.searchsorted(allocations["offset"], images["offset"]).clip(max=len(allocations) - 1)
-    ends = allocations["offset"][places] + allocations["size"][places]
-    if (allocations["offset"][places] != images["offset"]).any() or ends.max() > len(content):
+    # Stock FFCV's writers append to the table in any order: an image's allocation is the one with its offset.
+    allocations = allocations[np.searchsorted(allocations["offset"], images["offset"]).clip(max=len(allocations) - 1)]
+    ends = allocations["offset"] + allocations["size"]
+    if (allocations["offset"] != images["offset"]).any() or ends.max() > len(content):
         raise broken
-    columns = (images["mode"], images["height"], images["width"], images["offset"], allocations["size"][places])
+    columns = (images["mode"], images["height"], images["width"], images["offset"], allocations["size"])
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return [StoredImage(path, *row) for row in rows], samples["label"].astype(np.int64)
 
 
 def read_index(path: Path, num_samples: int) -> tuple[bytes, bytes]:
-    """All but the images of a file: the header with the table of samples, and the allocation table."""
+    """The bytes of a file without its images: the header with the table of samples, and the allocation table."""
     with path.open("rb") as file:
         head = file.read(_TABLE_OFFSET + num_samples * _SAMPLE.itemsize)
         file.seek(-num_samples * _ALLOCATION.itemsize, os.SEEK_END)
@@ -178,9 +182,9 @@ def index_checksum(index: tuple[bytes, bytes]) -> str:
 class Beton:
     """A file that `gowide encode` wrote, mapped into memory.
 
-    bytes: uint8 [file size]. Per sample [N]: labels int64, modes uint8 (JPEG or RAW), heights and widths (pixels),
-    offsets and sizes of the image's bytes, pages (which one the image lies in). Raises DataError if the file is not
-    what dataset.json says.
+    bytes: uint8 [file size]. Per sample [N]: labels int64, modes uint8 (JPEG or RAW), heights and widths in pixels,
+    offsets and sizes of the image's bytes, pages: the number of the image's page. Raises DataError if the file differs
+    from dataset.json.
     """
 
     def __init__(self, path: Path):
@@ -192,7 +196,7 @@ class Beton:
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         if index_checksum(index) != split.index_checksum:
-            raise DataError(f"{path}: damaged: its index is not the one that was written; delete it and encode again")
+            raise DataError(f"{path}: damaged: its index has changed since it was written; delete it and encode again")
         head, tail = index
         self.path = path
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)

@@ -1,8 +1,11 @@
-"""Images out of an FFCV file into a batch, in one compiled pass: decoding, geometry and flip.
+"""Images of an FFCV file into a batch, in one compiled pass: decoding, crop or shift, and flip.
 
-Every random choice is a draw keyed by (epoch key, sample): the same whatever the batch, process or thread. Pixels are
-computed without re-ordered floating point, so they are the same on every processor too. numba keeps the compiled code
-on disk: 5 s of compiling on the first run, well under one later.
+Every random choice is a draw keyed by (epoch key, sample): the same in any batch, process or thread. Pixels are
+computed without re-ordered floating point: the same on every processor. numba caches the compiled code on disk: 5 s of
+compiling on the first run, well under one later.
+
+Shapes: N samples in the file, B images in a batch, R the resolution. In compiled functions `beton` is a BetonArrays,
+`scratch` a Scratch, `index` a sample of the file, `key` a uint64, `imdecode` the C function.
 """
 
 import ctypes
@@ -19,11 +22,11 @@ from numba import types
 from gowide_dist.data import order
 from gowide_dist.data.beton import JPEG, Beton
 
-_MCU_PX = 16  # the largest block that JPEG codes together, and more than chroma upsampling looks ahead
+_MCU_PX = 16  # height of a JPEG's MCU (ITU T.81, A.2) with 4:2:0 chroma, and more than upsampling looks ahead
 
 
-class Source(NamedTuple):
-    """An open FFCV file. bytes: uint8, all of it. Per sample [N]: see Beton."""
+class BetonArrays(NamedTuple):
+    """The arrays of an open Beton that decoding needs, as numba takes them. bytes: uint8 [size]; the others [N]."""
 
     bytes: np.ndarray
     offsets: np.ndarray
@@ -32,21 +35,23 @@ class Source(NamedTuple):
     heights: np.ndarray
     widths: np.ndarray
 
-
-def source_of(beton: Beton) -> Source:
-    """What decoding needs of an open file."""
-    return Source(beton.bytes, beton.offsets, beton.sizes, beton.modes, beton.heights, beton.widths)
+    @classmethod
+    def of(cls, beton: Beton) -> "BetonArrays":
+        return cls(beton.bytes, beton.offsets, beton.sizes, beton.modes, beton.heights, beton.widths)
 
 
 class Shift(NamedTuple):
-    """Square images as large as the batch's: flip half of them left to right, shift by up to `translate` pixels."""
+    """For square images of side R: flip half of them left to right, shift each axis by up to `translate` pixels."""
 
     flip: bool
     translate: int
 
 
-class RandomCrop(NamedTuple):
-    """torchvision's RandomResizedCrop and flip. Area of the crop relative to the image's, and width over height."""
+UNCHANGED = Shift(flip=False, translate=0)
+
+
+class RandomResizedCrop(NamedTuple):
+    """torchvision's RandomResizedCrop and flip. scale: area of the crop over the image's; ratio: width over height."""
 
     flip: bool
     min_scale: float
@@ -56,37 +61,45 @@ class RandomCrop(NamedTuple):
 
 
 class CenterCrop(NamedTuple):
-    """torchvision's Resize(round(resolution / ratio)) and CenterCrop(resolution).
+    """torchvision's Resize(round(R / ratio)), then CenterCrop(R).
 
-    Equal to within one level of 255 for raw images, since torchvision rounds between rows and columns. Of a JPEG the
-    pixels differ by about one level on average: FFCV's C library takes the fast inverse transform, Pillow the exact.
+    Equal to within one level of 255 for raw images, since torchvision rounds between rows and columns. The pixels of a
+    JPEG differ by about one level on average: FFCV's C library uses the fast inverse DCT, Pillow the exact one.
     """
 
     ratio: float
 
 
-Geometry: TypeAlias = Shift | RandomCrop | CenterCrop
+Geometry: TypeAlias = Shift | RandomResizedCrop | CenterCrop
 
 
 class Scratch(NamedTuple):
-    """What one thread needs to decode JPEGs: room for the largest stream and the largest image."""
+    """One thread's memory to decode JPEGs: uint8, as large as the file's largest stream and largest image."""
 
     jpeg: np.ndarray
     pixels: np.ndarray
-    decoded: np.ndarray  # `pixels`, read-only as the file is: to the compiler one type
+    decoded: np.ndarray  # a read-only view of `pixels`, so that numba sees the type of BetonArrays.bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return self.jpeg.nbytes + self.pixels.nbytes
 
     @classmethod
-    def of(cls, source: Source) -> "Scratch":
-        """Scratch for any image of `source`. Untouched memory takes no room."""
-        jpegs = source.modes == JPEG
-        pixels = np.empty((source.heights * source.widths)[jpegs].max(initial=0) * 3, np.uint8)
+    def of(cls, beton: BetonArrays) -> "Scratch":
+        """Scratch for any image of the file. Pages of it that stay untouched take no memory."""
+        jpegs = beton.modes == JPEG
+        pixels = np.empty((beton.heights * beton.widths)[jpegs].max(initial=0) * 3, np.uint8)
         decoded = pixels.view()
         decoded.setflags(write=False)
-        return cls(np.empty(source.sizes[jpegs].max(initial=0), np.uint8), pixels, decoded)
+        return cls(np.empty(beton.sizes[jpegs].max(initial=0), np.uint8), pixels, decoded)
 
 
 class _Imdecode(types.WrapperAddressProtocol):
-    """`imdecode` of FFCV's C library (libffcv.cpp), its 13 arguments widened to 64 bits."""
+    """`imdecode` of FFCV's C library (libffcv.cpp), its 13 arguments widened to 64 bits.
+
+    They are: input and its size, the image's height and width, output, the crop's height, width, x and y, the
+    scale's numerator and denominator, whether to crop, whether to flip.
+    """
 
     def __init__(self) -> None:
         package = importlib.util.find_spec("ffcv")
@@ -113,26 +126,31 @@ def _uniform(key, position, low, high):
 
 @numba.njit
 def _uniform_int(key, position, low, high):
-    """A whole number from low to high, both included."""
+    """An integer from low to high, both included."""
     return low + np.int64(_draw(key, np.uint64(position)) % np.uint64(high - low + 1))
 
 
 @numba.njit
-def _decode_jpeg(source, index, num_rows, scratch, imdecode):
-    """Decode the top num_rows rows, at least, of a JPEG into scratch.pixels.
+def _decode_jpeg(beton, index, num_rows, scratch, imdecode):
+    """Decode at least the top num_rows rows of a JPEG into scratch.pixels: uint8, rows of `width` RGB pixels.
 
-    A copy of the stream claims to be that high, so that the decoder stops there. Its status is not looked at: it warns
-    of the rest. Every image was decoded when it was encoded.
+    A crop rarely needs the rows below it, but imdecode has no way to stop there. So it decodes a copy of the stream
+    whose frame header claims fewer rows. The status is ignored: libjpeg warns of the data that then remain, and every
+    image was decoded once when it was encoded.
     """
-    offset, size = source.offsets[index], source.sizes[index]
-    height, width = source.heights[index], source.widths[index]
+    offset, size = beton.offsets[index], beton.sizes[index]
+    height, width = beton.heights[index], beton.widths[index]
     stream = scratch.jpeg
     for i in range(size):
-        stream[i] = source.bytes[offset + i]
+        stream[i] = beton.bytes[offset + i]
+    # Whole MCU rows, and one more, from which chroma upsampling takes the neighbours of the last row.
     height = min(height, (num_rows + _MCU_PX) // _MCU_PX * _MCU_PX + _MCU_PX)
+    # ITU T.81, B.1.1.4: SOI (2 bytes) is followed by marker segments: 0xFF, the marker's code, and a length of 2 bytes
+    # that counts itself but not the marker. B.2.2: in the frame header, which is SOF0 (baseline), SOF1 (extended) or
+    # SOF2 (progressive), P (precision, 1 byte) and Y (number of lines, 2 bytes, big-endian) follow: Y is bytes 5 and 6.
     marker = 2
     while marker + 9 < size:
-        if 0xC0 <= stream[marker + 1] <= 0xC2:  # the frame header
+        if 0xC0 <= stream[marker + 1] <= 0xC2:
             stream[marker + 5], stream[marker + 6] = height >> 8, height & 0xFF
             break
         marker += 2 + (np.int64(stream[marker + 2]) << 8) + stream[marker + 3]
@@ -141,29 +159,29 @@ def _decode_jpeg(source, index, num_rows, scratch, imdecode):
 
 
 @numba.njit(nogil=True, cache=True)
-def _decode_whole(source, indices, scratch, imdecode):
+def _decode_whole(beton, indices, scratch, imdecode):
     for index in indices:
-        _decode_jpeg(source, index, source.heights[index], scratch, imdecode)
+        _decode_jpeg(beton, index, beton.heights[index], scratch, imdecode)
 
 
-def decode_whole(source: Source, indices: np.ndarray, scratch: Scratch) -> None:
-    """Decode JPEGs and forget them: the limit of any loader that decodes whole images."""
-    _decode_whole(source, indices, scratch, imdecode)
+def decode_whole(beton: BetonArrays, indices: np.ndarray, scratch: Scratch) -> None:
+    """Decode JPEGs `indices` (int64 [B]) and drop the pixels: the limit of a loader that decodes whole images."""
+    _decode_whole(beton, indices, scratch, imdecode)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def decode_shifted(source, indices, key, shift, images, scratch, imdecode):
-    """Fill images (uint8 [B, H, W, 3]) with samples `indices` (int64 [B]), flipped and shifted as `shift` says.
+def decode_shifted(beton, indices, key, shift, images, scratch, imdecode):
+    """Fill images (uint8 [B, R, R, 3]) with samples `indices` (int64 [B]), flipped and shifted as `shift` says.
 
-    What a shift uncovers is black, as with torchvision's RandomCrop(padding=translate). key: uint64, of the epoch.
+    Uncovered pixels are black, as in torchvision's RandomCrop(R, padding=translate). key: of the epoch.
     """
     height, width = images.shape[1], images.shape[2]
     for b in range(len(indices)):
-        if source.modes[indices[b]] == JPEG:
-            _decode_jpeg(source, indices[b], height, scratch, imdecode)
+        if beton.modes[indices[b]] == JPEG:
+            _decode_jpeg(beton, indices[b], height, scratch, imdecode)
             pixels, start = scratch.decoded, 0
         else:
-            pixels, start = source.bytes, source.offsets[indices[b]]
+            pixels, start = beton.bytes, beton.offsets[indices[b]]
         sample_key = _draw(key, np.uint64(indices[b]))
         flipped = shift.flip and _uniform_int(sample_key, 0, 0, 1) == 1
         down = _uniform_int(sample_key, 1, -shift.translate, shift.translate)
@@ -186,7 +204,10 @@ def decode_shifted(source, indices, key, shift, images, scratch, imdecode):
 
 @numba.njit
 def _random_box(key, height, width, crop):
-    """Top, left, height and width of a crop, drawn as torchvision's RandomResizedCrop.get_params does."""
+    """Top, left, height, width of a crop in pixels, int64, drawn as in torchvision's RandomResizedCrop.get_params.
+
+    height, width: of the image. key: of the sample in this epoch; attempt i takes the draws 4i + 1 to 4i + 4.
+    """
     for attempt in range(10):
         area = height * width * _uniform(key, 4 * attempt + 1, crop.min_scale, crop.max_scale)
         ratio = math.exp(_uniform(key, 4 * attempt + 2, math.log(crop.min_ratio), math.log(crop.max_ratio)))
@@ -204,7 +225,7 @@ def _random_box(key, height, width, crop):
 
 @numba.njit
 def _center_span(side, short_side, resolution, ratio):
-    """Start and length, in source pixels, of what Resize and CenterCrop show along one side."""
+    """Start and length, in source pixels (float64), of what Resize and CenterCrop keep along one side."""
     resized_short = np.rint(resolution / ratio)
     resized = math.floor(resized_short * side / short_side)
     return np.rint((resized - resolution) / 2) * side / resized, resolution * side / resized
@@ -212,10 +233,11 @@ def _center_span(side, short_side, resolution, ratio):
 
 @numba.njit
 def _taps(start, length, size, low, high):
-    """Weights of an antialiased bilinear resize of source [start, start + length) to `size` pixels.
+    """Weights of an antialiased bilinear resize of source [start, start + length) to `size` pixels, along one side.
 
-    The triangle filter of Pillow and torchvision. low, high: the source pixels that may be used. Returns the first
-    source pixel int64 [size], the weights float32 [size, most], and `most`, the number used at most.
+    The triangle filter of Pillow and torchvision. low, high: the range of usable source pixels. Returns the first
+    source pixel of each output (int64 [size]), the weights (float32 [size, T], zeros at the end), and `most` <= T, the
+    largest number of source pixels of an output.
     """
     scale = length / size
     reach = max(scale, 1.0)
@@ -238,9 +260,10 @@ def _taps(start, length, size, low, high):
 
 @numba.njit
 def _resize(pixels, start, width, rows, columns, flipped, image):
-    """Weigh source rows, then columns, into image [R, R, 3]. rows, columns: of _taps.
+    """Sum weighted source rows, then columns, into image (uint8 [R, R, 3]). rows, columns: of _taps.
 
-    Unsigned indices, because they need no check for counting from the end: that doubles the speed.
+    pixels: uint8, flat; the source image begins at `start`, its rows are `width` RGB pixels long. The indices are
+    unsigned, which spares numba's check for negative ones: twice as fast.
     """
     size = image.shape[0]
     row_first, row_weights, row_most = rows
@@ -248,7 +271,7 @@ def _resize(pixels, start, width, rows, columns, flipped, image):
     left = column_first[0]
     num_values = min(column_first[size - 1] + column_most, width) * 3 - left * 3
     row = np.zeros(num_values + column_most * 3, np.float32)
-    places = ((column_first - left) * 3).astype(np.uint64)
+    offsets = ((column_first - left) * 3).astype(np.uint64)
     weights = column_weights.reshape(-1)
     weights_step = np.uint64(column_weights.shape[1])
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
@@ -269,14 +292,14 @@ def _resize(pixels, start, width, rows, columns, flipped, image):
         out_step = np.uint64(-3 if flipped else 3)
         w = np.uint64(0)
         for x in range(size):
-            place = places[x]
-            red = green = blue = np.float32(0.5)
+            offset = offsets[x]
+            red = green = blue = np.float32(0.5)  # rounds to the nearest level when cut to an integer
             for k in range(np.uint64(column_most)):
                 weight = weights[w + k]
-                red += weight * row[place]
-                green += weight * row[place + one]
-                blue += weight * row[place + two]
-                place += three
+                red += weight * row[offset]
+                green += weight * row[offset + one]
+                blue += weight * row[offset + two]
+                offset += three
             w += weights_step
             line[out] = np.int32(red)
             line[out + one] = np.int32(green)
@@ -285,57 +308,55 @@ def _resize(pixels, start, width, rows, columns, flipped, image):
 
 
 @numba.njit
-def _resize_crop(source, index, top, left, height, width, inside, flipped, image, scratch, imdecode):
-    """Resize a box of sample `index` to image [R, R, 3]. inside: use no pixel outside of the box."""
-    num_rows, num_columns = source.heights[index], source.widths[index]
+def _resize_crop(beton, index, top, left, height, width, inside, flipped, image, scratch, imdecode):
+    """Resize a box (float64, pixels) of sample `index` to image (uint8 [R, R, 3]).
+
+    inside: use no pixel outside the box, as a crop before a resize does; else neighbours blend in, as after one.
+    """
+    num_rows, num_columns = beton.heights[index], beton.widths[index]
     size = image.shape[0]
     low, high = (np.int64(top), np.int64(top + height)) if inside else (0, num_rows)
     rows = _taps(top, height, size, low, high)
     low, high = (np.int64(left), np.int64(left + width)) if inside else (0, num_columns)
     columns = _taps(left, width, size, low, high)
-    if source.modes[index] == JPEG:
-        _decode_jpeg(source, index, rows[0][size - 1] + rows[2], scratch, imdecode)
+    if beton.modes[index] == JPEG:
+        _decode_jpeg(beton, index, rows[0][size - 1] + rows[2], scratch, imdecode)
         pixels, start = scratch.decoded, 0
     else:
-        pixels, start = source.bytes, source.offsets[index]
+        pixels, start = beton.bytes, beton.offsets[index]
     _resize(pixels, start, num_columns, rows, columns, flipped, image)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def decode_random_crops(source, indices, key, crop, images, scratch, imdecode):
-    """Fill images (uint8 [B, R, R, 3]) with a random crop of each sample, flipped half of the time."""
+def decode_random_crops(beton, indices, key, crop, images, scratch, imdecode):
+    """Fill images (uint8 [B, R, R, 3]) with a random crop of samples `indices` (int64 [B]), half of them flipped."""
     for b in range(len(indices)):
         index = indices[b]
         sample_key = _draw(key, np.uint64(index))
-        top, left, height, width = _random_box(sample_key, source.heights[index], source.widths[index], crop)
+        top, left, height, width = _random_box(sample_key, beton.heights[index], beton.widths[index], crop)
         flipped = crop.flip and _uniform_int(sample_key, 0, 0, 1) == 1
         box = np.float64(top), np.float64(left), np.float64(height), np.float64(width)
-        _resize_crop(source, index, *box, True, flipped, images[b], scratch, imdecode)
+        _resize_crop(beton, index, *box, True, flipped, images[b], scratch, imdecode)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def decode_center_crops(source, indices, key, crop, images, scratch, imdecode):  # as the others
-    """Fill images (uint8 [B, R, R, 3]) with the middle of each sample."""
+def decode_center_crops(beton, indices, key, crop, images, scratch, imdecode):
+    """Fill images (uint8 [B, R, R, 3]) with the center of samples `indices` (int64 [B]). key: unused."""
     resolution = images.shape[1]
     for b in range(len(indices)):
         index = indices[b]
-        height, width = source.heights[index], source.widths[index]
+        height, width = beton.heights[index], beton.widths[index]
         short_side = min(height, width)
         top, box_height = _center_span(height, short_side, resolution, crop.ratio)
         left, box_width = _center_span(width, short_side, resolution, crop.ratio)
-        _resize_crop(source, index, top, left, box_height, box_width, False, False, images[b], scratch, imdecode)
+        _resize_crop(beton, index, top, left, box_height, box_width, False, False, images[b], scratch, imdecode)
 
 
-_KERNELS = {Shift: decode_shifted, RandomCrop: decode_random_crops, CenterCrop: decode_center_crops}
+_KERNELS = {Shift: decode_shifted, RandomResizedCrop: decode_random_crops, CenterCrop: decode_center_crops}
 
 
 def fill(
-    source: Source,
-    indices: np.ndarray,
-    key: np.uint64,
-    geometry: Shift | RandomCrop | CenterCrop,
-    images: np.ndarray,
-    scratch: Scratch,
+    beton: BetonArrays, indices: np.ndarray, key: np.uint64, geometry: Geometry, images: np.ndarray, scratch: Scratch
 ) -> None:
     """Fill images (uint8 [B, R, R, 3]) with samples `indices` (int64 [B]) as `geometry` says. key: of the epoch."""
-    _KERNELS[type(geometry)](source, indices, key, geometry, images, scratch, imdecode)
+    _KERNELS[type(geometry)](beton, indices, key, geometry, images, scratch, imdecode)

@@ -1,6 +1,5 @@
 """`gowide encode`: a dataset in its usual form on disk becomes train.beton, val.beton and dataset.json."""
 
-import hashlib
 import multiprocessing
 import os
 import shutil
@@ -22,8 +21,9 @@ from gowide_dist.data.beton import Beton, BetonWriter, index_checksum, read_inde
 from gowide_dist.data.images import BadImage, Sample, Storage, encode_sample
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
 from gowide_dist.data.sources import (
-    Dataset,
-    Images,
+    FASHION_MNIST_ROOT,
+    ImageList,
+    SourceDataset,
     SplitName,
     check_utf8,
     read_cifar,
@@ -33,28 +33,35 @@ from gowide_dist.data.sources import (
     stratified,
 )
 from gowide_dist.errors import DataError
-from gowide_dist.files import try_lock
+from gowide_dist.files import PARTIAL, replacing, sha256, try_lock, writing_to
 from gowide_dist.progress import say, track
 
-FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
-SKIPPED_FILE_NAME, LOCK_FILE_NAME, PARTIAL_NAME = "skipped.txt", ".lock", ".partial"
-MIN_STD = 1 / 255  # of a channel that is the same everywhere, by which images are divided
+SKIPPED_FILE_NAME, LOCK_FILE_NAME = "skipped.txt", ".lock"
+MIN_STD = 1 / 255  # of a constant channel: images are divided by it
 
 _CHUNK = 8  # files that a worker is sent at a time; raw ones take up to 8 MB each
 _CHUNKS_AHEAD = 4  # for each worker
+
+READERS: dict[str, Callable[[Path], SourceDataset]] = {
+    "fashion-mnist": read_fashion_mnist,
+    "cifar10": partial(read_cifar, num_classes=10),
+    "cifar100": partial(read_cifar, num_classes=100),
+    "imagefolder": read_image_folder,
+    "ffcv": read_ffcv,
+}
 
 Encoding: TypeAlias = dict[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to encode.
+    """How to encode. Raises DataError for a value out of range.
 
-    jpg_share: part of the images stored as JPEG, of `quality` 1 to 100; the others are stored raw; None, for FFCV files
-    alone, leaves every image as it is. max_side_px: larger images are shrunk to it. subset: this many training images
-    only; held_out: this many training images become the validation part, and what was the validation part becomes
-    `test`; both stratified. skip_bad: leave files out that hold no whole image, and list them in skipped.txt. workers:
-    processes that read files, by default one a core.
+    jpg_share: the fraction of the images stored as JPEG, of `quality` 1 to 100; the others are stored raw; None, for
+    FFCV files alone, leaves every image as it is. max_side_px: larger images are shrunk to it. subset: use only this
+    many training images; held_out: this many training images become the validation split, and the dataset's own
+    validation split becomes `test`; both stratified by class. skip_bad: leave out files that hold no whole image, and
+    list them in skipped.txt. workers: processes that read files, by default one a core.
     """
 
     jpg_share: float | None = 0.0
@@ -72,11 +79,12 @@ class Options:
         for name in ("max_side_px", "subset", "held_out"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise DataError(f"--{_dashed(name)} {value}: give a number above 0")
+                raise DataError(f"--{name.replace('_', '-')} {value}: give a number above 0")
         for name in ("max_side_px", "quality"):
             if self.jpg_share is None and getattr(self, name) != getattr(Options, name):
                 raise DataError(
-                    f"--{_dashed(name)}: stored images stay as they are unless --write-mode says how to store them"
+                    f"--{name.replace('_', '-')}: stored images stay as they are unless --write-mode says how to "
+                    "store them"
                 )
 
     @property
@@ -84,89 +92,58 @@ class Options:
         """What concerns the single image."""
         return Storage(self.jpg_share, self.quality, self.max_side_px)
 
-    def differing(self) -> Encoding:
-        """What is not the default and changes the result."""
+    def non_default(self) -> Encoding:
+        """The options that change the result, where they differ from their default."""
         default = asdict(Options())
         return {name: value for name, value in asdict(self).items() if value != default[name] and name != "workers"}
 
 
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+def jpg_share_of(dataset: str, write_mode: str | None = None) -> float | None:
+    """Options.jpg_share for a `--write-mode` (raw, jpg or a fraction as JPEG), or the default of a dataset.
 
-
-def encode_fashion_mnist(out: Path, root: Path | None = None, options: Options | None = None) -> DatasetInfo:
-    """Encode Fashion-MNIST, or any images in its four idx files. As all encode functions:
-
-    Does nothing if `out` already holds this. root: where the dataset lies; here by default where Debian's package puts
-    it. Raises DataError for files that are missing or damaged, if `out` holds something else, and if the disk is full;
-    nothing is then left under the final names.
+    Raises DataError for any other text.
     """
-    root = root or FASHION_MNIST_ROOT
-    if not root.is_dir():
-        raise DataError(f"{root}: not found; run `apt install dataset-fashion-mnist` or give --root")
-    return _encode("fashion-mnist", out, root, options or Options())
+    if not write_mode:
+        return {"imagefolder": 1.0, "ffcv": None}.get(dataset, 0.0)
+    try:
+        return float({"raw": "0", "jpg": "1"}.get(write_mode, write_mode))
+    except ValueError:
+        raise DataError(f"--write-mode {write_mode}: should be raw, jpg or a fraction such as 0.5") from None
 
 
-def encode_cifar10(out: Path, root: Path, options: Options | None = None) -> DatasetInfo:
-    """Encode CIFAR-10 from cifar-10-batches-py."""
-    return _encode("cifar10", out, root, options or Options())
+def encode(dataset: str, out: Path, root: Path | None = None, options: Options | None = None) -> DatasetInfo:
+    """Encode a dataset, one of READERS, into the folder `out`; nothing is done if `out` already holds it.
 
-
-def encode_cifar100(out: Path, root: Path, options: Options | None = None) -> DatasetInfo:
-    """Encode CIFAR-100, its fine labels, from cifar-100-python."""
-    return _encode("cifar100", out, root, options or Options())
-
-
-def encode_image_folder(out: Path, root: Path, options: Options | None = None) -> DatasetInfo:
-    """Encode train/CLASS/* and val/CLASS/*, by default all as JPEG."""
-    return _encode("imagefolder", out, root, options or Options(jpg_share=1.0))
-
-
-def encode_ffcv(out: Path, root: Path, options: Options | None = None) -> DatasetInfo:
-    """Take over the files that FFCV's DatasetWriter has written, by default every image as it is."""
-    return _encode("ffcv", out, root, options or Options(jpg_share=None))
-
-
-_READERS: dict[str, Callable[[Path], Dataset]] = {
-    "fashion-mnist": read_fashion_mnist,
-    "cifar10": partial(read_cifar, num_classes=10),
-    "cifar100": partial(read_cifar, num_classes=100),
-    "imagefolder": read_image_folder,
-    "ffcv": read_ffcv,
-}
-
-
-def encode(name: str, out: Path, root: Path | None, options: Options) -> DatasetInfo:
-    """Encode the dataset called `name` on the command line. Raises DataError if it needs a `root` that is not given."""
-    if name == "fashion-mnist":
-        return encode_fashion_mnist(out, root, options)
+    root: the dataset's folder; may be left out for fashion-mnist, which is then Debian's package. Raises DataError for
+    files that are missing or damaged, and if `out` holds something else; RunError if `out` cannot be written, OSError
+    if the disk is full. Nothing is then left under the final names.
+    """
+    options = options or Options(jpg_share_of(dataset))
+    if root is None and dataset == "fashion-mnist":
+        root = FASHION_MNIST_ROOT
     if root is None:
-        raise DataError(f"encode {name}: give the folder of the dataset as --root")
-    return _encode(name, out, root, options)
-
-
-def _encode(name: str, out: Path, root: Path, options: Options) -> DatasetInfo:
-    if options.jpg_share is None and name != "ffcv":
-        raise DataError(f"encode {name}: only FFCV files hold images that can stay as they are; give a write mode")
+        raise DataError(f"encode {dataset}: give the folder of the dataset as --root")
+    if options.jpg_share is None and dataset != "ffcv":
+        raise DataError(f"encode {dataset}: only FFCV files hold images that can stay as they are; give a --write-mode")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is no folder; choose another --out")
     if out.resolve() == root.resolve():
-        raise DataError(f"{out}: is where the images are; choose another --out")
+        raise DataError(f"{out}: is the folder of the images; choose another --out")
     check_utf8(root.resolve())
-    encoding: Encoding = {"dataset": name, "root": str(root.resolve()), **options.differing()}
+    encoding: Encoding = {"dataset": dataset, "root": str(root.resolve()), **options.non_default()}
     if info := find_encoded(out, encoding):
         return info
     try:
-        dataset = _READERS[name](root)
+        source = READERS[dataset](root)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return write_dataset(out, _divide(dataset, options), encoding, options)
+    return write_dataset(out, _divide(source, options), encoding, options)
 
 
 def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
-    """What is in `out`, if it is whole and was made by the same `encoding`; None if it must be made.
+    """The dataset in `out`, if it is whole and was made by the same `encoding`; None if it must be made.
 
-    Raises DataError if `out` holds a dataset that was made in another way.
+    Raises DataError if `out` holds a dataset of another `encoding`.
     """
     if not (out / FILE_NAME).exists():
         return None
@@ -188,71 +165,61 @@ def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
     return info
 
 
-def _divide(dataset: Dataset, options: Options) -> Dataset:
-    """Cut the validation part from training, then the subset, as the options say."""
+def _divide(dataset: SourceDataset, options: Options) -> SourceDataset:
+    """Hold out the validation split, then take the subset of the training images, as the options say."""
     splits = dict(dataset.splits)
-    for name, count in (("held-out", options.held_out), ("subset", options.subset)):
+    for option, count in (("held-out", options.held_out), ("subset", options.subset)):
         train = splits["train"]
         if count is None:
             continue
-        if count >= len(train) + (name == "subset"):
-            raise DataError(f"--{name} {count:,}: there are {len(train):,} training images")
+        if count >= len(train) + (option == "subset"):
+            raise DataError(f"--{option} {count:,}: there are {len(train):,} training images")
         chosen = stratified(train.labels, count)
-        if name == "held-out":
+        if option == "held-out":
             if "val" in splits:
                 splits["test"] = splits["val"]
             splits["val"] = train.take(np.flatnonzero(chosen))
             chosen = ~chosen
         splits["train"] = train.take(np.flatnonzero(chosen))
     if "val" not in splits:
-        raise DataError(f"{dataset.description}: no validation images; give --held-out to take some from training")
-    return Dataset(dataset.description, dataset.classes, splits)
+        raise DataError(f"{dataset.description}: no validation images; --held-out takes some of the training images")
+    return SourceDataset(dataset.description, dataset.classes, splits)
 
 
-def write_dataset(out: Path, dataset: Dataset, encoding: Encoding, options: Options) -> DatasetInfo:
+def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options: Options) -> DatasetInfo:
     """Write the files of a dataset into a folder in `out`, then move them up, dataset.json last: it makes the dataset.
 
-    Raises DataError if an image is bad, the folder cannot be written, another process is encoding into it, or it holds
-    somebody's files; nothing is then left.
+    Raises DataError if an image is bad, another process is encoding into `out`, or it holds files that were not encoded
+    there; RunError or OSError if it cannot be written. A folder `out` that is new is then removed.
     """
     is_new = not out.exists()
-    try:
+    with writing_to(out, "--out"):
         out.mkdir(parents=True, exist_ok=True)
-        with try_lock(out / LOCK_FILE_NAME) as mine:
-            if not mine:
+        with try_lock(out / LOCK_FILE_NAME) as locked:
+            if not locked:
                 raise DataError(f"{out}: another process is encoding into it; wait for it, or choose another --out")
             try:
-                return _write_in(out, dataset, encoding, options)
+                _check_unclaimed(out)
+                with replacing(out, marker=FILE_NAME) as folder:
+                    return _write_files(folder, dataset, encoding, options)
             except BaseException:
                 if is_new:
                     shutil.rmtree(out, ignore_errors=True)
                 raise
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from error
 
 
-def _write_in(out: Path, dataset: Dataset, encoding: Encoding, options: Options) -> DatasetInfo:
-    partial = out / PARTIAL_NAME
-    theirs = sorted(path.name for path in out.glob("*.beton"))
-    if theirs and not (out / FILE_NAME).exists() and not partial.exists():
-        raise DataError(f"{out}: holds {theirs[0]}, which was not encoded there; move it, or choose another --out")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        info = _write_files(partial, dataset, encoding, options)
-        (out / FILE_NAME).unlink(missing_ok=True)
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == FILE_NAME):
-            path.replace(out / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return info
+def _check_unclaimed(out: Path) -> None:
+    """Raises DataError if `out` holds FFCV files that neither a finished nor a killed encode has left there."""
+    betons = sorted(path.name for path in out.glob("*.beton"))
+    if betons and not (out / FILE_NAME).exists() and not (out / PARTIAL).exists():
+        raise DataError(f"{out}: holds {betons[0]}, which was not encoded there; move it, or choose another --out")
 
 
-def _write_files(folder: Path, dataset: Dataset, encoding: Encoding, options: Options) -> DatasetInfo:
+def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, options: Options) -> DatasetInfo:
     sides: set[int] = set()
     moments = np.zeros((2, 3))
     bad: list[BadImage] = []
-    files: dict[SplitName, Split] = {}
+    splits: dict[SplitName, Split] = {}
     for name, images in dataset.splits.items():
         path = folder / f"{name}.beton"
         with BetonWriter(path, len(images)) as writer:
@@ -265,21 +232,27 @@ def _write_files(folder: Path, dataset: Dataset, encoding: Encoding, options: Op
                 sides |= {sample.image.height, sample.image.width}
                 if name == "train":
                     moments += sample.moments
-        if not writer.num_samples:
+        num_samples = writer.num_samples
+        if not num_samples:
             raise DataError(f"{dataset.description}: no good image in {name}")
         if name == "train":
-            moments /= writer.num_samples
-        files[name] = _describe(path, writer.num_samples)
+            moments /= num_samples
+        splits[name] = Split(
+            file=path.name,
+            samples=num_samples,
+            bytes=path.stat().st_size,
+            checksum=sha256(path),
+            index_checksum=index_checksum(read_index(path, num_samples)),
+        )
     if bad and not options.skip_bad:
-        first = bad[0]
         raise DataError(
-            f"{len(bad):,} bad images, listed above, the first {first.path} ({first.reason}); "
+            f"{len(bad):,} bad images, listed above, the first {bad[0].path} ({bad[0].reason}); "
             "mend or remove them, or leave them out with --skip-bad"
         )
     if bad:
         lines = "".join(f"{image.path}\t{image.reason}\n" for image in bad)
         (folder / SKIPPED_FILE_NAME).write_text(lines, encoding="utf-8", errors="surrogateescape")
-    variance = moments[1] - moments[0] ** 2  # may come out below zero where all pixels are alike
+    variance = moments[1] - moments[0] ** 2  # rounding may make it negative where all pixels are alike
     info = DatasetInfo(
         source=dataset.description,
         encoding=encoding,
@@ -289,26 +262,14 @@ def _write_files(folder: Path, dataset: Dataset, encoding: Encoding, options: Op
         fixed_side_px=max(sides) if len(sides) == 1 else None,
         mean=tuple(moments[0].round(6)),
         std=tuple(np.sqrt(variance.clip(min=MIN_STD**2)).round(6)),
-        splits=files,
+        splits=splits,
     )
     (folder / FILE_NAME).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return info
 
 
-def _describe(path: Path, num_samples: int) -> Split:
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    return Split(
-        file=path.name,
-        samples=num_samples,
-        bytes=path.stat().st_size,
-        checksum=checksum,
-        index_checksum=index_checksum(read_index(path, num_samples)),
-    )
-
-
-def _encode_samples(images: Images, options: Options) -> Iterator[Sample | BadImage]:
-    """Encode in order; files in worker processes, so that the file's bytes do not depend on how many there are."""
+def _encode_samples(images: ImageList, options: Options) -> Iterator[Sample | BadImage]:
+    """Encode in the order given, files in worker processes: the bytes written do not depend on their number."""
     workers = options.workers or len(os.sched_getaffinity(0))
     chunks = (
         (images.items[start : start + _CHUNK], images.labels[start : start + _CHUNK], start, options.storage)

@@ -1,4 +1,4 @@
-"""Pixels on their way into a dataset: read from any image file, made right RGB, encoded as they will lie there."""
+"""Images on their way into a dataset: decoded from any image file to upright RGB, encoded as raw pixels or JPEG."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ from gowide_dist.data.order import draw
 Pixels: TypeAlias = NDArray[np.uint8]
 
 _JPEG_MAX_SIDE_PX = 65_500  # of libjpeg
-_UPRIGHT = {  # by EXIF's orientation; ImageOps.exif_transpose would write all of EXIF anew, and fails on odd tags
+_UPRIGHT = {  # by EXIF's orientation; ImageOps.exif_transpose would rewrite all of EXIF, and fails on unusual tags
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
@@ -23,7 +23,7 @@ _UPRIGHT = {  # by EXIF's orientation; ImageOps.exif_transpose would write all o
 
 
 class Sample(NamedTuple):
-    """An image ready to be written. moments: see channel_moments."""
+    """An encoded image with its label. moments: of channel_moments."""
 
     image: EncodedImage
     label: int
@@ -31,14 +31,14 @@ class Sample(NamedTuple):
 
 
 class BadImage(NamedTuple):
-    """A file, or a place in one, that holds no whole image, and why."""
+    """A file, or a sample of one, that holds no whole image, and the reason."""
 
     path: Path
     reason: str
 
 
 class Storage(NamedTuple):
-    """How pixels are stored. jpg_share: the part that becomes JPEG, the others raw; None: as they lie in FFCV files."""
+    """How pixels are stored. jpg_share: the fraction as JPEG, the others raw; None: as the FFCV file has them."""
 
     jpg_share: float | None
     quality: int
@@ -48,33 +48,34 @@ class Storage(NamedTuple):
 def encode_sample(source: Path | StoredImage | Pixels, label: int, index: int, storage: Storage) -> Sample | BadImage:
     """Encode a file, or pixels [H, W] or [H, W, 3]; `index` decides which samples become JPEG."""
     stored: EncodedImage | None = None
-    if isinstance(source, np.ndarray):
-        pixels = source if source.ndim == 3 else np.repeat(source[:, :, None], 3, axis=2)
-    else:
-        path = source if isinstance(source, Path) else source.path / f"sample {index}"
-        try:
-            if isinstance(source, Path):
-                pixels = read_rgb(source.read_bytes())
-            else:
-                stored = source.read()
-                pixels = decode(stored)
-        except UnidentifiedImageError:
-            return BadImage(path, "no image of a kind that Pillow knows")
-        except Exception as error:  # on damaged files Pillow and its plugins may raise anything
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            return BadImage(path, " ".join(reason.replace(f"{path}", "").split()) or type(error).__name__)
+    path = Path(f"sample {index}")
+    try:
+        if isinstance(source, np.ndarray):
+            pixels = source if source.ndim == 3 else np.repeat(source[:, :, None], 3, axis=2)
+        elif isinstance(source, Path):
+            path = source
+            pixels = read_rgb(source.read_bytes())
+        else:
+            path = source.path / path
+            stored = source.read()
+            pixels = decode_stored(stored)
+    except UnidentifiedImageError:
+        return BadImage(path, "not an image in a format that Pillow knows")
+    except Exception as error:  # on damaged files Pillow and its plugins may raise anything
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return BadImage(path, " ".join(reason.replace(f"{path}", "").split()) or type(error).__name__)
     if storage.jpg_share is None:
-        assert stored is not None, "only what lies in an FFCV file can stay as it is"
+        assert stored is not None, "only the images of an FFCV file can stay as they are"
         return Sample(stored, label, channel_moments(pixels))
     pixels = _shrink(pixels, storage.max_side_px)
     as_jpg = float(draw(np.zeros(1, np.uint64), np.array([index], np.uint64))[0]) / 2**64 < storage.jpg_share
     longest = max(pixels.shape[:2])
     if longest > (_JPEG_MAX_SIDE_PX if as_jpg else MAX_SIDE_PX):
-        return BadImage(Path(str(source)), f"{longest:,} px wide or high: too large; use --max-side-px")
+        return BadImage(path, f"{longest:,} px wide or high: too large; use --max-side-px")
     image = encode_jpg(pixels, storage.quality) if as_jpg else encode_raw(pixels)
     if len(image.data) > PAGE_BYTES:
         return BadImage(
-            Path(str(source)),
+            path,
             f"{image.width}x{image.height} px take {len(image.data):,} bytes, more than a page of {PAGE_BYTES:,}; "
             "use --write-mode jpg or a smaller --max-side-px",
         )
@@ -82,10 +83,10 @@ def encode_sample(source: Path | StoredImage | Pixels, label: int, index: int, s
 
 
 def read_rgb(content: bytes) -> Pixels:
-    """Decode an image file of any kind that Pillow knows to upright RGB: [H, W, 3].
+    """Decode an image file of any format that Pillow knows to upright RGB: uint8 [H, W, 3].
 
-    Turned as its EXIF says; CMYK, grey, palette and 16-bit images converted; transparency ignored, as torchvision
-    does. Raises ValueError if its numbers have no known scale, and whatever Pillow does if it is no whole image.
+    Rotated as its EXIF says; CMYK, grey, palette and 16-bit images are converted; transparency is ignored, as in
+    torchvision. Raises ValueError if its pixel values have no known scale, and any error of Pillow's if it is damaged.
     """
     if not content:
         raise ValueError("empty file")
@@ -93,14 +94,16 @@ def read_rgb(content: bytes) -> Pixels:
         turned = _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
         image: Image.Image = file if turned is None else file.transpose(turned)
         if image.mode == "F" or (image.mode == "I" and file.format == "TIFF"):
-            raise ValueError("floating-point or 32-bit numbers, and nothing says which is white; make it 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255 instead of scaling
+            raise ValueError(
+                "floating-point or 32-bit pixels, whose white level is unknown; convert it to 8 or 16 bits"
+            )
+        if image.mode.startswith("I"):  # 16 bits a channel, which convert() would clip at 255 instead of scaling
             return np.repeat((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[:, :, None], 3, 2)
         return np.asarray(image.convert("RGB"))
 
 
-def decode(image: EncodedImage) -> Pixels:
-    """The pixels [H, W, 3] RGB of an image in an FFCV file. Raises OSError or ValueError if it is not whole."""
+def decode_stored(image: EncodedImage) -> Pixels:
+    """The RGB pixels [H, W, 3] of an image in an FFCV file, by Pillow. Raises OSError or ValueError if damaged."""
     if image.mode == JPEG:
         with Image.open(io.BytesIO(image.data)) as file:
             pixels = np.asarray(file.convert("RGB"))
@@ -118,8 +121,8 @@ def encode_raw(pixels: Pixels) -> EncodedImage:
 
 def encode_jpg(pixels: Pixels, quality: int) -> EncodedImage:
     """pixels: [H, W, 3] RGB. quality: 1 to 100, of libjpeg."""
-    done, stream = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert done
+    encoded, stream = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert encoded
     return EncodedImage(JPEG, pixels.shape[0], pixels.shape[1], stream.tobytes())
 
 

@@ -1,4 +1,4 @@
-"""dataset.json: what a folder of encoded images holds. Light to import: a login node reads it too."""
+"""dataset.json: the contents of a folder of encoded images. Light to import: a login node reads it too."""
 
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -19,8 +19,8 @@ class _Model(BaseModel):
 class Split(_Model):
     """One FFCV file of a dataset.
 
-    checksum: SHA-256 of the whole file. index_checksum: SHA-256 of all but the images, that is the labels and where
-    each image lies: quick to check whenever the file is opened.
+    checksum: SHA-256 of the whole file. index_checksum: SHA-256 of the file without its images (the labels and each
+    image's position), quick to check whenever the file is opened.
     """
 
     file: str
@@ -35,7 +35,7 @@ class DatasetInfo(_Model):
 
     classes: names in the order of the labels. Sides in pixels, over all splits; fixed_side_px where every image is a
     square of the same side. mean and std: of the training images' channels (R, G, B), on a scale of 0 to 1.
-    encoding: what was asked of `gowide encode`; the same again finds its work done.
+    encoding: the arguments of `gowide encode`, by which the same command finds its work done.
     """
 
     format: Literal[1] = 1
@@ -56,17 +56,17 @@ def read_dataset_info(beton_path: Path) -> DatasetInfo:
     try:
         return DatasetInfo.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        here = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise DataError(f"{path}: not found{here}; make the dataset with `gowide encode`") from None
+        folder = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"{path}: not found{folder}; make the dataset with `gowide encode`") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
-        raise DataError(f"{path}: {place}: {error.errors()[0]['msg']}; make it again with `gowide encode`") from None
+        key = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
+        raise DataError(f"{path}: {key}: {error.errors()[0]['msg']}; make it again with `gowide encode`") from None
 
 
 def check_split(beton_path: Path) -> Split:
-    """What dataset.json says of an FFCV file, whose size is compared. Raises DataError if the file is not whole."""
+    """The entry of an FFCV file in dataset.json. Raises DataError unless the file exists in the size noted there."""
     info = read_dataset_info(beton_path)
     split = next((split for split in info.splits.values() if split.file == beton_path.name), None)
     if split is None:

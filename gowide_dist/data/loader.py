@@ -1,4 +1,4 @@
-"""The data stream: one process's share of every batch, in an order that is the same for any number of processes."""
+"""The data stream: one process's part of every batch, in an order that is the same for any number of processes."""
 
 import math
 from collections import deque
@@ -23,6 +23,7 @@ from gowide_dist.data.order import (
     epoch_key,
     quasi_random_order,
     random_order,
+    read_ahead_schedule,
     validation_part,
 )
 from gowide_dist.data.threads import DaemonThreads
@@ -30,9 +31,8 @@ from gowide_dist.errors import DataError
 from gowide_dist.recipe import Data
 from gowide_dist.timeline import Batching
 
-_BATCHES_AHEAD = 2  # finished ones, beside those that the threads are working on
+_BATCHES_AHEAD = 2  # decoded ones that wait, beside one in the hands of each thread
 _WINDOW_PAGES = 256  # 2 GiB of the file
-_AS_THEY_ARE = decode.Shift(False, 0)
 
 Result = TypeVar("Result")
 Indices: TypeAlias = NDArray[np.int64]
@@ -41,8 +41,8 @@ Indices: TypeAlias = NDArray[np.int64]
 class Batch(NamedTuple):
     """images: uint8 [B, H, W, 3] RGB, pinned where there is a GPU; labels: int64 [B]; sample indices: int64 [B].
 
-    The images are valid until the next batch is asked for: their memory is used again. A copy to a GPU that has been
-    started by then, on the current stream, is waited for.
+    The images are valid until the next batch is asked for: then their memory is used again. A copy to a GPU that has
+    been started by then, on the current stream, is waited for.
     """
 
     images: Tensor
@@ -51,13 +51,31 @@ class Batch(NamedTuple):
 
 
 def geometry_of(data: Data, *, train: bool) -> decode.Geometry:
-    """How a recipe wants its images cut: training images with augmentation, validation images without."""
+    """The geometry of a recipe's images: training images with augmentation, validation images without."""
     augment = data.augment
     if train and augment.crop:
-        return decode.RandomCrop(augment.flip, *augment.crop.scale, *augment.crop.ratio)
+        return decode.RandomResizedCrop(augment.flip, *augment.crop.scale, *augment.crop.ratio)
     if train:
         return decode.Shift(augment.flip, augment.translate)
-    return decode.CenterCrop(data.center_crop) if data.center_crop else _AS_THEY_ARE
+    return decode.CenterCrop(data.center_crop) if data.center_crop else decode.UNCHANGED
+
+
+class _BufferRing:
+    """The memory of the batches between the decoding threads and the consumer: step s uses buffer s modulo N.
+
+    num_ahead batches are submitted ahead of the consumer, which still holds the last one it was given: so N is
+    num_ahead + 1. When the consumer asks for batch s it returns batch s - 1, and step s + num_ahead is submitted. Its
+    buffer is the one just returned, because s + num_ahead = s - 1 modulo N.
+    """
+
+    def __init__(self, num_buffers: int, batch_bytes: int):
+        pinned = torch.cuda.is_available()  # a copy to the GPU then runs beside the computation
+        self.buffers = torch.empty((num_buffers, batch_bytes), dtype=torch.uint8, pin_memory=pinned)
+
+    def images(self, step: int, num_images: int, side: int) -> Tensor:
+        """The memory of a step's images: uint8 [num_images, side, side, 3]."""
+        buffer = self.buffers[step % len(self.buffers)]
+        return buffer[: num_images * side * side * 3].view(num_images, side, side, 3)
 
 
 class Loader:
@@ -69,9 +87,8 @@ class Loader:
 
     Validation goes once through this process's part of the samples, or through `samples` alone (int64 [N]).
 
-    resolution: side of the images in pixels. num_threads: decoding threads of this process. memory_bytes: what the
-    loader takes at most, beside the cache of the file. Raises DataError if the file is damaged, if its images do not
-    fit, or if it cannot be read within timeout_s.
+    resolution: side of the images in pixels. num_threads: decoding threads of this process. Raises DataError if the
+    file is damaged, if its images or the free memory do not fit, or if it cannot be read within timeout_s.
     """
 
     def __init__(
@@ -81,7 +98,7 @@ class Loader:
         *,
         train: bool,
         resolution: int,
-        geometry: decode.Geometry = _AS_THEY_ARE,
+        geometry: decode.Geometry = decode.UNCHANGED,
         seed: int = 0,
         samples: Indices | None = None,
         order: Literal["random", "quasi-random"] = "random",
@@ -89,51 +106,46 @@ class Loader:
         num_threads: int = 1,
         timeout_s: float = 300.0,
     ):
-        self._path, self._timeout_s, self._stalled = beton, timeout_s, False
-        self._batching, self._train, self._seed = batching, train, seed
-        self._geometry, self._resolution, self._order, self._window_pages = geometry, resolution, order, window_pages
-        # Waiting for an event of another GPU, a thread on the first would take half a GB of that one's memory.
+        self._path, self._seed = beton, seed
+        self._geometry, self._resolution = geometry, resolution
+        self._order, self._window_pages = order, window_pages
+        self._timeout_s, self._stalled = timeout_s, False
+        self._num_ahead = num_threads + _BATCHES_AHEAD
+        # A thread that waits for an event of another GPU would otherwise open a context of half a GB on the first.
         on_gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
         self._threads = DaemonThreads(num_threads, on_gpu)
-        # A buffer for each batch that is being decoded or waits, and one more: the consumer still holds the last.
-        self._ahead = num_threads + _BATCHES_AHEAD
-        shape = (self._ahead + 1, batching.local_batch * resolution * resolution * 3)
         try:
             self._beton = self._wait(self._threads.submit(partial(Beton, beton)))
             self.num_samples = len(self._beton)
-            self._validation = (
-                validation_part(self.num_samples, batching.rank, batching.num_processes) if samples is None else samples
-            )
-            self.steps_per_epoch = (
-                self.num_samples // batching.global_batch
-                if train
-                else math.ceil(len(self._validation) / batching.local_batch)
-            )
-            self._check_samples(given=samples is not None)
-            if isinstance(geometry, decode.Shift):
-                self._check_sides()
-            self._check_memory(math.prod(shape))
-        except DataError:
+            _check_images(self._beton, batching, geometry, resolution, train=train, chosen=samples is not None)
+            if train:
+                self._samples = None
+                self._batching, self.steps_per_epoch = batching, self.num_samples // batching.global_batch
+            else:  # a process goes through its part of the samples alone
+                if samples is None:
+                    samples = validation_part(self.num_samples, batching.rank, batching.num_processes)
+                self._samples = samples
+                self._batching = Batching(batching.local_batch)
+                self.steps_per_epoch = math.ceil(len(samples) / batching.local_batch)
+            self._arrays = decode.BetonArrays.of(self._beton)
+            scratches = [decode.Scratch.of(self._arrays) for _ in range(num_threads)]
+            num_buffers, batch_bytes = self._num_ahead + 1, batching.local_batch * resolution * resolution * 3
+            _check_memory(beton, num_buffers * batch_bytes + sum(scratch.num_bytes for scratch in scratches))
+        except Exception:
             self.close()
             raise
-
-        self._source = decode.source_of(self._beton)
+        self._ring = _BufferRing(num_buffers, batch_bytes)
         self._scratch: SimpleQueue[decode.Scratch] = SimpleQueue()
-        self._buffers = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        self.memory_bytes = self._buffers.nbytes
-        for _ in range(num_threads):
-            scratch = decode.Scratch.of(self._source)
-            self.memory_bytes += scratch.jpeg.nbytes + scratch.pixels.nbytes
+        for scratch in scratches:
             self._scratch.put(scratch)
 
     def preflight(self, num_classes: int) -> None:
-        """Find out before a long run: labels in range, memory enough, a first batch in time. Raises DataError."""
+        """Check before a long run: labels in range, a first batch in time. Raises DataError."""
         labels = self._beton.labels
         if labels.min() < 0 or labels.max() >= num_classes:
             raise DataError(
                 f"{self._path}: labels {labels.min()} to {labels.max()}, but there are {num_classes} classes"
             )
-        self._check_memory(self.memory_bytes)
         batches = self.batches()
         next(batches)
         batches.close()
@@ -145,25 +157,26 @@ class Loader:
         timeout_s.
         """
         side = resolution or self._resolution
-        order, pages = self._epoch_order(epoch, start)
+        order, read_ahead = self._epoch_order(epoch, start)
         key = epoch_key(self._seed, epoch, AUGMENT_STREAM)
         steps = iter(range(start, self.steps_per_epoch))
         pending: deque[Future[Batch]] = deque()
 
         def submit(count: int) -> None:
+            # The consumer may have returned a buffer whose copy to the GPU still runs: this event is after the copy.
             copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
             for step in islice(steps, count):
-                while pages and pages[0][0] <= step:
-                    self._beton.read_ahead(pages.popleft()[1])
-                images = self._buffers[step % len(self._buffers)]
-                indices = self._indices(order, step)
-                images = images[: len(indices) * side * side * 3].view(len(indices), side, side, 3)
+                while read_ahead and read_ahead[0][0] <= step:
+                    self._beton.read_ahead(read_ahead.popleft()[1])
+                rows = self._batching.local_rows(step)
+                indices = order[rows.start : rows.stop]
+                images = self._ring.images(step, len(indices), side)
                 pending.append(self._threads.submit(partial(self._decode, indices, key, images, copied)))
 
         try:
-            submit(self._ahead)
+            submit(self._num_ahead)
             while pending:
-                submit(1)  # into the buffer that the consumer has just given back
+                submit(1)  # into the buffer that the consumer has just returned
                 yield self._wait(pending.popleft())
         finally:
             for future in pending:
@@ -172,39 +185,25 @@ class Loader:
                 wait(pending)
 
     def close(self) -> None:
-        """End the threads, but for one that is stuck: it ends with the process."""
+        """End the threads, except a stuck one: it ends with the process."""
         if not self._stalled:
             self._threads.close()
 
     def _epoch_order(self, epoch: int, start: int) -> tuple[Indices, deque[tuple[int, int]]]:
-        """The order of samples of all processes (in validation, of this one), and when to read which page ahead.
-
-        The latter as (step, page): a window before the page is needed, evenly over the epoch; without those that the
-        steps before `start` alone need.
-        """
-        if not self._train:
-            return self._validation, deque()
+        """The epoch's order of the samples (in validation this process's part of them), and the pages to read ahead."""
+        if self._samples is not None:
+            return self._samples, deque()
         if self._order == "random":
             return random_order(self.num_samples, self._seed, epoch), deque()
         order, pages = quasi_random_order(self._beton.pages, self._window_pages, self._seed, epoch)
-        rank, window = np.arange(len(pages)), self._window_pages
-        steps = (rank - window) * self.steps_per_epoch // len(pages)
-        left = (rank // window + 1) * window * self.steps_per_epoch > start * len(pages)
-        return order, deque(zip(steps[left].tolist(), pages[left].tolist(), strict=True))
-
-    def _indices(self, order: Indices, step: int) -> Indices:
-        if self._train:
-            rows = self._batching.local_rows(step)
-            return order[rows.start : rows.stop]
-        local_batch = self._batching.local_batch
-        return order[step * local_batch : (step + 1) * local_batch]
+        return order, read_ahead_schedule(pages, self._window_pages, self.steps_per_epoch, start)
 
     def _decode(self, indices: Indices, key: np.uint64, images: Tensor, copied: torch.cuda.Event | None) -> Batch:
         if copied is not None:
             copied.synchronize()
         scratch = self._scratch.get()
         try:
-            decode.fill(self._source, indices, key, self._geometry, images.numpy(), scratch)
+            decode.fill(self._arrays, indices, key, self._geometry, images.numpy(), scratch)
         finally:
             self._scratch.put(scratch)
         return Batch(images, torch.from_numpy(self._beton.labels[indices]), torch.from_numpy(indices))
@@ -215,32 +214,32 @@ class Loader:
         except TimeoutError:
             self._stalled = True
             raise DataError(
-                f"{self._path}: nothing came within {self._timeout_s:g} s; is the file system reachable?"
+                f"{self._path}: no data within {self._timeout_s:g} s; is the file system hanging?"
             ) from None
 
-    def _check_memory(self, wanted: int) -> None:
-        available = available_memory_bytes()
-        if wanted > available:
-            raise DataError(
-                f"{self._path}: loading takes {wanted / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are "
-                "free; take a smaller batch, fewer threads or more processes"
-            )
 
-    def _check_samples(self, *, given: bool) -> None:
-        batching = self._batching
-        if not self._train and not given and self.num_samples < batching.num_processes:
-            raise DataError(
-                f"{self._path}: {self.num_samples:,} images for {batching.num_processes} processes; take fewer of these"
-            )
-        if self._train and not self.steps_per_epoch:
-            raise DataError(
-                f"{self._path}: {self.num_samples:,} images, fewer than one batch of {batching.global_batch:,}"
-            )
+def _check_images(
+    beton: Beton, batching: Batching, geometry: decode.Geometry, resolution: int, *, train: bool, chosen: bool
+) -> None:
+    """Raises DataError if the images are too few, or if a Shift gets images of other sides than the resolution."""
+    if train and len(beton) < batching.global_batch:
+        raise DataError(f"{beton.path}: {len(beton):,} images, fewer than one batch of {batching.global_batch:,}")
+    if not train and not chosen and len(beton) < batching.num_processes:
+        raise DataError(
+            f"{beton.path}: {len(beton):,} images for {batching.num_processes} processes; start at most {len(beton):,}"
+        )
+    sides = np.concatenate([beton.heights, beton.widths])
+    if isinstance(geometry, decode.Shift) and (sides.min() != resolution or sides.max() != resolution):
+        raise DataError(
+            f"{beton.path}: images of {sides.min()} to {sides.max()} px, but the resolution is {resolution}; "
+            "make data.resolution their side, or crop and resize them (data.augment.crop, data.center_crop)"
+        )
 
-    def _check_sides(self) -> None:
-        sides = np.concatenate([self._beton.heights, self._beton.widths])
-        if sides.min() != self._resolution or sides.max() != self._resolution:
-            raise DataError(
-                f"{self._path}: images of {sides.min()} to {sides.max()} px, but the resolution is {self._resolution}; "
-                "set it to theirs, or crop and resize (data.augment.crop, data.center_crop)"
-            )
+
+def _check_memory(path: Path, needed_bytes: int) -> None:
+    available = available_memory_bytes()
+    if needed_bytes > available:
+        raise DataError(
+            f"{path}: loading takes {needed_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free; "
+            "take a smaller batch, fewer threads or more processes"
+        )

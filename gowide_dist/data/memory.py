@@ -1,19 +1,19 @@
-"""How much memory this process may still take."""
+"""The memory that is left to this process."""
 
 from pathlib import Path
 
 
 def available_memory_bytes() -> int:
-    """What the machine has free, or less where a control group (a container, a Slurm job) limits this process."""
+    """Bytes free on the machine, or fewer where a control group (a container, a Slurm job) limits this process."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     return min([available, *_cgroup_headrooms()])
 
 
 def _cgroup_headrooms() -> list[int]:
-    """Limit less use of this process's version 2 control groups, from its own up to the root.
+    """Limit minus use, in bytes, of this process's control groups (version 2), from its own up to the root.
 
-    The kernel counts files that it has cached as used, but gives that memory away when it is wanted.
+    The kernel counts cached files as used, but frees that memory on demand.
     """
     root = Path("/sys/fs/cgroup")
     lines = Path("/proc/self/cgroup").read_text().splitlines()

@@ -4,6 +4,7 @@ The generator is SplitMix64 (Steele, Lea and Flood 2014) read by position: draw 
 no state, so any process or thread can compute any draw, and it never changes with a library's version.
 """
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,8 @@ def quasi_random_order(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """A permutation of the samples that goes through the file a window of random pages at a time, for slow disks.
 
-    pages: [N], the page of each sample. Returns the order [N], and the pages in the order in which they are needed.
+    pages: int64 [N], the page of each sample. Returns the order [N], and the distinct pages in the order of their
+    first use.
     """
     key = epoch_key(seed, epoch, PAGE_STREAM)
     distinct, page_of_sample = np.unique(pages, return_inverse=True)
@@ -55,6 +57,21 @@ def quasi_random_order(
     return np.lexsort((draws, window[page_of_sample])), distinct[shuffled]
 
 
-def validation_part(num_samples: int, rank: int, world_size: int) -> NDArray[np.int64]:
-    """The samples that process `rank` evaluates: a contiguous part, every sample in exactly one process's."""
-    return np.arange(num_samples * rank // world_size, num_samples * (rank + 1) // world_size)
+def read_ahead_schedule(
+    pages: NDArray[np.int64], window_pages: int, steps_per_epoch: int, start: int
+) -> deque[tuple[int, int]]:
+    """The pages of a quasi-random epoch as (step, page), in the order of these steps at which to read them ahead.
+
+    pages: in the order of their first use. Each is read one window before it is needed, evenly over the epoch. Pages
+    that only steps before `start` need are left out.
+    """
+    rank = np.arange(len(pages))
+    steps = (rank - window_pages) * steps_per_epoch // len(pages)
+    window_end = (rank // window_pages + 1) * window_pages
+    needed = window_end * steps_per_epoch > start * len(pages)
+    return deque(zip(steps[needed].tolist(), pages[needed].tolist(), strict=True))
+
+
+def validation_part(num_samples: int, rank: int, num_processes: int) -> NDArray[np.int64]:
+    """The samples that process `rank` evaluates, int64: contiguous parts, each sample in exactly one of them."""
+    return np.arange(num_samples * rank // num_processes, num_samples * (rank + 1) // num_processes)

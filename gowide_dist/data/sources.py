@@ -1,4 +1,4 @@
-"""Datasets in their usual form on disk: which images there are, and their labels. Layouts as torchvision has them."""
+"""Datasets in their usual form on disk: their images and labels. The layouts are torchvision's, and FFCV's files."""
 
 import os
 import pickle
@@ -17,15 +17,16 @@ from gowide_dist.errors import DataError
 
 SplitName: TypeAlias = Literal["train", "val", "test"]
 
-MANY_CLASSES = 1_000_000  # beyond, labels are more likely damaged than meant
+FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+MAX_UNNAMED_CLASSES = 1_000_000  # beyond, labels are more likely damaged than meant
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Images:
-    """A split: pixels uint8 [N, H, W] or [N, H, W, 3], or objects [N], paths or StoredImages; labels int64 [N]."""
+class ImageList:
+    """A split: pixels uint8 [N, H, W] or [N, H, W, 3], or objects [N] (paths or StoredImages); labels int64 [N]."""
 
     items: NDArray[Any]
     labels: NDArray[np.int64]
@@ -33,38 +34,40 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: NDArray[np.int64]) -> "Images":
-        """The images `indices`, in that order."""
-        return Images(self.items[indices], self.labels[indices])
+    def take(self, indices: NDArray[np.int64]) -> "ImageList":
+        """The images `indices` (int64 [M]), in that order."""
+        return ImageList(self.items[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """What is to be encoded. classes: names in the order of the labels."""
+class SourceDataset:
+    """The dataset to encode. classes: names in the order of the labels."""
 
     description: str
     classes: tuple[str, ...]
-    splits: dict[SplitName, Images]
+    splits: dict[SplitName, ImageList]
 
 
-def read_fashion_mnist(root: Path) -> Dataset:
-    """Four idx files, packed or not. Raises DataError if one is missing or damaged."""
-    splits: dict[SplitName, Images] = {"train": _read_idx_split(root, "train"), "val": _read_idx_split(root, "t10k")}
-    return Dataset(f"Fashion-MNIST from {root}", FASHION_MNIST_CLASSES, splits)
+def read_fashion_mnist(root: Path) -> SourceDataset:
+    """Four idx files, gzipped or not. Raises DataError if one is missing or damaged."""
+    if not root.is_dir():
+        raise DataError(f"{root}: not found; run `apt install dataset-fashion-mnist` or give --root")
+    splits: dict[SplitName, ImageList] = {"train": _read_idx_split(root, "train"), "val": _read_idx_split(root, "t10k")}
+    return SourceDataset(f"Fashion-MNIST from {root}", FASHION_MNIST_CLASSES, splits)
 
 
-def _read_idx_split(root: Path, prefix: str) -> Images:
+def _read_idx_split(root: Path, prefix: str) -> ImageList:
     images = read_idx(root / f"{prefix}-images-idx3-ubyte", 3)
     labels = read_idx(root / f"{prefix}-labels-idx1-ubyte", 1)
     if len(images) != len(labels) or not len(images):
         raise DataError(f"{root}: {len(images):,} images but {len(labels):,} labels in the files {prefix}-*")
     if labels.max() >= len(FASHION_MNIST_CLASSES):
         raise DataError(f"{root}/{prefix}-labels-idx1-ubyte: label {labels.max()}; the classes are 0 to 9")
-    return Images(images, labels.astype(np.int64))
+    return ImageList(images, labels.astype(np.int64))
 
 
-def read_cifar(root: Path, num_classes: Literal[10, 100]) -> Dataset:
-    """CIFAR's pickles for Python, in `root` or in their usual folder there. Raises DataError as read_fashion_mnist."""
+def read_cifar(root: Path, num_classes: Literal[10, 100]) -> SourceDataset:
+    """CIFAR's pickles for Python, in `root` or its usual sub-folder. Raises DataError as read_fashion_mnist does."""
     if num_classes == 10:
         folder, train, val = "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
         labels_key, meta, names_key = "labels", "batches.meta", "label_names"
@@ -75,30 +78,30 @@ def read_cifar(root: Path, num_classes: Literal[10, 100]) -> Dataset:
     classes = tuple(map(str, _read_pickle(root / meta, names_key)[names_key]))
     if len(classes) != num_classes:
         raise DataError(f"{root / meta}: {len(classes)} classes instead of {num_classes}")
-    splits: dict[SplitName, Images] = {
+    splits: dict[SplitName, ImageList] = {
         "train": _read_cifar_split(root, train, labels_key, num_classes),
         "val": _read_cifar_split(root, val, labels_key, num_classes),
     }
-    return Dataset(f"CIFAR-{num_classes} from {root}", classes, splits)
+    return SourceDataset(f"CIFAR-{num_classes} from {root}", classes, splits)
 
 
-def _read_cifar_split(root: Path, names: list[str], labels_key: str, num_classes: int) -> Images:
+def _read_cifar_split(root: Path, names: list[str], labels_key: str, num_classes: int) -> ImageList:
     images, labels = [], []
     for name in names:
         content = _read_pickle(root / name, "data", labels_key)
-        pixels, numbers = content["data"], np.asarray(content[labels_key])
-        shaped = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(numbers), 3072)
-        if not shaped or not len(numbers):
+        pixels, given = content["data"], np.asarray(content[labels_key])
+        shaped = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(given), 3072)
+        if not shaped or not len(given):
             raise DataError(f"{root / name}: not CIFAR images of 3,072 bytes with a label each; get the file again")
-        if numbers.dtype.kind != "i" or numbers.min() < 0 or numbers.max() >= num_classes:
+        if given.dtype.kind != "i" or given.min() < 0 or given.max() >= num_classes:
             raise DataError(f"{root / name}: labels outside of 0 to {num_classes - 1}; get the file again")
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels.append(numbers.astype(np.int64))
-    return Images(np.concatenate(images), np.concatenate(labels))
+        labels.append(given.astype(np.int64))
+    return ImageList(np.concatenate(images), np.concatenate(labels))
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads arrays and plain values; a pickle that would run anything else is refused."""
+    """Loads arrays and plain values; refuses a pickle that would call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("numpy") and name in {"_reconstruct", "ndarray", "dtype"}:
@@ -121,11 +124,11 @@ def _read_pickle(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def read_image_folder(root: Path) -> Dataset:
-    """Folders train/ and val/ (which may be missing) of class folders, as ImageNet's; links are followed.
+def read_image_folder(root: Path) -> SourceDataset:
+    """Folders train/ and val/ (optional) of class folders, as ImageNet's; links are followed.
 
-    Every file that is not hidden counts as an image, at any depth. Training images come shuffled, so that a page of the
-    file holds many classes. Raises DataError for missing or empty folders and for classes that only val/ has.
+    Every file that is not hidden counts as an image, at any depth. Training images are shuffled, so that a page of the
+    FFCV file holds many classes. Raises DataError for missing or empty folders and for classes that only val/ has.
     """
     train = root / "train"
     if not train.is_dir():
@@ -136,14 +139,14 @@ def read_image_folder(root: Path) -> Dataset:
         names = ", ".join(classes[label] for label in empty[:5])
         raise DataError(f"{train}: {len(empty)} class folders without images ({names}); remove or fill them")
     shuffled = np.argsort(draw(np.zeros(1, np.uint64), np.arange(len(images), dtype=np.uint64)), kind="stable")
-    splits: dict[SplitName, Images] = {"train": images.take(shuffled)}
+    splits: dict[SplitName, ImageList] = {"train": images.take(shuffled)}
     if (root / "val").is_dir():
         if unknown := sorted(set(_class_names(root / "val")) - set(classes)):
             raise DataError(f"{root / 'val'}: class folder {unknown[0]} has no counterpart in {train}")
         splits["val"] = _list_images(root / "val", classes)
         if not len(splits["val"]):
-            raise DataError(f"{root / 'val'}: no images; fill it, or remove it and give --held-out")
-    return Dataset(f"image folder {root}", classes, splits)
+            raise DataError(f"{root / 'val'}: no images; fill it, or remove it and use --held-out")
+    return SourceDataset(f"image folder {root}", classes, splits)
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -156,69 +159,68 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def check_utf8(path: Path) -> None:
-    """Raises DataError unless a path is text, which dataset.json can hold."""
+    """Raises DataError unless a path is UTF-8, so that dataset.json can hold it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise DataError(f"{str(path)!a}: its name is no UTF-8; rename it") from None
 
 
-def _list_images(folder: Path, classes: tuple[str, ...]) -> Images:
+def _list_images(folder: Path, classes: tuple[str, ...]) -> ImageList:
+    def fail(error: OSError) -> None:  # os.walk would pass over a folder that it cannot read
+        raise error
+
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         if not (folder / name).is_dir():
-            continue  # the validation part need not have every class
-        for parent, folders, files in os.walk(folder / name, onerror=_raise, followlinks=True):
+            continue  # the validation split need not have every class
+        for parent, folders, files in os.walk(folder / name, onerror=fail, followlinks=True):
             folders.sort()
             images = [Path(parent, file) for file in sorted(files) if not file.startswith(".")]
             paths += images
             labels += [label] * len(images)
-    return _objects(paths, np.array(labels, np.int64))
+    return _as_image_list(paths, np.array(labels, np.int64))
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _objects(items: Sequence[Path | StoredImage], labels: NDArray[np.int64]) -> Images:
+def _as_image_list(items: Sequence[Path | StoredImage], labels: NDArray[np.int64]) -> ImageList:
     array = np.empty(len(items), object)
     for index, item in enumerate(items):
         array[index] = item
-    return Images(array, labels)
+    return ImageList(array, labels)
 
 
-def read_ffcv(root: Path) -> Dataset:
-    """One file train*.beton or train*.ffcv and one val* (which may be missing), as FFCV's DatasetWriter leaves them.
+def read_ffcv(root: Path) -> SourceDataset:
+    """One file train*.beton or train*.ffcv and one val* (optional), as FFCV's DatasetWriter leaves them.
 
-    Class names, which such files don't hold, are the lines of classes.txt there, or else the labels' numbers. Raises
-    DataError if a file is missing, damaged or holds something else than images with labels.
+    Class names, which such files don't hold, are the lines of classes.txt in `root`, or else the labels' numbers.
+    Raises DataError if a file is missing, damaged or holds something else than images with labels.
     """
     names: tuple[SplitName, ...] = ("train", "val")
-    splits = {name: _objects(*read_foreign(path)) for name in names if (path := _find_ffcv(root, name))}
+    splits = {name: _as_image_list(*read_foreign(path)) for name in names if (path := _find_ffcv(root, name))}
     if "train" not in splits:
         raise DataError(f"{root}: no file train*.beton or train*.ffcv in it")
     highest = max(int(split.labels.max()) for split in splits.values())
     lowest = min(int(split.labels.min()) for split in splits.values())
     file = root / "classes.txt"
-    if highest > MANY_CLASSES and not file.exists():
-        raise DataError(f"{root}: labels up to {highest:,}; give the names of so many classes in {file}")
+    if highest > MAX_UNNAMED_CLASSES and not file.exists():
+        raise DataError(f"{root}: labels up to {highest:,}; name that many classes in {file}, or mend the labels")
     lines = file.read_text(errors="replace").splitlines() if file.exists() else map(str, range(highest + 1))
     classes = tuple(lines)
     if lowest < 0 or highest >= len(classes):
         raise DataError(f"{root}: labels {lowest} to {highest}, but {len(classes):,} classes; mend {file}")
-    return Dataset(f"FFCV files in {root}", classes, splits)
+    return SourceDataset(f"FFCV files in {root}", classes, splits)
 
 
 def _find_ffcv(root: Path, name: str) -> Path | None:
-    found = sorted(path for suffix in ("beton", "ffcv") for path in root.glob(f"{name}*.{suffix}"))
-    if len(found) > 1:
-        raise DataError(f"{root}: {len(found)} files for {name} ({', '.join(path.name for path in found)}); leave one")
-    return found[0] if found else None
+    paths = sorted(path for suffix in ("beton", "ffcv") for path in root.glob(f"{name}*.{suffix}"))
+    if len(paths) > 1:
+        raise DataError(f"{root}: {len(paths)} files for {name} ({', '.join(path.name for path in paths)}); leave one")
+    return paths[0] if paths else None
 
 
 def stratified(labels: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
-    """Choose `count` samples, of every class the same part as far as that goes: bool [N]. Always the same ones."""
+    """Choose `count` samples, stratified by class: bool [N]. The same labels give the same choice."""
     draws = draw(np.zeros(1, np.uint64), np.arange(len(labels), dtype=np.uint64))
     by_class = np.lexsort((draws, labels))
     sizes = np.bincount(labels)

@@ -1,18 +1,14 @@
-"""A finished network in the forms that programs without this package load, each compared with PyTorch's answers."""
+"""A finished network as files that programs without this package load, each compared with PyTorch's logits."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import json
-import math
-import platform
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,138 +16,117 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich import box
-from rich.table import Table
+from torch import Tensor
 
+from gowide_dist.bench import cpu_name
 from gowide_dist.data.loader import Loader
-from gowide_dist.errors import InternalError, RunError, UserError, is_full
-from gowide_dist.files import sha256
-from gowide_dist.insight.text import rendered
-from gowide_dist.insight.trained import BATCH_SIZE, Classifier, Trained
+from gowide_dist.errors import InternalError, RunError, UserError
+from gowide_dist.files import PARTIAL, replacing, sha256, writing_to
+from gowide_dist.insight import text
+from gowide_dist.insight.latency import latency_ms
+from gowide_dist.insight.trained import Classifier, Trained, predict
 from gowide_dist.networks.architecture import ARCHITECTURES, Architecture
 from gowide_dist.networks.teacher import fold_batch_norms
-from gowide_dist.progress import Track, say
+from gowide_dist.progress import say
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 SAFETENSORS, PT2, ONNX, INT8_ONNX = "model.safetensors", "model.pt2", "model.onnx", "model.int8.onnx"
 CONFIG, REPORT = "config.json", "export.json"
-LOGITS_TOLERANCE = 1e-4  # between a float32 file's logits and PyTorch's, as a part of the largest if that is above 1
-INT8_MAY_LOSE = 1.0  # points of top-1, before the user is warned
+LOGITS_TOLERANCE = 1e-4  # difference of a float32 file's logits from PyTorch's, relative to the largest if above 1
+MAX_INT8_LOSS = 1.0  # points of top-1; with more the user is warned
 CALIBRATION_IMAGES = 512
 LATENCY_BATCHES = (1, 64)
-_REPEATS, _MIN_REPEATS, _REPEATS_END_S = 50, 3, 3.0
-_WARM_UPS = 3
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_DYNAMIC_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
 
-Answer: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # images [B, H, H, 3] -> logits [B, K]
-Figures: TypeAlias = dict[str, dict[str, Any]]  # by file, and of PyTorch
+Forward: TypeAlias = Callable[[Tensor], Tensor]  # uint8 images [B, H, H, 3] -> logits [B, K]
+Figures: TypeAlias = dict[str, dict[str, Any]]  # by file name; PyTorch's own under "pytorch"
 
 
 def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None = None) -> dict[str, Any]:
     """Write `config.json`, `model.safetensors`, `model.pt2`, `model.onnx` and, with int8, `model.int8.onnx`.
 
     The last three take uint8 images [B, H, H, 3] (RGB, any B) and give logits [B, K]: normalisation is inside. Each is
-    compared with PyTorch on the validation images, all or evenly chosen `images` of them, and timed. Returns what
-    `export.json`, written last, says of that. Does nothing if the folder holds this export already.
+    timed, and compared with PyTorch on all validation images or on `images` of them, evenly spaced. Returns the content
+    of `export.json`, which is written last. Does nothing if the folder holds this export already.
 
     Raises UserError if packages are missing or the folder holds anything else, InternalError if logits differ by more
     than LOGITS_TOLERANCE; then nothing is written.
     """
-    _check_packages()
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UserError(f"export needs {', '.join(missing)}: pip install -c constraints.txt -e '.[export]'")
     to = to.absolute()
-    asked = {"int8": int8, "images": images, "with": _versions(), "threads": torch.get_num_threads()}
-    _check_folder(to, trained)
-    if found := _find_exported(to, trained, asked):
+    versions = {name: metadata.version(name) for name in ("gowide_dist", "torch", *_PACKAGES)}
+    asked = {"int8": int8, "images": images, "with": versions, "threads": torch.get_num_threads()}
+    _check_folder(to, trained.done.model_sha256)
+    if report := _read_report(to, trained.done.model_sha256, asked):
         say(f"{to}: already exported; nothing to do")
-        return found
-    partial = to.with_name(f".{to.name}.partial")
+        return report
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            report = _write(partial, trained, asked)
-            to.mkdir(exist_ok=True)
-            for name in (REPORT, INT8_ONNX):  # the latter may not come again
-                (to / name).unlink(missing_ok=True)
-            for name in (CONFIG, *report["files"], REPORT):
-                (partial / name).replace(to / name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        if is_full(error):
-            raise
-        raise RunError(f"{to}: cannot be written ({error.strerror or error}); choose another --to") from error
+        with writing_to(to, "--to"), replacing(to, REPORT) as folder:
+            report = _write(folder, trained, asked)
+            if not int8:
+                (to / INT8_ONNX).unlink(missing_ok=True)  # of an earlier export
+    finally:
+        with contextlib.suppress(OSError):
+            to.rmdir()  # empty after a failure
     return report
 
 
-def _check_packages() -> None:
-    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
-        raise UserError(f"export needs {', '.join(missing)}: pip install -c constraints.txt -e '.[export]'")
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("gowide_dist", "torch", *_PACKAGES)}
-
-
-def _check_folder(to: Path, trained: Trained) -> None:
-    """Raises RunError if the folder holds anything else than an export of the same weights."""
-    try:
-        config = json.loads((to / CONFIG).read_text())
-        is_same = isinstance(config, dict) and config.get("model_sha256") == trained.done.model_sha256
-    except (OSError, ValueError):
-        is_same = False
-    if not is_same and to.exists() and (not to.is_dir() or any(to.iterdir())):
+def _check_folder(to: Path, model_sha256: str) -> None:
+    """Raises RunError if the folder holds anything else than an export of these weights, whole or interrupted."""
+    for config in (to / CONFIG, to / PARTIAL / CONFIG):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(config.read_text())["model_sha256"] == model_sha256:
+                return
+    if to.exists() and (not to.is_dir() or {path.name for path in to.iterdir()} - {PARTIAL}):
         raise RunError(f"{to}: holds something else than an export of these weights; remove it or choose another --to")
 
 
-def _find_exported(to: Path, trained: Trained, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `export.json` says, if it is of the same weights, of what is asked, and the files are still as written."""
-    try:
+def _read_report(to: Path, model_sha256: str, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`export.json`, if it is of the same weights and options and the files are unchanged since."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         report: dict[str, Any] = json.loads((to / REPORT).read_text())
-        is_same = (report["model_sha256"], report["asked"]) == (trained.done.model_sha256, asked)
-        is_whole = is_same and all(sha256(to / name) == file["sha256"] for name, file in report["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return report if is_whole else None
+        is_same = (report["model_sha256"], report["asked"]) == (model_sha256, asked)
+        if is_same and all(sha256(to / name) == file["sha256"] for name, file in report["files"].items()):
+            return report
+    return None
 
 
 def _write(folder: Path, trained: Trained, asked: Mapping[str, Any]) -> dict[str, Any]:
-    data = trained.recipe.data
-    with closing(trained.validation_images(data.val, asked["images"])) as validation:  # complains before any work
-        network = trained.network()
-        folded = Classifier(fold_batch_norms(network), trained.info).eval()
-        files = [SAFETENSORS, PT2, ONNX, *([INT8_ONNX] if asked["int8"] else [])]
+    data, has_int8 = trained.recipe.data, asked["int8"]
+    files = [SAFETENSORS, PT2, ONNX, *([INT8_ONNX] if has_int8 else [])]
+    with contextlib.closing(trained.validation_images(data.val, asked["images"])) as validation:  # raises before work
         say(f"writing {', '.join(files)}")
+        (folder / CONFIG).write_text(json.dumps(config(trained), indent=2) + "\n")
         shutil.copyfile(trained.run.stage(trained.instance.key).model, folder / SAFETENSORS)
-        program = _program(folded, data.resolution)
+        network = trained.network()
+        program = _program(Classifier(fold_batch_norms(network), trained.info).eval(), data.resolution)
         torch.export.save(program, folder / PT2)
         _write_onnx(program, folder / ONNX)
-        num_calibration = _write_int8(folder, trained) if asked["int8"] else 0
+        num_calibration = _write_int8(folder, trained) if has_int8 else 0
         classifier = Classifier(network, trained.info).eval()
-        with torch.inference_mode():
-            found, num_images = _compare(classifier, folder, files[1:], validation)
-            timed = _time(classifier, folder, files[1:], validation)
+        figures, num_images = _measure(classifier, [folder / name for name in files[1:]], validation)
     described = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
     report = {
         "model_sha256": trained.done.model_sha256,
         "asked": asked,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "validation": {"data": str(data.val), "images": num_images},
-        "calibration": {"data": str(data.train), "images": num_calibration} if asked["int8"] else None,
-        "pytorch": found["pytorch"] | timed["pytorch"],
-        "files": {name: described[name] | found.get(name, {}) | timed.get(name, {}) for name in files},
+        "calibration": {"data": str(data.train), "images": num_calibration} if has_int8 else None,
+        "pytorch": figures["pytorch"],
+        "files": {name: described[name] | figures.get(name, {}) for name in files},
     }
-    (folder / CONFIG).write_text(json.dumps(config(trained), indent=2) + "\n")
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    if asked["int8"] and (lost := found["pytorch"]["top1"] - found[INT8_ONNX]["top1"]) > INT8_MAY_LOSE:
-        say(f"warning: {INT8_ONNX} loses {lost:.2f} points of top-1")
+    if has_int8 and (loss := figures["pytorch"]["top1"] - figures[INT8_ONNX]["top1"]) > MAX_INT8_LOSS:
+        say(f"warning: {INT8_ONNX} loses {loss:.2f} points of top-1")
     return report
 
 
 def config(trained: Trained) -> dict[str, Any]:
-    """What a program must know to use the files: of the images that go in, and the classes that come out."""
+    """What a program needs to use the files: how to prepare images, and the classes of the logits."""
     data, info, done = trained.recipe.data, trained.info, trained.done
     architecture = trained.instance.architecture
     return {
@@ -163,7 +138,7 @@ def config(trained: Trained) -> dict[str, Any]:
         "input": {
             "name": "images",
             "dtype": "uint8",
-            "layout": "NHWC",  # as image files are decoded: no copy for whoever calls, channels_last for who computes
+            "layout": "NHWC",  # as image files are decoded: no copy for the caller, channels_last inside
             "shape": ["batch", data.resolution, data.resolution, 3],
             "channels": "RGB",
         },
@@ -188,8 +163,8 @@ def _in_torchvision(architecture: Architecture, num_classes: int) -> dict[str, A
     shape = (architecture.block, architecture.depths)
     name = next((name for name, known in ARCHITECTURES.items() if known == shape), None)
     has_width = (64 * width).is_integer() if architecture.block == "bottleneck" else width == 1
-    plain = (architecture.stem, architecture.base, architecture.channels) == ("imagenet", 64, 1)
-    if name is None or not (has_width and plain):
+    is_plain = (architecture.stem, architecture.base, architecture.channels) == ("imagenet", 64, 1)
+    if name is None or not (has_width and is_plain):
         return None
     width_per_group = {} if width == 1 else {"width_per_group": round(64 * width)}
     return {"model": name, "arguments": {"num_classes": num_classes, **width_per_group}}
@@ -197,66 +172,54 @@ def _in_torchvision(architecture: Architecture, num_classes: int) -> dict[str, A
 
 def _program(classifier: Classifier, resolution: int) -> ExportedProgram:
     """The graph of a classifier for any number of images."""
-    example = torch.zeros(2, resolution, resolution, 3, dtype=torch.uint8)  # 1 would be taken for a constant
-    program = torch.export.export(classifier, (example,), dynamic_shapes=_dynamic_batch())
+    example = torch.zeros(2, resolution, resolution, 3, dtype=torch.uint8)  # a batch of 1 would become a constant
+    program = torch.export.export(classifier, (example,), dynamic_shapes=_DYNAMIC_BATCH)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+        node.meta.pop("stack_trace", None)  # holds paths of this machine
     return program
-
-
-def _dynamic_batch() -> dict[str, Any]:
-    return {"images": {0: torch.export.Dim("batch", min=1)}}
 
 
 def _write_onnx(program: ExportedProgram, path: Path) -> None:
     import onnx
 
-    made = torch.onnx.export(
-        program, input_names=["images"], output_names=["logits"], dynamic_shapes=_dynamic_batch(), verbose=False
+    exported = torch.onnx.export(
+        program, input_names=["images"], output_names=["logits"], dynamic_shapes=_DYNAMIC_BATCH, verbose=False
     )
-    assert made is not None
-    made.save(path)
-    model = onnx.load(path)
-    for noted in (
-        model,
-        model.graph,
-        *model.graph.node,
-        *model.graph.input,
-        *model.graph.output,
-        *model.graph.value_info,
-    ):
-        noted.ClearField("metadata_props")  # the exporter's notes, many times as long as the graph
-    for tensor in model.graph.initializer:
-        tensor.ClearField("metadata_props")
+    assert exported is not None
+    model = exported.model_proto
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for entry in (model, graph, *graph.node, *values):
+        entry.ClearField("metadata_props")  # the exporter's notes, many times the size of the graph
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
 
 def _write_int8(folder: Path, trained: Trained) -> int:
-    """Quantise model.onnx to 8 bits; how many training images set the ranges of the activations.
+    """Quantise model.onnx to 8 bits; return the number of training images that calibrated the activations' ranges.
 
-    Signed weights and signed activations: with unsigned ones, processors without VNNI add up pairs of products in 16
-    bits and clip them (ten points of top-1 on Fashion-MNIST).
+    Signed weights and signed activations: with unsigned ones, processors without VNNI add pairs of products in 16 bits
+    and saturate (ten points of top-1 on Fashion-MNIST).
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.num_images = 0
-            self.batches = images.batches()
+        num_images = 0
 
         def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-            batch = next(self.batches, None)
-            if batch is None:
+            if (batch := next(batches, None)) is None:
                 return None
             self.num_images += len(batch.images)
             return {"images": batch.images.numpy()}
 
-    with closing(trained.training_images(CALIBRATION_IMAGES)) as images, tempfile.TemporaryDirectory() as scratch:
-        prepared = Path(scratch) / ONNX
+    with (
+        contextlib.closing(trained.training_images(CALIBRATION_IMAGES)) as images,
+        tempfile.TemporaryDirectory() as tmp,
+    ):
+        batches, reader = images.batches(), Reader()
+        prepared = Path(tmp) / ONNX
         quant_pre_process(folder / ONNX, prepared, skip_optimization=True, skip_symbolic_shape=True)
-        reader = Reader()
         quantize_static(
             prepared,
             folder / INT8_ONNX,
@@ -269,128 +232,81 @@ def _write_int8(folder: Path, trained: Trained) -> int:
         return reader.num_images
 
 
-def _open(path: Path, *, alone: bool) -> Answer:
-    """The file in its runtime, with as many threads as PyTorch has; `alone` if nothing else computes meanwhile."""
+@torch.inference_mode()
+def _measure(classifier: Classifier, paths: list[Path], validation: Loader) -> tuple[Figures, int]:
+    """Top-1, agreement with PyTorch and latency of PyTorch and of each file, one after the other; and how many images.
+
+    Raises InternalError if a float32 file's logits differ by more than LOGITS_TOLERANCE allows.
+    """
+    expected, labels = predict(classifier, validation, "validating PyTorch")
+    predicted, num_images = expected.argmax(dim=1), len(labels)
+    allowed = LOGITS_TOLERANCE * max(1.0, float(expected.abs().max()))
+    batches = validation.batches()
+    images = next(batches).images.clone()
+    batches.close()
+    inputs = {size: images[torch.arange(size) % len(images)] for size in LATENCY_BATCHES}
+
+    def top1(logits: Tensor) -> float:
+        return _percent(logits.argmax(dim=1) == labels)
+
+    def latencies(forward: Forward) -> dict[str, float]:
+        return {str(size): round(latency_ms(forward, batch), 3) for size, batch in inputs.items()}
+
+    figures: Figures = {"pytorch": {"top1": top1(expected), "latency_ms": latencies(classifier)}}
+    for path in paths:
+        forward = _open(path)
+        logits, _ = predict(forward, validation, f"validating {path.name}")
+        difference = float((logits - expected).abs().max())
+        if path.name != INT8_ONNX and not difference <= allowed:  # also if it is NaN
+            raise InternalError(
+                f"{path.name}: its logits differ by up to {difference:.2g} from PyTorch's on {num_images:,} validation "
+                f"images, {allowed:.2g} is allowed; nothing was written"
+            )
+        figures[path.name] = {
+            "top1": top1(logits),
+            "top1_agreement": _percent(logits.argmax(dim=1) == predicted),
+            "largest_logit_difference": difference,
+            "latency_ms": latencies(forward),
+        }
+        del forward
+        gc.collect()  # ends a session's threads, which would spin beside the next file's
+    return figures, num_images
+
+
+def _open(path: Path) -> Forward:
+    """The file in its runtime on the CPU, with as many threads as PyTorch has."""
     if path.suffix == ".pt2":
-        return _answer(torch.export.load(path).module())
+        return torch.export.load(path).module()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    if not alone:  # or its idle threads go on spinning beside PyTorch's
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def answer(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = session.run(["logits"], {"images": images})[0]
-        return logits
-
-    return answer
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _answer(module: torch.nn.Module) -> Answer:
-    def answer(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = module(torch.from_numpy(images)).numpy()
-        return logits
-
-    return answer
-
-
-def _compare(classifier: Classifier, folder: Path, files: list[str], validation: Loader) -> tuple[Figures, int]:
-    """For PyTorch and each file: top-1, and how far its answers are from PyTorch's; and on how many images.
-
-    Raises InternalError if a float32 file's logits differ by more than LOGITS_TOLERANCE allows.
-    """
-    answers = {"pytorch": _answer(classifier), **{name: _open(folder / name, alone=False) for name in files}}
-    hits, agreed, furthest = (dict.fromkeys(answers, 0), dict.fromkeys(answers, 0), dict.fromkeys(answers, 0.0))
-    num_images, largest = 0, 1.0
-    progress = Track(
-        "comparing", validation.steps_per_epoch, "batches", rate_unit="images", per_thing=BATCH_SIZE, stderr=True
-    )
-    with progress as shown:
-        for step, batch in enumerate(validation.batches(), start=1):
-            images, labels = batch.images.numpy(), batch.labels.numpy()
-            reference = answers["pytorch"](images)
-            largest = max(largest, float(abs(reference).max()))
-            for name, answer in answers.items():
-                logits = answer(images) if name != "pytorch" else reference
-                best = logits.argmax(axis=1)
-                hits[name] += int((best == labels).sum())
-                agreed[name] += int((best == reference.argmax(axis=1)).sum())
-                furthest[name] = max(furthest[name], float(np.nan_to_num(abs(logits - reference), nan=math.inf).max()))
-            num_images += len(images)
-            shown.update(step)
-    for name in files:
-        if name != INT8_ONNX and not furthest[name] <= LOGITS_TOLERANCE * largest:
-            raise InternalError(
-                f"{name}: its logits differ by up to {furthest[name]:.2g} from PyTorch's on {num_images:,} validation "
-                f"images, {LOGITS_TOLERANCE * largest:.2g} is allowed; nothing was written"
-            )
-    found: Figures = {
-        name: {
-            "top1": 100 * hits[name] / num_images,
-            "top1_agreement": 100 * agreed[name] / num_images,
-            "largest_logit_difference": furthest[name],
-        }
-        for name in files
-    }
-    return {**found, "pytorch": {"top1": 100 * hits["pytorch"] / num_images}}, num_images
-
-
-def _time(classifier: Classifier, folder: Path, files: list[str], validation: Loader) -> Figures:
-    """Latency in ms of PyTorch and of each file, alone one after the other: medians by batch size."""
-    batches = validation.batches()
-    images = next(batches).images.numpy().copy()
-    batches.close()
-    inputs = {size: np.resize(images, (size, *images.shape[1:])) for size in LATENCY_BATCHES}
-    timed: Figures = {}
-    for name in ("pytorch", *files):
-        answer = _answer(classifier) if name == "pytorch" else _open(folder / name, alone=True)
-        timed[name] = {"latency_ms": {str(size): _latency_ms(answer, batch) for size, batch in inputs.items()}}
-        del answer
-        gc.collect()  # ends a session's threads
-    return timed
-
-
-def _latency_ms(answer: Answer, images: NDArray[np.uint8]) -> float:
-    for _ in range(_WARM_UPS):
-        answer(images)
-    seconds: list[float] = []
-    while len(seconds) < _MIN_REPEATS or (len(seconds) < _REPEATS and sum(seconds) < _REPEATS_END_S):
-        start = time.perf_counter()
-        answer(images)
-        seconds.append(time.perf_counter() - start)
-    return round(1000 * statistics.median(seconds), 3)
-
-
-def _cpu() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.machine()
+def _percent(mask: Tensor) -> float:
+    return 100 * int(mask.sum()) / len(mask)
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """What `export.json` says, for the terminal."""
-    made = Table(box=box.SIMPLE_HEAD)
-    made.add_column("file")
-    heads = ("MB", "top-1 %", "as PyTorch %", "logits differ by", *(f"ms, batch {size}" for size in LATENCY_BATCHES))
-    for head in heads:
-        made.add_column(head, justify="right")
-    rows = {"(PyTorch, eager)": report["pytorch"], **report["files"]}
-    for name, row in rows.items():
-        latency = row.get("latency_ms", {})
-        made.add_row(
-            name,
-            f"{row['bytes'] / 1e6:,.2f}" if "bytes" in row else "",
-            f"{row['top1']:.2f}" if "top1" in row else "",
-            f"{row['top1_agreement']:.2f}" if "top1_agreement" in row else "",
-            f"{row['largest_logit_difference']:.1e}" if "largest_logit_difference" in row else "",
-            *(f"{latency[str(size)]:,.2f}" if latency else "" for size in LATENCY_BATCHES),
-        )
-    calibration = report["calibration"]
-    lines = [f"compared on {report['validation']['images']:,} images of {report['validation']['data']}"]
-    if calibration:
+    """The content of `export.json` for the terminal."""
+
+    def cell(row: Mapping[str, Any], key: str, form: str) -> str:
+        return format(row[key], form) if key in row else ""
+
+    rows = []
+    for name, row in {"(PyTorch, eager)": report["pytorch"], **report["files"]}.items():
+        megabytes = f"{row['bytes'] / 1e6:,.2f}" if "bytes" in row else ""
+        figures = (("top1", ".2f"), ("top1_agreement", ".2f"), ("largest_logit_difference", ".1e"))
+        latencies = (cell(row.get("latency_ms", {}), str(size), ",.2f") for size in LATENCY_BATCHES)
+        rows.append((name, megabytes, *(cell(row, key, form) for key, form in figures), *latencies))
+    head = ("file", "MB", "top-1 %", "as PyTorch %", "logits differ by", *(f"ms, batch {n}" for n in LATENCY_BATCHES))
+    lines = [
+        text.table(head, rows) + "\n",
+        f"compared on {report['validation']['images']:,} images of {report['validation']['data']}",
+    ]
+    if calibration := report["calibration"]:
         lines.append(f"int8 calibrated on {calibration['images']:,} images of {calibration['data']}")
     lines.append(f"latency: medians, {report['asked']['threads']} threads of {report['cpu']}")
-    return "\n".join([rendered(made), "", *lines])
+    return "\n".join(lines)

@@ -251,7 +251,7 @@ def _time_saving(instance: Instance, num_classes: int, folder: Path) -> float:
 
     weights, momentum = (build_network(instance.architecture, num_classes).state_dict() for _ in range(2))
     start = time.perf_counter()
-    save_checkpoint(folder, {"weights": weights, "momentum": momentum}, step=1, about={}, keep=1)
+    save_checkpoint(folder, {"weights": weights, "momentum": momentum}, step=1, metadata={}, keep=1)
     return time.perf_counter() - start
 
 

@@ -1,205 +1,178 @@
-"""The pictures of a report, drawn once: as PNG files, and as SVG in the page, in a light and a dark dress."""
+"""The figures of a report: PNG files, and SVG that takes the colours of the page, light or dark."""
 
 from __future__ import annotations
 
-import base64
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import count, groupby
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from gowide_dist.insight.results import TIME_HEAD, Standing, View
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from gowide_dist.files import write_atomically
+from gowide_dist.insight.results import Group, RunResults
 from gowide_dist.recipe import KlStage
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-INK, PALE = "#1f2329", "#d0d7dd"  # in the page's dark dress: DARK
-DARK = {INK: "#e6edf3", PALE: "#30363e"}
-COLOURS = ("#3b82d0", "#e07b28", "#3fa35c", "#b95aa8", "#8c7a50", "#c8504c", "#2aa3ab", "#7a7f8a")
-SIZE = (5.2, 3.6)  # inches
+TEXT, GRID = "#1f2329", "#d0d7dd"
+PAGE_COLOURS = {TEXT: "currentColor", GRID: "var(--line)"}  # in SVG
+COLOURS = ("#3b82d0", "#e07b28", "#3fa35c", "#b95aa8", "#8c7a50", "#c8504c", "#2aa3ab", "#7a7f8a")  # on light and dark
+STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
+    "grid.color": GRID, "axes.grid": True, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "legend.fontsize": 9, "font.size": 10, "axes.titlesize": 11, "lines.markersize": 4.5,
+    "svg.hashsalt": "gowide", "text.parse_math": False,
+}  # fmt: skip
 LOSSES = {"labels": "cross-entropy", "blocks": "mean squared error", "kl": "KL divergence"}
-MIXED = "KL divergence and cross-entropy"
+PANEL_INCHES = (5.2, 3.6)
 
 
-class Picture(NamedTuple):
-    """A picture as it stands in a page: data: addresses of its two dresses."""
+class Series(NamedTuple):
+    """Points of a panel. Those of one label have one colour, and one entry in the legend."""
 
-    text: str  # for who cannot see it
-    light: str
-    dark: str
-
-
-@contextmanager
-def drawing(columns: int = 1, rows: int = 1, *, share_epochs: bool = False) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with panels, in our style."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style: dict[Any, Any] = {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-        "grid.color": PALE, "axes.grid": True, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "legend.fontsize": 9, "font.size": 10, "axes.titlesize": 11, "svg.hashsalt": "gowide",
-    }  # fmt: skip
-    with rc_context(style):
-        figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * (1 + 0.5 * (rows - 1))), layout="constrained")
-        yield figure, list(figure.subplots(rows, columns, squeeze=False, sharex=share_epochs).flat)
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str = "o-"  # as matplotlib's `plot` takes it
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, facecolor="white")
-    return buffer.getvalue()
+class Panel(NamedTuple):
+    """One plot of a figure."""
+
+    title: str
+    series: list[Series]
+    xlabel: str = ""
+    ylabel: str = ""
+    log: Literal["x", "y", ""] = ""
+    ylim: tuple[float, float] | None = None
+    names: Sequence[str] = ()  # of x = 0, 1, ...; then there is no legend
 
 
-def picture(figure: Figure, text: str) -> Picture:
-    """The figure for the page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    light = buffer.getvalue().decode()
-    dark = light
-    for colour, other in DARK.items():
-        dark = dark.replace(colour, other)
-    return Picture(text, _address(light), _address(dark))
+def figures_of_run(results: RunResults, folder: Path) -> dict[str, str]:
+    """SVG by what it shows; loss.png, accuracy.png and cost.png into `folder`."""
+    instances = results.recipe.instances
+
+    def start(key: str) -> int:
+        """Epochs of the stages that an instance started from."""
+        parent = instances[key].init
+        return start(parent) + instances[parent].stage.epochs if parent else 0
+
+    curves = {key: results.curve(key, "val", "top1") for key in instances}
+    accuracy = [Series(key, [start(key) + epoch for epoch in epochs], top1) for key, (epochs, top1) in curves.items()]
+    teachers = {instance.teacher for instance in instances.values()}
+    cost = [Series(key, [row.mflops], [row.top1], "s" if key in teachers else "o") for key, row in results.rows.items()]
+    stages = {name: _stage_panels(name, results) for name in results.recipe.stages}
+    draw(*stages.values(), png=folder / "loss.png")
+    return {
+        "Top-1 over epochs": draw(
+            [Panel("top-1 on the validation images", accuracy, "epochs of the network, earlier stages included", "%")],
+            png=folder / "accuracy.png",
+        ),
+        "Top-1 against MFLOPs": draw(
+            [Panel("accuracy against cost (squares: teachers)", cost, "MFLOPs of one image", "top-1 %", log="x")],
+            png=folder / "cost.png",
+        ),
+        **{f"Loss and top-1 of {name} over epochs": draw(panels) for name, panels in stages.items()},
+    }
 
 
-def _address(svg: str) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+def figures_of_groups(groups: Sequence[Group], folder: Path) -> dict[str, str]:
+    """SVG by what it shows; runs.png into `folder`. Every network is a dot, the line their mean."""
+    panels = []
+    for title, name in (("top-1 %", "top1"), ("points above the baseline", "minus_baseline")):
+        spreads = {
+            f"{group.name}: {key}" if len(groups) > 1 else key: spread
+            for group in groups
+            for key, statistic in group.statistics.items()
+            # imitation, far below the others, would hide their differences
+            if group.runs[0].recipe.instances[key].stage.objective != "blocks"
+            if (spread := getattr(statistic, name))
+        }
+        series = []
+        for x, (label, spread) in enumerate(spreads.items()):
+            series.append(Series(label, [x] * spread.n, spread.values, "o"))
+            series.append(Series(label, [x - 0.25, x + 0.25], [spread.mean] * 2, "-"))
+        if series:
+            panels.append(Panel(title, series, names=list(spreads)))
+    if panels:
+        draw(*([panel] for panel in panels), png=folder / "runs.png")
+    return {f"{panel.title}: every network, and their mean": draw([panel]) for panel in panels}
 
 
-def by_stage(view: View) -> dict[str, list[Standing]]:
-    """The instances of each stage."""
-    found = groupby(view.standings.values(), key=lambda standing: standing.instance.stage_name)
-    return {name: list(group) for name, group in found}
+def _stage_panels(name: str, results: RunResults) -> list[Panel]:
+    """A stage's loss, for imitation of every block, and below it top-1: lines in training, dots in validation."""
+    stage = results.recipe.stages[name]
+    instances = [instance for instance in results.recipe.instances.values() if instance.stage_name == name]
+    losses = []
+    for instance in instances:
+        labels = {"loss": instance.network_name}
+        if stage.objective == "blocks":
+            blocks = range(1, instance.architecture.num_blocks + 1)
+            labels = {f"mse_block{block}": f"{instance.network_name}, block {block}" for block in blocks}
+        for metric, label in labels.items():
+            losses.append(Series(label, *results.curve(instance.key, "train", metric), "-"))
+            losses.append(Series(label, *results.curve(instance.key, "val", metric), "o"))
+    top1 = [Series(instance.network_name, *results.curve(instance.key, "val", "top1")) for instance in instances]
+    loss = LOSSES[stage.objective]
+    if isinstance(stage, KlStage) and stage.labels_weight:
+        loss += " and cross-entropy"
+    return [Panel(name, losses, ylabel=loss, log="y"), Panel("", top1, "epoch", "top-1 %", ylim=(0, 100))]
 
 
-def draw_loss(axes: Axes, name: str, standings: list[Standing]) -> None:
-    """A stage's loss over epochs, imitation with a curve per block: lines in training, dots in validation."""
-    stage = standings[0].instance.stage
-    is_mixed = isinstance(stage, KlStage) and stage.labels_weight > 0
-    axes.set(title=name, xlabel="epoch", ylabel=MIXED if is_mixed else LOSSES[stage.objective])
-    colours = iter(COLOURS * 8)
-    for standing in standings:
-        for loss in _losses(standing):
-            label = standing.instance.network_name + loss.removeprefix("loss").replace("mse_block", ", block ")
-            _curve(axes, standing, loss, label, next(colours))
-    _finish(axes)
-    _logarithmic(axes)
+def draw(*columns: Sequence[Panel], png: Path | None = None) -> str:
+    """A figure as an SVG element, and as a PNG file. The panels of a column share their x axis."""
+    width, height = PANEL_INCHES
+    num_rows = len(columns[0])
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width * len(columns), height * (1 + num_rows) / 2), layout="constrained")
+        axes = figure.subplots(num_rows, len(columns), squeeze=False, sharex="col")
+        for ax, panel in zip(axes.T.flat, chain(*columns), strict=True):
+            _plot(ax, panel)
+        if png:
+            pixels = io.BytesIO()
+            figure.savefig(pixels, format="png", dpi=120, facecolor="white")
+            write_atomically(png, pixels.getvalue())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = text.getvalue()
+    for colour, variable in PAGE_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return svg[svg.index("<svg") :]  # HTML takes no XML declaration
 
 
-def draw_imitation(mse: Axes, top1: Axes, standing: Standing) -> None:
-    """The error of every block of the student on its own, and below it the accuracy that it has at that moment."""
-    mse.set(title=standing.instance.key, ylabel="MSE per block")
-    for index, loss in enumerate(_losses(standing)):
-        _curve(mse, standing, loss, f"block {index + 1}", COLOURS[index % len(COLOURS)])
-    _finish(mse)
-    _logarithmic(mse)
-    epochs, accuracies = standing.curve("val", "top1")
-    top1.plot(epochs, accuracies, "o-", color=INK, markersize=4)
-    top1.set(xlabel="epoch", ylabel="top-1 %", ylim=(0, 100))
-
-
-def draw_accuracy(axes: Axes, view: View) -> None:
-    """Validation accuracy over student epochs: a stage goes on where the one that it started from ends."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set(
-        title="top-1 on the validation images", xlabel="epochs of the network, earlier stages included", ylabel="%"
-    )
-    for dress, standing in zip(_dresses(), view.standings.values(), strict=False):
-        start, instance = 0, standing.instance
-        while instance.init:
-            instance = view.recipe.instances[instance.init]
-            start += instance.stage.epochs
-        epochs, accuracies = standing.curve("val", "top1")
-        if epochs:
-            shifted = [start + epoch for epoch in epochs]
-            axes.plot(shifted, accuracies, marker="o", markersize=4, label=standing.instance.key, **dress)
-    _finish(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def draw_cost(axes: Axes, view: View) -> None:
-    """Accuracy of the finished networks against the multiply-adds of one image; teachers are squares."""
-    axes.set(title="accuracy against cost", xlabel="MFLOPs of one image", ylabel="top-1 %")
-    teachers = {standing.instance.teacher for standing in view.standings.values()}
-    for dress, row in zip(_dresses(), view.rows, strict=False):
-        key = f"{row.stage}/{row.network}"
-        dress["linestyle"] = ""
-        axes.plot(row.mflops, row.top1, marker="s" if key in teachers else "o", markersize=8, label=key, **dress)
-    _finish(axes)
-    axes.margins(x=0.2, y=0.15)
-    _logarithmic(axes, "x")
-
-
-def draw_times(axes: Axes, view: View) -> None:
-    """Where the time of each stage went."""
-    keys, left = list(view.times), [0.0] * len(view.times)
-    for part, (label, colour) in enumerate(zip(TIME_HEAD[1:-1], COLOURS, strict=False)):
-        widths = [(spent[part] or 0.0) / 60 for spent in view.times.values()]
-        if any(widths):
-            axes.barh(keys, widths, left=left, color=colour, label=label)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.invert_yaxis()
-    axes.set(title="where the time went", xlabel="minutes")
-    if axes.patches:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
-
-
-def draw_runs(axes: Axes, title: str, values: dict[str, list[float]]) -> None:
-    """Every run's value as a dot, and a line at their mean."""
-    for index, (colour, found) in enumerate(zip(COLOURS * 8, values.values(), strict=False)):
-        axes.plot([index] * len(found), found, "o", color=colour, alpha=0.7, markersize=7)
-        if found:
-            axes.hlines(sum(found) / len(found), index - 0.25, index + 0.25, color=colour, linewidth=2)
-    axes.set(title=title, xlim=(-0.6, len(values) - 0.4))
-    axes.set_xticks(range(len(values)), list(values), rotation=25, ha="right")
-
-
-def _losses(standing: Standing) -> list[str]:
-    if standing.instance.stage.objective != "blocks":
-        return ["loss"]
-    return [f"mse_block{index + 1}" for index in range(standing.instance.architecture.num_blocks)]
-
-
-def _curve(axes: Axes, standing: Standing, name: str, label: str, colour: str) -> None:
-    """Training as a line, validation as dots of the same colour."""
-    train, val = standing.curve("train", name), standing.curve("val", name)
-    if train[0]:
-        axes.plot(*train, color=colour, linewidth=1.3, label=label)
-    if val[0]:
-        axes.plot(*val, "o", color=colour, markersize=4, label=None if train[0] else label)
-
-
-def _dresses() -> Iterator[dict[str, Any]]:
-    """How lines are told apart: by colour; when these are used up, by being dashed with open dots as well."""
-    for round_ in count():
-        for colour in COLOURS:
-            more = {"markerfacecolor": "none", "linestyle": "--"} if round_ % 2 else {"linestyle": "-"}
-            yield {"color": colour, **more}
-
-
-def _logarithmic(axes: Axes, which: Literal["x", "y"] = "y") -> None:
-    """A logarithmic axis with plain numbers on it, also where it spans less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    if axes.lines:
-        axes.set(**{f"{which}scale": "log"})
-        axis, (low, high) = (axes.xaxis, axes.get_xlim()) if which == "x" else (axes.yaxis, axes.get_ylim())
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0), numticks=12))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        if high / low < 4:
-            axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-        else:
-            axis.set_minor_formatter("")
-
-
-def _finish(axes: Axes) -> None:
-    if axes.lines:
-        axes.legend()
+def _plot(ax: Axes, panel: Panel) -> None:
+    ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+    shown = [series for series in panel.series if len(series.x)]
+    labels: list[str] = []
+    for series in shown:
+        is_new = series.label not in labels
+        labels += [series.label] * is_new
+        index = labels.index(series.label)
+        [line] = ax.plot(series.x, series.y, series.style, color=COLOURS[index % len(COLOURS)])
+        line.set_label(series.label if is_new else None)
+        if index // len(COLOURS) % 2:  # all colours are taken: tell them apart by open markers and dashes as well
+            line.set(markerfacecolor="none", linestyle="--" if "-" in series.style else "")
+    if panel.names:
+        ax.set_xticks(range(len(panel.names)), panel.names, rotation=25, ha="right")
+    elif shown:
+        ax.legend()
     else:
-        axes.text(0.5, 0.5, "nothing measured yet", transform=axes.transAxes, ha="center")
+        ax.text(0.5, 0.5, "nothing measured yet", transform=ax.transAxes, ha="center")
+    if panel.ylim:
+        ax.set_ylim(panel.ylim)
+    if panel.log and shown:
+        _logarithmic(ax, panel.log)
+
+
+def _logarithmic(ax: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic axis with plain numbers, also where it spans less than a decade."""
+    ax.set(**{f"{which}scale": "log"})
+    axis, (low, high) = (ax.xaxis, ax.get_xlim()) if which == "x" else (ax.yaxis, ax.get_ylim())
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0), numticks=12))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:.2g}" if high / low < 4 else "")

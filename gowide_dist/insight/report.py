@@ -1,196 +1,197 @@
-"""The report of runs: the table for the terminal, one HTML page without any outside link, CSV and PNG files."""
+"""The report of runs: tables for the terminal, one HTML page without any outside link, CSV and PNG files."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
-from gowide_dist.errors import RunError, is_full
-from gowide_dist.files import write_atomically
-from gowide_dist.insight import compare, plots, results
-from gowide_dist.insight.measured import measure
-from gowide_dist.insight.results import View, view
-from gowide_dist.insight.text import duration, rendered
+from gowide_dist.files import write_atomically, writing_to
+from gowide_dist.insight.latency import measure_networks
+from gowide_dist.insight.results import Group, Result, RunResults, Spread, group_runs, read_results
+from gowide_dist.insight.text import table, used_columns
 from gowide_dist.run import Run
 
-PAGE_HEAD = (*results.HEAD, "time")
+COLUMNS = {  # of a run's table: the field of a Result, and its format
+    "stage": ("stage", ""), "network": ("network", ""), "parameters": ("parameters", ","), "MFLOPs": ("mflops", ",.3f"),
+    "epochs": ("epochs", ""), "top-1 %": ("top1", ".2f"), "top-5 %": ("top5", ".2f"), "seconds": ("seconds", ",.0f"),
+    "student epochs": ("student_epochs", ""), "train TFLOPs": ("train_tflops", ",.2f"),
+    "agrees %": ("agreement", ".2f"), "ms at 1": ("latency_ms_1", ",.2f"), "ms at 64": ("latency_ms_64", ",.1f"),
+}  # fmt: skip
+GROUP_COLUMNS = (
+    "stage", "network", "student epochs", "top-1 %, mean ± sd", "n", "min", "max", "minus baseline, mean ± sd", "n",
+    "min", "max",
+)  # fmt: skip
+SPREAD = ("n", "mean", "sd", "min", "max")
+GROUPS_CSV = (
+    "recipe", "seeds", "stage", "network", "student_epochs",
+    *(f"top1_{name}" for name in SPREAD), *(f"minus_baseline_{name}" for name in SPREAD),
+)  # fmt: skip
+RUN_CAPTION = (
+    "Epochs and seconds are of the stage alone; student epochs and train TFLOPs include the stages that it started "
+    "from and the teacher's forward passes. FLOPs are multiply-adds."
+)
+CURVES_CAPTION = (
+    "Lines: training images. Dots: validation images. Imitation does not train the classifier: its top-1 can be low."
+)
+GROUPS_CAPTION = (
+    "n counts networks that were trained: one that several runs share counts once. sd: standard deviation, with n - 1. "
+    "Minus baseline: points of top-1, within each run, at equal student epochs. In the figures a network is a dot."
+)
 
 
-def report(runs: Sequence[Run], *, measured: bool = True, out: Path | None = None) -> tuple[str, dict[str, Any]]:
-    """Write the report of a run, or of several beside each other; it for the terminal, and as data.
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, whose table the terminal shows as well."""
 
-    measured: measure what is missing of the finished networks. out: a folder; by default the (first) run's report/.
-    Raises UserError if something is no run, or the folder cannot be written.
+    title: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    left: Sequence[int] = (0, 1)  # columns of words
+    lines: Sequence[str] = ()  # above the table
+    figures: Mapping[str, str] = field(default_factory=dict)  # SVG, by what it shows
+    code: str = ""
+    caption: str = ""
+
+    @property
+    def columns(self) -> list[int]:
+        return used_columns(self.head, self.rows)
+
+    def text(self, *, markdown: bool = False) -> str:
+        return table(self.head, self.rows, left=self.left, markdown=markdown)
+
+
+def report(runs: Sequence[Run], *, measure: bool = True, out: Path | None = None) -> tuple[str, dict[str, Any]]:
+    """Write the report of a run, or of several side by side; it for the terminal, and as data.
+
+    measure: measure what is missing of the finished networks of a single run. out: a folder; by default report/ of the
+    first run. Raises UserError if something is no run, or the folder cannot be written.
     """
-    runs = list({run.path.resolve(): run for run in runs}.values())
-    views = [view(run) for run in runs]
+    results = [read_results(run) for run in {run.path.resolve(): run for run in runs}.values()]
     folder = out or runs[0].report
-    try:
+    with writing_to(folder, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-        if len(views) > 1:
-            return _several(views, folder)
-        if measured:
-            found = measure(runs[0], views[0].recipe)
-            views = [View(runs[0], views[0].recipe, views[0].standings, found)]
-        return _one(views[0], folder)
-    except OSError as error:
-        if is_full(error):
-            raise
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another place with --out") from error
+        if len(results) > 1:
+            return _report_groups(group_runs(results), folder)
+        [single] = results
+        if measure:
+            single = replace(single, measurements=measure_networks(single.run, single.recipe))
+        return _report_run(single, folder)
 
 
 def write_report(run: Run) -> str:
-    """Write the report of a run, measuring nothing; the table as text. Raises RunError if this is no run."""
-    return report([run], measured=False)[0]
+    """Write the report of a run without measuring its networks; its table as text. Raises RunError if it is no run."""
+    return report([run], measure=False)[0]
 
 
-def _one(seen: View, folder: Path) -> tuple[str, dict[str, Any]]:
+def _report_run(results: RunResults, folder: Path) -> tuple[str, dict[str, Any]]:
+    from gowide_dist.insight.plots import figures_of_run
+
+    _write_csv(folder / "results.csv", Result._fields, results.rows.values())
+    caption = RUN_CAPTION
+    if teachers := [f"{key} with {row.teacher}" for key, row in results.rows.items() if row.agreement is not None]:
+        caption += f" Agrees: part of the validation images that both put in one class: {', '.join(teachers)}."
+    if places := {latency.where for latency in results.measurements.latency.values()}:
+        caption += f" Latency: median of batches of 1 and 64, PyTorch float32, on {'; '.join(sorted(places))}."
+    section = replace(_run_section(results), title="Results", caption=caption)
+    environment = results.run.path / "environment.json"
+    sections = [
+        section,
+        Section("Curves", figures=figures_of_run(results, folder), caption=CURVES_CAPTION),
+        Section("Recipe", code=results.run.recipe_path.read_text()),
+        Section("Environment of the last start", code=environment.read_text() if environment.exists() else ""),
+    ]
+    _write_page(folder / "report.html", results.recipe.name, sections)
+    notes = [f"  {line}" for line in (*section.lines, f"more in {folder}")]
+    return "\n".join([section.text(), "", *notes]), results.as_json()
+
+
+def _report_groups(groups: list[Group], folder: Path) -> tuple[str, dict[str, Any]]:
+    from gowide_dist.insight.plots import figures_of_groups
+
+    rows = [
+        (group.name, group.seeds, row.stage, row.network, row.student_epochs, *_numbers(row.top1, row.minus_baseline))
+        for group in groups
+        for row in group.statistics.values()
+    ]
+    _write_csv(folder / "runs.csv", GROUPS_CSV, rows)
+    sections = [_group_section(group) for group in groups]
+    if len(groups) > 1:
+        sections += _side_by_side(groups)
+    text = [f"{section.title}\n\n{section.text(markdown=True)}" for section in sections]
+    runs = [run for group in groups for run in group.runs]
+    sections += [
+        Section("Every run", figures=figures_of_groups(groups, folder), caption=GROUPS_CAPTION),
+        *(_run_section(run) for run in runs),
+    ]
+    _write_page(folder / "runs.html", ", ".join(group.name for group in groups), sections)
+    data = {"runs": [run.as_json() for run in runs], "groups": [group.as_json() for group in groups]}
+    return "\n\n".join([*text, f"more in {folder / 'runs.html'}"]), data
+
+
+def _run_section(results: RunResults) -> Section:
+    rows = [
+        ["" if (value := getattr(row, name)) is None else format(value, spec) for name, spec in COLUMNS.values()]
+        for row in results.rows.values()
+    ]
+    lines = [f"{results.run.path}: {len(rows)} of {len(results.recipe.instances)} stages done"]
+    lines += [] if rows else ["No stage is finished yet."]
+    title = f"{results.run.path}, seed {results.recipe.seed}"
+    return Section(title, list(COLUMNS), rows, lines=[*lines, *results.notes])
+
+
+def _group_section(group: Group) -> Section:
+    def numbers(spread: Spread | None, sign: str = "") -> list[str]:
+        """Mean ± sd, n, min, max."""
+        if spread is None:
+            return [""] * 4
+        return [spread.text(sign), str(spread.n), f"{spread.min:{sign}.2f}", f"{spread.max:{sign}.2f}"]
+
+    rows = [
+        [row.stage, row.network, str(row.student_epochs), *numbers(row.top1), *numbers(row.minus_baseline, "+")]
+        for row in group.statistics.values()
+    ]
+    title = f"{', '.join(str(run.run.path) for run in group.runs)} (seeds {group.seeds})"
+    return Section(title, GROUP_COLUMNS, rows, lines=[] if rows else ["No stage is finished yet."])
+
+
+def _side_by_side(groups: list[Group]) -> list[Section]:
+    """Top-1 of every instance in each group, and the settings in which the groups' recipes differ."""
+    names = [group.name for group in groups]
+    top1 = []
+    for key in dict.fromkeys(key for group in groups for key in group.statistics):
+        spreads = [group.statistics[key].top1 if key in group.statistics else None for group in groups]
+        top1.append([key, *(f"{spread.text()} (n={spread.n})" if spread else "" for spread in spreads)])
+    settings = [group.runs[0].settings for group in groups]
+    keys = dict.fromkeys(key for values in settings for key in values)
+    rows = [[key, *(values.get(key, "absent") for values in settings)] for key in keys]
+    differences = [row for row in rows if len(set(row[1:])) > 1]
+    return [
+        Section("Side by side", ["top-1 %", *names], top1, left=(0,)),
+        Section("Differences between the recipes", ["setting", *names], differences, left=(0,)),
+    ]
+
+
+def _numbers(*spreads: Spread | None) -> list[float | None]:
+    """Under the columns of runs.csv that SPREAD names, for each."""
+    values = [getattr(spread, name, None) for spread in spreads for name in SPREAD]
+    return [round(value, 4) if isinstance(value, float) else value for value in values]
+
+
+def _write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(results.Result._fields)
-    writer.writerows(seen.rows)
-    write_atomically(folder / "results.csv", text.getvalue())
-    pictures = _draw_one(seen, folder)
-    try:
-        about = json.loads((seen.run.path / "environment.json").read_text())
-    except (OSError, ValueError):
-        about = None
-    where = sorted({latency.where for latency in seen.measured.latency.values()})
-    _render("report", folder / "report.html", {
-        "seen": seen,
-        "head": PAGE_HEAD,
-        "rows": [_filled(row) for row in seen.rows],
-        "teachers": {f"{row.stage}/{row.network}": row.teacher for row in seen.rows if row.teacher},
-        "where": "; ".join(where),
-        "pictures": pictures,
-        "imitations": _imitations(seen),
-        "time_head": results.TIME_HEAD,
-        "times": [results.time_cells(key, spent) for key, spent in seen.times.items()],
-        "recipe": seen.run.recipe_path.read_text(),
-        "environment": about if isinstance(about, dict) else {},
-    })  # fmt: skip
-    return _table(seen, folder), results.as_json(seen)
+    csv.writer(text).writerows([head, *rows])
+    write_atomically(path, text.getvalue())
 
 
-def _several(views: list[View], folder: Path) -> tuple[str, dict[str, Any]]:
-    groups = compare.group(views)
-    write_atomically(folder / "runs.csv", compare.as_csv(groups))
-    panels = {}
-    for title, name in (("top-1 %", "top1"), ("points above the baseline", "minus_baseline")):
-        values = {
-            f"{group.name}: {key}" if len(groups) > 1 else key: found
-            for group in groups
-            for key, found in getattr(group, name).items()
-            if group.views[0].recipe.instances[key].stage.objective != "blocks"  # far below, it would hide the rest
-        }
-        if values:
-            panels[title] = values
-    pictures = []
-    if panels:
-        with plots.drawing(len(panels)) as (figure, axes):
-            for panel, (title, values) in zip(axes, panels.items(), strict=True):
-                plots.draw_runs(panel, title, values)
-            write_atomically(folder / "runs.png", plots.png(figure))
-    for title, values in panels.items():
-        with plots.drawing() as (figure, [panel]):
-            plots.draw_runs(panel, title, values)
-            pictures.append(plots.picture(figure, f"{title}: every run is a dot, a line their mean"))
-    text = compare.text(groups)
-    _render("runs", folder / "runs.html", {
-        "groups": [(group.title, [compare.cells(row) for row in group.statistics]) for group in groups],
-        "head": compare.HEAD,
-        "names": [group.name for group in groups],
-        "beside": compare.beside(groups),
-        "differences": compare.differences(groups),
-        "runs": [
-            (seen.run.path, seen.recipe.seed, PAGE_HEAD, [_filled(row) for row in seen.rows], seen.notes)
-            for seen in views
-        ],
-        "pictures": pictures,
-    })  # fmt: skip
-    data = {"runs": [results.as_json(seen) for seen in views], "groups": compare.as_json(groups)}
-    return f"{text}\n\nmore in {folder / 'runs.html'}", data
-
-
-def _draw_one(seen: View, folder: Path) -> dict[str, list[plots.Picture]]:
-    """All pictures of a run: as PNG files, and by the section of the page."""
-    stages = plots.by_stage(seen)
-    with plots.drawing(len(stages)) as (figure, axes):
-        for panel, (name, standings) in zip(axes, stages.items(), strict=True):
-            plots.draw_loss(panel, name, standings)
-        write_atomically(folder / "loss.png", plots.png(figure))
-    found: dict[str, list[plots.Picture]] = {"loss": [], "imitation": []}
-    for name, standings in stages.items():
-        with plots.drawing() as (figure, [panel]):
-            plots.draw_loss(panel, name, standings)
-            found["loss"].append(plots.picture(figure, f"Loss of {name} over epochs"))
-    for name, draw, text in (
-        ("accuracy", plots.draw_accuracy, "Top-1 of all stages over epochs"),
-        ("cost", plots.draw_cost, "Top-1 against MFLOPs"),
-        ("time", plots.draw_times, "Where the time of every stage went"),
-    ):
-        with plots.drawing() as (figure, [panel]):
-            draw(panel, seen)
-            found[name] = [plots.picture(figure, text)]
-            write_atomically(folder / f"{name}.png", plots.png(figure))
-    imitations = [standing for standing in seen.standings.values() if standing.instance.stage.objective == "blocks"]
-    for standing in imitations:
-        with plots.drawing(rows=2, share_epochs=True) as (figure, [mse, top1]):
-            plots.draw_imitation(mse, top1, standing)
-            text = f"{standing.instance.key}: mean squared error of every block, and top-1, over epochs"
-            found["imitation"].append(plots.picture(figure, text))
-            write_atomically(folder / f"{standing.instance.key.replace('/', '-')}.png", plots.png(figure))
-    return found
-
-
-def _filled(row: results.Result) -> list[str]:
-    """The cells of a row under PAGE_HEAD, saying what is not measured; a teacher has none to agree with."""
-    nothing = {results.HEAD.index("agrees %"): "" if row.teacher is None else "not measured"}
-    measured = [cell or nothing.get(index, "not measured") for index, cell in enumerate(results.cells(row))]
-    return [*measured, duration(row.hours)]
-
-
-def _imitations(seen: View) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Of every imitation: its name, the head of its table, and a row for each time that it was evaluated."""
-    tables = []
-    for key, standing in seen.standings.items():
-        names = [f"mse_block{index + 1}" for index in range(standing.instance.architecture.num_blocks)]
-        rows = [
-            [f"{line['epoch']:g}", *(f"{line[name]:.4g}" for name in names), f"{line['top1']:.2f}"]
-            for line in standing.lines
-            if line["kind"] == "val" and {*names, "top1"} <= line.keys()
-        ]
-        if standing.instance.stage.objective == "blocks" and rows:
-            head = ["epoch", *(f"MSE of block {index + 1}" for index in range(len(names))), "top-1 %"]
-            tables.append((key, head, rows))
-    return tables
-
-
-def _table(seen: View, folder: Path) -> str:
-    """The rows for the terminal, without columns in which there is nothing."""
-    rows = [results.cells(row) for row in seen.rows]
-    used = [index for index in range(len(results.HEAD)) if index < 10 or any(row[index] for row in rows)]
-    count = f"{seen.run.path}: {len(rows)} of {len(seen.standings)} stages done; more in {folder}"
-    table = Table(box=box.SIMPLE_HEAD)
-    for index in used:
-        table.add_column(results.HEAD[index], justify="left" if index < 2 else "right")
-    for row in rows:
-        table.add_row(*(row[index] for index in used))
-    return "\n".join([rendered(table, width=160), *(f"  {note}" for note in (count, *seen.notes))])
-
-
-def _render(name: str, path: Path, values: Mapping[str, Any]) -> None:
-    """Fill a template that lies beside this file."""
+def _write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    write_atomically(path, environment.get_template(f"{name}.html.j2").render(values))
+    page = environment.get_template("report.html.j2").render(title=title, sections=sections)
+    write_atomically(path, page)

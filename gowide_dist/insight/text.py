@@ -19,11 +19,9 @@ def listed(values: Mapping[str, str]) -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = (0,), markdown: bool = False
 ) -> str:
-    """A table as text, or in Markdown. Columns of `left` to the left, the others to the right; those in which no row
-    says anything are left out.
-    """
+    """A table as text or in Markdown, without empty columns; columns `left` to the left, the others to the right."""
     rows = list(rows)
-    used = [index for index in range(len(head)) if not rows or any(row[index] for row in rows)]
+    used = used_columns(head, rows)
     lines = [[line[index] for index in used] for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if markdown:
@@ -36,6 +34,11 @@ def table(
         for line in lines
     ]
     return "\n".join(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip() for cells in padded)
+
+
+def used_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """The columns in which a row says anything; all, if there are no rows."""
+    return [index for index in range(len(head)) if not rows or any(row[index] for row in rows)]
 
 
 def columns(lines: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:

@@ -1,23 +1,27 @@
-"""A finished network of a run, with what it takes to use it: classes, normalisation, images."""
+"""A finished network of a run with all that using it takes: classes, normalisation, images.
+
+The one place where a finished network and its data are opened.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gowide_dist.data.decode import CenterCrop, Shift
+from gowide_dist.data.decode import CenterCrop, Geometry
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
-from gowide_dist.data.loader import Loader
+from gowide_dist.data.loader import Loader, geometry_of
 from gowide_dist.errors import DataError, RunError
 from gowide_dist.networks.resnet import ResNet
 from gowide_dist.pipeline import find_finished
+from gowide_dist.progress import track
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run
 from gowide_dist.timeline import Batching
@@ -27,7 +31,7 @@ BATCH_SIZE = 64
 
 
 class Classifier(nn.Module):
-    """A network on images as they lie in files: uint8 [B, H, H, 3] RGB -> logits [B, K]."""
+    """A network with its normalisation: uint8 images [B, H, H, 3] (RGB), as decoded from a file -> logits [B, K]."""
 
     mean: Tensor  # [3, 1, 1], of pixels 0 to 255
     std: Tensor
@@ -39,8 +43,7 @@ class Classifier(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None] * 255)
 
     def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        # What the network's pooling comes to; exported, that would leave a detour around the strides of its output.
+        # Not network.head: exported, its pooling would leave a branch on the strides of its input in the graph.
         return cast(Tensor, self.network.fc(self.blocks(images)[-1].mean((2, 3))))
 
     def blocks(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -51,79 +54,85 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished network of a run. info: of the images that it was trained on."""
+    """A finished network of a run. info: of the dataset that it was trained on."""
 
     run: Run
     recipe: Recipe
     instance: Instance
     done: Done
     info: DatasetInfo
-    val_checksum: str  # of the validation images that `done` speaks of
+    val_checksum: str  # of the validation images whose accuracies `done` holds
 
     def network(self) -> ResNet:
         """The network on the CPU, in eval mode."""
         return load_trained(self.instance, self.run, len(self.info.classes)).eval()
 
-    def training_images(self, most: int) -> Loader:
-        """At most so many training images, evenly from the whole file and not augmented."""
+    def training_images(self, limit: int) -> Loader:
+        """At most `limit` training images, evenly spaced over the file and not augmented."""
         data = self.recipe.data
-        # Images that training crops to size at random need not have it.
-        crop = data.center_crop or (1.0 if data.augment.crop else None)
-        return _loader(data.train, data.resolution, crop, most)
+        is_any_size = data.augment.crop and not data.center_crop  # validation images alone have the recipe's resolution
+        return self._images(data.train, CenterCrop(1.0) if is_any_size else geometry_of(data, train=False), limit)
 
-    def validation_images(self, path: Path, most: int | None = None) -> Loader:
-        """The images of an FFCV file as validation sees them; with `most` at most so many, evenly from the whole file.
+    def validation_images(self, path: Path, limit: int | None = None) -> Loader:
+        """The images of an FFCV file, cut as for validation: all, or at most `limit`, evenly spaced over the file.
 
         Raises DataError if the file has other classes than the network.
         """
-        theirs, ours = read_dataset_info(path).classes, self.info.classes
-        if theirs != ours:
-            pairs = zip(theirs, ours, strict=False)
-            first = next((f"class {i} is '{a}' there, '{b}' here" for i, (a, b) in enumerate(pairs) if a != b), None)
-            differs = first or f"{len(theirs)} there, {len(ours)} here"
-            raise DataError(f"{path}: other classes than {self.instance.key} of {self.run.path} knows: {differs}")
-        data = self.recipe.data
-        return _loader(path, data.resolution, data.center_crop, most)
+        classes, expected = read_dataset_info(path).classes, self.info.classes
+        if classes != expected:
+            pairs = enumerate(zip(classes, expected, strict=False))
+            first = next(
+                (f"class {i} is '{name}' instead of '{known}'" for i, (name, known) in pairs if name != known), ""
+            )
+            raise DataError(
+                f"{path}: other classes than those of {self.instance.key} in {self.run.path}: "
+                f"{first or f'{len(classes)} instead of {len(expected)}'}"
+            )
+        return self._images(path, geometry_of(self.recipe.data, train=False), limit)
 
-    def is_own(self, path: Path) -> bool:
-        """Whether an FFCV file holds the validation images that `done` speaks of."""
+    def is_own_validation(self, path: Path) -> bool:
+        """Whether an FFCV file holds the validation images whose accuracies `done` holds."""
         return check_split(path).checksum == self.val_checksum
 
+    def _images(self, path: Path, geometry: Geometry, limit: int | None) -> Loader:
+        total = check_split(path).samples
+        count = total if limit is None else min(limit, total)
+        return Loader(
+            path,
+            Batching(BATCH_SIZE),
+            train=False,
+            resolution=self.recipe.data.resolution,
+            geometry=geometry,
+            samples=np.linspace(0, total - 1, count).round().astype(np.int64),
+            num_threads=len(os.sched_getaffinity(0)),
+        )
 
-def open_trained(run: Path, name: str) -> Trained:
-    """The finished network `name` (`stage` or `stage/network`) of a run.
+
+def open_trained(path: Path, name: str) -> Trained:
+    """The finished network `name` (`stage` or `stage/network`) of the run at `path`.
 
     Raises UserError if there is none, or if its weights or the dataset that it was trained on have changed.
     """
-    place = Run(run)
+    run = Run(path)
     stage, _, network = name.partition("/")
-    recipe, instance, done = find_finished(place, stage, network or None)
-    folder = place.stage(instance.key)
-    folder.check_weights()
-    identity = folder.read_identity()
+    recipe, instance, done = find_finished(run, stage, network or None)
+    stage_dir = run.stage(instance.key)
+    stage_dir.check_weights()
+    identity = stage_dir.read_identity()
     if identity is None:
-        raise RunError(f"{folder.path}: not the weights that were trained; delete it to train {instance.key} again")
-    info = read_dataset_info(recipe.data.train)
-    checksums = {split.file: split.checksum for split in info.splits.values()}
-    if checksums.get(recipe.data.train.name) != identity["data"]["train"]:
+        raise RunError(f"{stage_dir.path}: identity.json is missing; delete the folder to train {instance.key} again")
+    train, info = recipe.data.train, read_dataset_info(recipe.data.train)
+    if identity["data"]["train"] not in [split.checksum for split in info.splits.values() if split.file == train.name]:
         raise DataError(
-            f"{recipe.data.train}: not the images that {instance.key} was trained on, whose mean and spread it needs; "
-            "encode them again as they were"
+            f"{train}: not the images that {instance.key} was trained on, whose mean and standard deviation it needs; "
+            "encode them again as before"
         )
-    return Trained(place, recipe, instance, done, info, identity["data"]["val"])
+    return Trained(run, recipe, instance, done, info, identity["data"]["val"])
 
 
-def _loader(path: Path, resolution: int, center_crop: float | None, most: int | None) -> Loader:
-    samples: NDArray[np.int64] | None = None
-    if most is not None:
-        num_samples = check_split(path).samples
-        samples = np.linspace(0, num_samples - 1, min(most, num_samples)).round().astype(np.int64)
-    return Loader(
-        path,
-        Batching(BATCH_SIZE),
-        train=False,
-        geometry=CenterCrop(center_crop) if center_crop else Shift(False, 0),
-        samples=samples,
-        resolution=resolution,
-        num_threads=len(os.sched_getaffinity(0)),
-    )
+@torch.inference_mode()
+def predict(forward: Callable[[Tensor], Tensor], images: Loader, name: str) -> tuple[Tensor, Tensor]:
+    """Logits [N, K] and labels [N] of all images, on the CPU, from a function of uint8 images [B, H, H, 3]."""
+    batches = track(images.batches(), name, images.steps_per_epoch, "batches")
+    logits, labels = zip(*((forward(batch.images).cpu(), batch.labels) for batch in batches), strict=True)
+    return torch.cat(logits), torch.cat(labels)

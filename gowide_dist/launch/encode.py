@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gowide_dist.data.encode import Options, encode
-from gowide_dist.errors import UserError
+from gowide_dist.errors import UserError, mendable
 from gowide_dist.launch.chain import Action, Chain, Planned, action_for
 from gowide_dist.launch.local import leave_error
 from gowide_dist.launch.profile import Profile
@@ -50,5 +50,10 @@ def main(arguments: Sequence[str]) -> int:
         encode(dataset, Path(out), Path(root) if root else None, Options(**json.loads(options)))
     except UserError as error:
         leave_error(str(error))
+        return 2
+    except OSError as error:
+        if (line := mendable(error)) is None:
+            raise
+        leave_error(f"{out}: {line}")
         return 2
     return 0

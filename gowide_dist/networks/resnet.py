@@ -1,7 +1,8 @@
 """Residual networks with torchvision's parameter names, which return their block outputs beside the logits.
 
-He et al. 2016 (arXiv 1512.03385), with the stride of a bottleneck on its 3x3 convolution as torchvision has it.
-Shapes: B images, C channels, H = W pixels, K classes.
+He et al. 2016 (arXiv 1512.03385), with the stride of a bottleneck on its 3x3 convolution as in torchvision.
+Shapes: B images, C channels, H = W pixels, K classes. A unit is one residual unit, a block all units of one resolution
+(a "stage" of the ResNet, torchvision's `layer1` and so on).
 """
 
 from __future__ import annotations
@@ -31,11 +32,9 @@ class BasicUnit(nn.Module):
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
-        """The norm before the addition."""
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
@@ -58,11 +57,9 @@ class BottleneckUnit(nn.Module):
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
-        """The norm before the addition."""
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
@@ -101,7 +98,6 @@ class ResNet(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks (ResNet stages) there are."""
         return self.architecture.num_blocks
 
     def layer(self, index: int) -> nn.Sequential:
@@ -113,13 +109,13 @@ class ResNet(nn.Module):
         return [self.conv1, self.bn1, self.layer(0)] if index == 0 else [self.layer(index)]
 
     def block(self, index: int, x: Tensor) -> Tensor:
-        """Output of block `index` for the output of the block below it, or for images [B, 3, H, H]."""
+        """One block: [B, C_(i-1), H, H], or images [B, 3, H, H] for block 0 -> [B, C_i, H_i, H_i]."""
         if index == 0:
             x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return cast(Tensor, self.layer(index)(x))
 
     def blocks(self, images: Tensor, num_blocks: int | None = None) -> tuple[Tensor, ...]:
-        """Outputs of all blocks, or of the first `num_blocks` without running the others."""
+        """Outputs [B, C_i, H_i, H_i] of all blocks, or of the first `num_blocks` without running the others."""
         outputs = []
         x = images
         for index in range(self.num_blocks if num_blocks is None else num_blocks):
@@ -128,25 +124,25 @@ class ResNet(nn.Module):
         return tuple(outputs)
 
     def pool(self, x: Tensor) -> Tensor:
-        """Means over the pixels: [B, C, H, H] -> [B, C]."""
+        """Global average pooling: [B, C, H, H] -> [B, C]."""
         if x.is_contiguous(memory_format=torch.channels_last):
-            # the same sums, whose gradient stays in channels_last: that of adaptive pooling would slow the layers below
+            # The same sums, but their gradient stays in channels_last; that of AdaptiveAvgPool2d does not, which slows
+            # the layers below.
             return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)
         return cast(Tensor, self.avgpool(x).flatten(1))
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits [B, K] of the last block's output."""
+        """Classifier: output [B, C, H, H] of the last block -> logits [B, K]."""
         return cast(Tensor, self.fc(self.pool(x)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See the class."""
         blocks = self.blocks(images)
         return self.head(blocks[-1]), blocks
 
     def compile_blocks(self) -> None:
-        """Let torch.compile make code for each block, in place; names and values of the weights stay."""
+        """Compile each block in place; names and values of the weights stay."""
         for index in range(self.num_blocks):
-            # Each by itself: the code that torch.compile wraps is one for all, and so would be its limit of 8 versions.
+            # By default all blocks share one limit of 8 compiled versions: torch.compile wraps the same code of each.
             self.layer(index).compile(isolate_recompiles=True, recompile_limit=32)
 
     def _initialise(self, zero_init_residual: bool) -> None:
@@ -158,25 +154,25 @@ class ResNet(nn.Module):
 
 
 def build_network(architecture: Architecture | Mapping[str, Any], num_classes: int) -> ResNet:
-    """A freshly initialised network, from an architecture or the mapping that a recipe would hold for one.
+    """A freshly initialised network, from an architecture or from a recipe's mapping of one.
 
     Raises RecipeError if the mapping is not a valid architecture.
     """
     if not isinstance(architecture, Architecture):
-        architecture = validate(Architecture, architecture, "network", lambda place: ".".join(map(str, place)))
+        architecture = validate(Architecture, architecture, "network", lambda key: ".".join(map(str, key)))
     return ResNet(architecture, num_classes)
 
 
 def take_over(student: ResNet, teacher: ResNet) -> None:
-    """Give a student every weight and statistic of the teacher that has the same name and shape.
+    """Copy every weight and statistic of the teacher that has the same name and shape into the student.
 
     Where networks differ in `width` alone these are the stem, the shortcuts, the last norm of every unit and the
-    classifier: all but the convolutions at the narrow place, and their norms.
+    classifier: all but the convolutions inside the units and the norms between them.
     """
-    theirs = teacher.state_dict()
-    for name, mine in student.state_dict().items():
-        if mine.ndim and name in theirs and theirs[name].shape == mine.shape:  # norms' counts of batches have none
-            mine.copy_(theirs[name])
+    weights = teacher.state_dict()
+    for name, value in student.state_dict().items():
+        if value.ndim and name in weights and weights[name].shape == value.shape:  # batch norms' counters are scalars
+            value.copy_(weights[name])
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -184,25 +180,29 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> 
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    """None for the identity, else a convolution and its norm, which are "0" and "1" in torchvision's names."""
     if stride == 1 and in_channels == out_channels:
         return None
     conv = _conv if stride == 1 or in_channels >= _ONEDNN_BLOCK else _SubsampledConv
     return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
-# Channels that oneDNN takes at a time. With fewer, its gradient of a strided 1x1 convolution's weights in channels_last
-# is garbage, or it writes out of bounds (github.com/uxlfoundation/oneDNN/issues/6035, seen with torch 2.14.1).
+# Channels in a block of oneDNN's memory layout. With fewer input channels, its weight gradient of a strided 1x1
+# convolution in channels_last is garbage, or it writes out of bounds (github.com/uxlfoundation/oneDNN/issues/6035, seen
+# with torch 2.14.1).
 _ONEDNN_BLOCK = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
 
 
 class _SubsampledConv(nn.Conv2d):
-    """A strided 1x1 convolution that takes every so manieth pixel first, where oneDNN's own gradient is wrong."""
+    """A strided 1x1 convolution that subsamples its input first, which avoids oneDNN's wrong weight gradient.
+
+    [B, C_in, H, H] -> [B, C_out, H / stride, H / stride]. Without gradient, or not on a CPU, it is the usual one.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
         super().__init__(in_channels, out_channels, kernel, stride, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C_in, H, H] -> [B, C_out, H / stride, H / stride]."""
         if not torch.is_grad_enabled() or input.device.type != "cpu":
             return super().forward(input)
         rows, columns = self.stride

@@ -1,11 +1,11 @@
-"""Networks that only answer: a teacher in eval mode, its batch norms folded."""
+"""A trained network as a teacher: in eval mode, without gradients, its batch norms folded into its convolutions."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gowide_dist.networks.resnet import ResNet
 
+Output = TypeVar("Output")
+
 
 class Teacher:
-    """A trained network that only answers: in eval mode, without gradient, part of no module and of no checkpoint.
+    """A network in eval mode and without gradients. No nn.Module, so that it is in no student and no checkpoint.
 
-    Its batch norms are folded into its convolutions, which changes its answers by rounding alone.
+    Its batch norms are folded, which changes its outputs by rounding alone.
     """
 
     def __init__(self, network: ResNet, *, compiled: bool = False) -> None:
@@ -25,48 +27,50 @@ class Teacher:
         self._network = fold_batch_norms(network).requires_grad_(False)
         if compiled:
             self._network.compile_blocks()
-        self._given: list[tuple[Tensor, int | str, object]] | None = None
+        self._cache: dict[tuple[int, int | None], tuple[Tensor, Any]] | None = None
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [B, K] for images [B, 3, H, H]."""
-        return self._answer(images, "logits", lambda: cast(Tensor, self._network(images)[0]))
+        """Images [B, 3, H, H] -> logits [B, K]."""
+        return self._cached(images, None, lambda: cast(Tensor, self._network(images)[0]))
 
     @torch.no_grad()
     def blocks(self, images: Tensor, num_blocks: int) -> tuple[Tensor, ...]:
-        """Outputs of the first `num_blocks` blocks; those above are not run."""
-        return self._answer(images, num_blocks, lambda: self._network.blocks(images, num_blocks))
+        """Images [B, 3, H, H] -> outputs [B, C_i, H_i, H_i] of the first `num_blocks` blocks; the others do not run."""
+        return self._cached(images, num_blocks, lambda: self._network.blocks(images, num_blocks))
 
     @contextmanager
     def cached(self) -> Iterator[None]:
-        """Inside, the same question about the same tensor of images gets the same answer again, without computing it.
+        """Within this context, outputs are cached per tensor of images (the object, not its values).
 
-        For students that train together: the first one's forward pass asks, the others' hear.
+        Students that train together so share one forward pass of the teacher.
         """
-        self._given = []
+        self._cache = {}
         try:
             yield
         finally:
-            self._given = None
+            self._cache = None
 
-    def _answer(self, images: Tensor, question: int | str, compute: Callable[[], Answer]) -> Answer:
-        if self._given is None:
+    def _cached(self, images: Tensor, num_blocks: int | None, compute: Callable[[], Output]) -> Output:
+        if self._cache is None:
             return compute()
-        for about, asked, answer in self._given:
-            if about is images and asked == question:
-                return cast(Answer, answer)
-        self._given.append((images, question, compute()))
-        return cast(Answer, self._given[-1][2])
+        key = id(images), num_blocks
+        if key not in self._cache:
+            self._cache[key] = images, compute()  # holds the images too: no other tensor can get their id
+        return cast(Output, self._cache[key][1])
 
     def copy_of_classifier(self) -> nn.Linear:
-        """The teacher's classifier, apart from the teacher."""
         return copy.deepcopy(self._network.fc)
 
 
 def fold_batch_norms(network: ResNet) -> ResNet:
-    """A copy in eval mode without batch norms, whose convolutions scale and shift in their place."""
+    """A copy in eval mode whose convolutions, with a bias each, do the scaling and shifting of their batch norms.
+
+    Works on any device, the meta device too.
+    """
     network = copy.deepcopy(network).eval()
-    for module in [network, *network.modules()]:
+    for module in network.modules():
+        # The stem and the units name them conv1 and bn1 ..., the shortcuts by position: see `resnet._shortcut`.
         names = [("0", "1")] if isinstance(module, nn.Sequential) else [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
         for conv_name, norm_name in names:
             conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
@@ -74,6 +78,3 @@ def fold_batch_norms(network: ResNet) -> ResNet:
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     return network
-
-
-Answer = TypeVar("Answer")

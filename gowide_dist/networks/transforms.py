@@ -1,9 +1,9 @@
-"""Linear transforms between a thin network's blocks and a wide one's, and how they vanish.
+"""Linear transforms between a thin network's blocks and a wide one's, and how they are merged away.
 
-A thin block writes c channels where the teacher's writes C. While it imitates, a bias-free 1x1 convolution `up` brings
-its output to C for the comparison, and another, `down`, brings C back to c for the next block (Zhou et al. 2020).
-Nothing stands between `up`, `down` and the convolutions that read the block's output, so all that is linear is
-multiplied out afterwards: the network that remains is the plain thin one.
+A thin block has c output channels, the teacher's C. During imitation a bias-free 1x1 convolution `up` maps its output
+to C channels for the comparison, and another, `down`, maps them back to c for the next block (Zhou et al. 2020).
+Between `up`, `down` and the convolutions that read the block's output there is neither bias nor nonlinearity, so their
+product is multiplied into these convolutions afterwards: the plain thin network remains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gowide_dist.networks.resnet import ResNet
 
 
 def linear_transform(in_channels: int, out_channels: int) -> nn.Module:
-    """A trainable map [B, in, H, H] -> [B, out, H, H] of the channels at each pixel; nothing where they are equal."""
+    """A trainable 1x1 convolution [B, C_in, H, H] -> [B, C_out, H, H]; the identity where channels are equal."""
     if in_channels == out_channels:
         return nn.Identity()
     transform = nn.Conv2d(in_channels, out_channels, 1, bias=False)
@@ -26,41 +26,44 @@ def linear_transform(in_channels: int, out_channels: int) -> nn.Module:
 
 
 def merged(student: ResNet, up: Sequence[nn.Module], down: Sequence[nn.Module], classifier: nn.Linear | None) -> ResNet:
-    """A plain network of the student's architecture that answers as the student with its transforms does.
+    """A plain network of the student's architecture with the same outputs as the student with its transforms.
 
-    `up[i]` follows block i and `down[i]` follows that, before block i + 1. `classifier`, if given, reads the last `up`
-    in place of the student's own classifier.
+    `up[i]` follows block i, `down[i]` follows `up[i]`, before block i + 1. `classifier`, if given, follows the last
+    `up` in place of the student's own.
     """
     network = ResNet(student.architecture, student.num_classes).to(student.fc.weight)
     network.load_state_dict(student.state_dict())
     network.train(student.training)
     with torch.no_grad():
         for index in range(student.num_blocks - 1):
-            both = _times(_matrix(down[index]), _matrix(up[index]))
-            if both is not None:
-                unit = network.layer(index + 1)[0]
-                _read_through(unit.get_submodule("conv1"), both)
-                _read_through(unit.get_submodule("downsample.0"), both)
+            product = _product(_matrix(down[index]), _matrix(up[index]))
+            if product is not None:
+                unit = network.layer(index + 1)[0]  # its first convolution and its shortcut read the block's output
+                _merge_into(unit.get_submodule("conv1"), product)
+                _merge_into(unit.get_submodule("downsample.0"), product)
         if classifier is not None:
-            weight = _times(classifier.weight, _matrix(up[-1]))
+            weight = _product(classifier.weight, _matrix(up[-1]))
             assert weight is not None
             network.fc.weight.copy_(weight)
             network.fc.bias.copy_(classifier.bias)
     return network
 
 
-def _read_through(conv: nn.Module, matrix: Tensor) -> None:
-    """Make a convolution answer to x as it did to `matrix` @ x. Zero padding stays zero: exact for 3x3 too."""
+def _merge_into(conv: nn.Module, matrix: Tensor) -> None:
+    """conv(matrix @ x) -> conv(x), in place; matrix: [C_out, C_in] of the channels of x.
+
+    Exact for 3x3 convolutions too, because a linear map leaves zero padding zero.
+    """
     assert isinstance(conv, nn.Conv2d)
     conv.weight.copy_(torch.einsum("omhw,mi->oihw", conv.weight, matrix))
 
 
 def _matrix(transform: nn.Module) -> Tensor | None:
-    """[out, in] of a transform; None for the identity."""
+    """[C_out, C_in] of a transform; None for the identity."""
     return transform.weight[:, :, 0, 0] if isinstance(transform, nn.Conv2d) else None
 
 
-def _times(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+def _product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     if left is None or right is None:
         return right if left is None else left
     return left @ right

@@ -17,6 +17,8 @@ from gowide_dist.run import Run
 from gowide_dist.train.teacher_logits import TeacherOutput
 from gowide_dist.world import World, to_device
 
+COMPUTE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class TrainBatch(NamedTuple):
     """A batch on the device: images [B, 3, H, H], labels [B], and the teacher's output where it is stored."""
@@ -79,6 +81,10 @@ class TrainContext:
         return network.to(self.world.device).to(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
-        """Inside, convolutions compute in the precision of the recipe; weights stay float32."""
-        dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+        return autocast(self.recipe.precision, self.world.device)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Inside, convolutions compute in a precision of the recipe; weights stay float32."""
+    dtype = COMPUTE_DTYPES[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

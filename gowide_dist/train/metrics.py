@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch.utils.tensorboard import SummaryWriter
 from gowide_dist.data.order import draw
 from gowide_dist.files import write_atomically
 from gowide_dist.run import read_metrics
-from gowide_dist.train import mirror
 from gowide_dist.world import World
 
 Name = TypeVar("Name", bound=Hashable)
@@ -124,39 +124,42 @@ class StreamDigest:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, TensorBoard's event files and, if it is asked for, Weights & Biases.
+    """A stage's `metrics.jsonl`, and the same in TensorBoard's event files: train/loss, val/top1 ... over steps.
 
-    Lines after `step` are of a lost continuation and are dropped. A line's `seconds` count the training up to it, over
-    restarts and without what was lost at them. TensorBoard has scalars such as train/loss and val/top1 over steps.
+    Opened at a step, it drops the lines after it: they are of a continuation that was lost. `seconds` of a line count
+    the training up to it, over restarts and without what was lost at them. The event files are written anew from the
+    lines that are kept, because not all their readers know restarts: `wandb sync` mixes the pieces up.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        there = read_metrics(path)
-        kept = [line for line in there if line["step"] <= step]
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._opened = time.monotonic() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
+        seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
+        self._started, self._started_at = time.monotonic() - seconds, time.time() - seconds
         self._file = path.open("a")
-        self._board = SummaryWriter(path.with_name("tensorboard"), purge_step=step + 1, flush_secs=10)
-        self._mirror = mirror.open_mirror(path.parent, there, kept)
+        folder = path.with_name("tensorboard")
+        for old in folder.glob("events.out.*"):
+            os.truncate(old, 0)  # not deleted: a TensorBoard that reads the file would wait for it for ever
+        self._board = SummaryWriter(folder, purge_step=0, flush_secs=10)  # and it forgets the points that it has
+        for line in kept:
+            self._add_scalars(line)
 
     def append(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write one line of `kind` train or val."""
         rounded = {name: _significant(value) for name, value in values.items()}
-        seconds = round(time.monotonic() - self._opened, 3)
-        line = {"kind": kind, "step": step, **rounded, "seconds": seconds}
+        line = {"kind": kind, "step": step, **rounded, "seconds": round(time.monotonic() - self._started, 3)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
-        if self._mirror:
-            self._mirror.log(line)
+        self._add_scalars(line)
+
+    def _add_scalars(self, line: dict[str, Any]) -> None:
+        walltime = self._started_at + line.get("seconds", 0.0)
+        for name in line.keys() - {"kind", "step", "seconds"}:
+            self._board.add_scalar(f"{line['kind']}/{name}", line[name], line["step"], walltime=walltime)
 
     def close(self) -> None:
-        """Write what is buffered."""
         self._file.close()
         self._board.close()
-        if self._mirror:
-            self._mirror.close()
 
 
 def mean_over_samples(batches: Iterable[dict[Name, Tensor]], world: World) -> dict[Name, float]:

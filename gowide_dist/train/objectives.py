@@ -19,7 +19,7 @@ from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.transforms import linear_transform, merged
 from gowide_dist.recipe import BlocksStage, KlStage, LabelsStage
 from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
-from gowide_dist.train.teacher_logits import TeacherOutput, coarsened
+from gowide_dist.train.teacher_logits import TeacherOutput, merge_tail
 
 
 class Objective(nn.Module, ABC):
@@ -106,7 +106,7 @@ class Kl(Objective):
         if teacher_output is None:
             assert self.teacher is not None
             teacher_output = TeacherOutput(self.teacher.logits(images))
-        student = coarsened(logits, teacher_output.classes, self.temperature)
+        student = merge_tail(logits, teacher_output.classes, self.temperature)
         kl = kl_divergence(student, teacher_output.values, self.temperature)
         if not self.labels_weight:
             return {"loss": kl}, logits

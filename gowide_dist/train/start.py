@@ -22,7 +22,7 @@ from gowide_dist.train.metrics import StreamDigest
 from gowide_dist.train.objectives import Objective, build_objective
 from gowide_dist.train.stream import Stream
 from gowide_dist.train.student import Student
-from gowide_dist.train.teacher_logits import Layout, Source, TeacherLogits, stored_logits
+from gowide_dist.train.teacher_logits import Layout, TeacherLogits, stored_logits
 from gowide_dist.train.writing import Writer
 
 
@@ -163,5 +163,7 @@ def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: Trai
                 logits = teacher().logits(ctx.data.to_device(batch)[0])
             yield logits
 
-    source = Source(lambda epoch: logits_of(stream.epoch(epoch)), lambda: logits_of(ctx.data.val.batches()))
+    def source(epoch: int | None) -> Iterator[Tensor]:
+        return logits_of(ctx.data.val.batches() if epoch is None else stream.epoch(epoch))
+
     return stored_logits(ctx.run.teacher_logits, metadata, layout, source, ctx.world, name)

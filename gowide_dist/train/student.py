@@ -117,7 +117,9 @@ class Student:
         metadata = {"stage": self.instance.key, "fingerprint": self.fingerprint, "world_size": world_size}
         keep = self.ctx.recipe.checkpoints.keep
         self.writer.write_later(
-            partial(save_checkpoint, self.stage_dir.checkpoints, snapshot(state), step=step, about=metadata, keep=keep)
+            partial(
+                save_checkpoint, self.stage_dir.checkpoints, snapshot(state), step=step, metadata=metadata, keep=keep
+            )
         )
 
     def finish(self, step: int, results: Mapping[str, float], stream: str) -> Done:

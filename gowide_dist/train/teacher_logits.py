@@ -1,12 +1,14 @@
 """A teacher's logits for a whole stream of images, stored once, so that its students never run it.
 
-Every augmentation is a function of (seed, epoch, sample), so the teacher's answers are known before a student trains.
-They lie in one safetensors file beside the runs, `runs/teacher_logits/<hash>.safetensors`, named after all that they
-depend on; every stage of every run in that folder that needs the same answers uses the same file.
+Every augmentation is a function of (seed, epoch, sample), so the teacher's outputs are known before a student trains.
+They lie beside the runs in a folder named after all that they depend on, `runs/teacher_logits/<hash>/`; every stage of
+every run there that needs the same outputs reads the same files.
 
-Shapes: B images, K classes, k of them kept. A row is an image at its place in the stream: `values` and `classes` have
-one for each training image, step after step, `val_values` and `val_classes` for each validation image. For ImageNet, 50
-epochs of 1.28 million images with the 10 best classes take 2.7 GB (42 bytes a row), with all 1,000 classes 128 GB.
+Shapes: B images, K classes, k of them kept. `values.npy` and `classes.npy` have a row for each training image, step
+after step; `val_values.npy` and `val_classes.npy` for each validation image. They are written block after block: one
+for each epoch, then the validation set. `logits.json`, rewritten after each block, has the SHA-256 of its rows. For
+ImageNet, 50 epochs of 1.28 million images with the 10 best classes take 2.7 GB (42 bytes a row), with all 1,000
+classes 128 GB.
 """
 
 from __future__ import annotations
@@ -15,80 +17,89 @@ import hashlib
 import json
 import math
 import os
-import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gowide_dist.data.order import validation_part
 from gowide_dist.errors import RunError
-from gowide_dist.files import try_lock
+from gowide_dist.files import HashingFile, try_lock, write_atomically
 from gowide_dist.identity import fingerprint
 from gowide_dist.progress import Track
 from gowide_dist.stop import Stopped
+from gowide_dist.train.writing import Writer
 from gowide_dist.world import World, to_device
 
-_HEADER_BYTES = 8192  # the checksum is filled in when all is there
-_WAIT_S = 1.0
-_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "I16": np.dtype("<i2"), "I32": np.dtype("<i4")}
+DESCRIPTION = "logits.json"
+WAIT_S = 1.0
 
 
 class TeacherOutput(NamedTuple):
-    """What the teacher said of a batch: `values` [B, K], or [B, k + 1] as `coarsened` for `classes` [B, k]."""
+    """A teacher's output for a batch: logits `values` [B, K], or [B, k + 1] of `merge_tail` for `classes` [B, k]."""
 
     values: Tensor
     classes: Tensor | None = None
 
     def chunk(self, parts: int) -> list[TeacherOutput]:
-        """The answers in equal parts."""
-        classes = [None] * parts if self.classes is None else self.classes.chunk(parts)
-        return [TeacherOutput(*part) for part in zip(self.values.chunk(parts), classes, strict=True)]
+        """The output in equal parts."""
+        return [TeacherOutput(*part) for part in zip(*(rows.chunk(parts) for rows in self.tensors), strict=True)]
 
     def to(self, device: torch.device) -> TeacherOutput:
-        """The answers on a device."""
-        classes = None if self.classes is None else to_device(self.classes, device)
-        return TeacherOutput(to_device(self.values, device), classes)
+        """The output on a device."""
+        return self.map(lambda rows: to_device(rows, device))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.values] if self.classes is None else [self.values, self.classes]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TeacherOutput:
+        """The output with `function` of its tensors."""
+        return TeacherOutput(*map(function, self.tensors))
 
 
-def coarsened(logits: Tensor, classes: Tensor | None, temperature: float) -> Tensor:
-    """Logits of the named classes and one for all the others together: [B, K], classes [B, k] -> [B, k + 1].
+def merge_tail(logits: Tensor, classes: Tensor | None, temperature: float) -> Tensor:
+    """Merge all classes but the given ones into one: logits [B, K], classes [B, k] -> [B, k + 1].
 
-    The others' logit is T log(sum of exp(z / T)), so that at temperature T softmax gives the others the mass that they
-    have among all K classes. The KL divergence of two distributions that were coarsened alike is what theirs over K
-    classes is, less the others' mass times the divergence within them: never more, and exact for the mass. Spreading
-    the mass evenly over the others instead would teach the student an evenness that the teacher never had.
+    The logit of the tail is T log(sum of exp(z / T)) over its classes, so that softmax at temperature T gives it the
+    probability that they have together. The KL divergence of two distributions merged alike is that over K classes
+    less the tail's probability times the divergence within the tail: never more, and exact for the probability.
+    Spreading it evenly over the tail instead would teach the student an evenness that the teacher never had.
     """
     if classes is None:
         return logits.float()
     logits, classes = logits.float(), classes.long()
-    others = logits.scatter(1, classes, -math.inf)
-    rest = temperature * torch.logsumexp(others / temperature, dim=1, keepdim=True)
-    return torch.cat([logits.gather(1, classes), rest], dim=1)
+    tail = logits.scatter(1, classes, -math.inf)
+    merged = temperature * torch.logsumexp(tail / temperature, dim=1, keepdim=True)
+    return torch.cat([logits.gather(1, classes), merged], dim=1)
 
 
-def answers(logits: Tensor, top_k: int | None, temperature: float) -> TeacherOutput:
-    """What is stored of logits [B, K], in half precision.
+def compress(logits: Tensor, top_k: int | None, temperature: float) -> TeacherOutput:
+    """What is stored of logits [B, K], in half precision: all classes, or the `top_k` best and the merged tail.
 
-    Each row is shifted so that its best logit is 0, which no softmax sees: halves are finest near 0, so that the
-    likely classes are the most exact.
+    Each row is shifted so that its best logit is 0, which softmax ignores: halves are finest near 0, so that the likely
+    classes are the most exact.
     """
     logits = logits.float()
     logits = logits - logits.amax(dim=1, keepdim=True)
     classes = logits.topk(top_k, dim=1).indices if top_k else None
-    return TeacherOutput(coarsened(logits, classes, temperature).half(), None if classes is None else classes.int())
+    return TeacherOutput(merge_tail(logits, classes, temperature).half(), None if classes is None else classes.int())
+
+
+# The logits [b, K] of this process's batches: of an epoch, or for None of its part of the validation set.
+LogitsSource = Callable[[int | None], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file has room for. rows_per_epoch: training images of an epoch, without an incomplete last batch."""
+    """What is stored. rows_per_epoch: training images of an epoch, without an incomplete last batch."""
 
     epochs: int
     rows_per_epoch: int
@@ -98,213 +109,196 @@ class Layout:
     temperature: float
 
     @property
-    def tensors(self) -> dict[str, tuple[str, tuple[int, int]]]:
-        """Names, safetensors types and shapes, in the order of the file."""
-        found: dict[str, tuple[str, tuple[int, int]]] = {}
-        for prefix, rows in (("", self.epochs * self.rows_per_epoch), ("val_", self.val_rows)):
-            found[f"{prefix}values"] = "F16", (rows, self.top_k + 1 if self.top_k else self.num_classes)
-            if self.top_k:
-                found[f"{prefix}classes"] = "I16" if self.num_classes <= 2**15 else "I32", (rows, self.top_k)
-        return found
+    def num_blocks(self) -> int:
+        return self.epochs + 1
 
-    @property
-    def offsets(self) -> dict[str, tuple[int, int]]:
-        """Where each tensor begins and ends, in bytes behind the header."""
-        found, end = {}, 0
-        for name, (dtype, shape) in self.tensors.items():
-            begin, end = end, end + math.prod(shape) * _DTYPES[dtype].itemsize
-            found[name] = begin, end
-        return found
+    def block_rows(self, block: int) -> slice:
+        if block == self.epochs:
+            return slice(0, self.val_rows)
+        return slice(block * self.rows_per_epoch, (block + 1) * self.rows_per_epoch)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the whole file."""
-        return _HEADER_BYTES + max(end for _, end in self.offsets.values())
-
-
-@dataclass(frozen=True)
-class Source:
-    """How to ask the teacher: its logits [b, K] for this process's batches of an epoch, and of the validation set."""
-
-    train: Callable[[int], Iterator[Tensor]]
-    val: Callable[[], Iterator[Tensor]]
+    def arrays(self, block: int) -> list[tuple[str, np.dtype[Any], tuple[int, int]]]:
+        """Names, types and shapes of the arrays with the rows of a block."""
+        prefix, rows = ("val_", self.val_rows) if block == self.epochs else ("", self.epochs * self.rows_per_epoch)
+        integer = "<i2" if self.num_classes <= 2**15 else "<i4"
+        values = f"{prefix}values", np.dtype("<f2"), (rows, self.top_k + 1 if self.top_k else self.num_classes)
+        return [values, (f"{prefix}classes", np.dtype(integer), (rows, self.top_k))] if self.top_k else [values]
 
 
 class TeacherLogits:
-    """A whole file, open for reading."""
+    """Stored logits, mapped into memory. Each process verifies a block when it first reads from it.
 
-    def __init__(self, path: Path) -> None:
-        file: Any = safe_open(path, "pt")
-        self._tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
+    Raises RunError if the files are damaged.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self._folder, self._layout = folder, layout
+        self._unverified = dict(enumerate(_read_digests(folder)))
+        self._arrays: dict[str, np.memmap[Any, Any]] = {}
+        for name, dtype, shape in [*layout.arrays(0), *layout.arrays(layout.epochs)]:
+            try:
+                array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="r")
+            except (OSError, ValueError) as error:
+                raise _damaged(folder) from error
+            if (array.dtype, array.shape) != (dtype, shape):
+                raise _damaged(folder)
+            self._arrays[name] = array
 
     def train(self, start: int, count: int) -> TeacherOutput:
-        """The answers to `count` training images from place `start` of the stream on."""
-        return self._rows("", start, count)
+        """The output for `count` training images of one epoch, from row `start` of the stream on."""
+        return self._rows(start // self._layout.rows_per_epoch, slice(start, start + count))
 
     def val(self, start: int, count: int) -> TeacherOutput:
-        """The answers to `count` validation images from sample `start` on."""
-        return self._rows("val_", start, count)
+        """The output for `count` validation images, from sample `start` on."""
+        return self._rows(self._layout.epochs, slice(start, start + count))
 
-    def _rows(self, prefix: str, start: int, count: int) -> TeacherOutput:
-        values, classes = self._tensors[f"{prefix}values"], self._tensors.get(f"{prefix}classes")
-        rows = slice(start, start + count)
-        return TeacherOutput(values[rows], classes[rows] if classes else None)
+    def _rows(self, block: int, rows: slice) -> TeacherOutput:
+        for name, digest in self._unverified.pop(block, {}).items():
+            if hashlib.sha256(self._arrays[name][self._layout.block_rows(block)].data).hexdigest() != digest:
+                raise _damaged(self._folder)
+        arrays = (self._arrays[name][rows].copy() for name, _, _ in self._layout.arrays(block))
+        return TeacherOutput(*map(torch.from_numpy, arrays))
 
 
 def stored_logits(
-    folder: Path, about: Mapping[str, Any], layout: Layout, source: Source, world: World, name: str
+    folder: Path, metadata: Mapping[str, Any], layout: Layout, source: LogitsSource, world: World, name: str
 ) -> TeacherLogits:
-    """The file of the answers that `about` describes, stored first if nobody has done so; a collective.
+    """The logits that `metadata` determines, stored first if nobody has done so; a collective.
 
-    Killed or told to stop, it continues with the epoch that it was in. If another job is storing the same, it waits.
-    Raises RunError if the file is damaged, Stopped if told to stop.
+    Killed or told to stop, it continues with the epoch that it was in. While another job stores the same, it waits.
+    Raises RunError if the files are damaged or the disk is too small, Stopped if told to stop.
     """
-    path = folder / f"{fingerprint(about)[:16]}.safetensors"
+    folder = folder / fingerprint(metadata)[:16]
     waits = False
-    while not _exists(path, world):
-        with _only_writer(path, world) as mine:
-            if mine and not _exists(path, world):
-                _store(path, about, layout, source, world, name)
-        if not mine:
+    while not world.on_main(lambda: len(_read_digests(folder)) == layout.num_blocks):
+        with ExitStack() as stack:
+            is_writer = world.on_main(lambda: _lock(folder, stack))
+            if is_writer:
+                _store(folder, metadata, layout, source, world, name)
+        if not is_writer:
             if world.is_main and not waits:
-                Track(name, 0, "").line(f"{name}  waits for {path}, which another job is writing")
+                Track(name, 0, "").line(f"{name}  waits for {folder}, which another job is writing")
             waits = True
             if signum := world.vote().signum:
                 raise Stopped(signum)
-            time.sleep(_WAIT_S)
-    if world.is_main:
-        verify(path)
-    world.broadcast(None)  # nobody reads what is not verified
-    return TeacherLogits(path)
+            time.sleep(WAIT_S)
+    return TeacherLogits(folder, layout)
 
 
-def verify(path: Path) -> None:
-    """Raises RunError unless the file is whole."""
-    try:
-        with safe_open(path, "np") as opened:
-            expected = opened.metadata()["sha256"]
-        if _checksum(path) == expected:
-            return
-    except (SafetensorError, KeyError, OSError):
-        pass
-    raise RunError(f"{path}: damaged; delete it, and the same command asks the teacher again")
+def _store(
+    folder: Path, metadata: Mapping[str, Any], layout: Layout, source: LogitsSource, world: World, name: str
+) -> None:
+    """Run the teacher over the stream from the first block on that is not stored; rank 0 writes."""
+    world.on_main(lambda: _check_room(folder, layout))
+    digests = world.on_main(lambda: _read_digests(folder))
+    done = len(digests) * layout.rows_per_epoch
+    total = layout.epochs * layout.rows_per_epoch + layout.val_rows
+    track = Track(f"{name} runs the teacher", total, "images", start=done, quiet=not world.is_main)
+    with track, Writer(world.is_main) as writer:
+        for block in range(len(digests), layout.num_blocks):
+            with ExitStack() as stack:
+                files: list[BlockFile] = []
+                writer.write(partial(_open_block, folder, layout, block, files, stack))
+                for output in _outputs(block, layout, source, world):
+                    writer.write(partial(_write_rows, files, output))
+                    done += len(output.values)
+                    track.update(done)
+                    vote = world.vote(failed=writer.failed)
+                    if vote.failed:
+                        world.on_main(writer.check)  # raises on every process
+                    if vote.signum:
+                        track.line(f"{name}  has the teacher's logits of {block} epochs: told to stop")
+                        raise Stopped(vote.signum)
+                writer.write(partial(_complete_block, folder, metadata, files, digests))
+        world.on_main(writer.check)
+        track.line(f"{name}  stored the teacher's logits: {folder}")
 
 
-def _store(path: Path, about: Mapping[str, Any], layout: Layout, source: Source, world: World, name: str) -> None:
-    """Ask the teacher about every image of the stream: all processes ask, the main process writes."""
-    partial = _Partial(path, about, layout) if world.is_main else None
-    first = world.broadcast(partial.epochs if partial else 0)
-    steps = layout.epochs * layout.rows_per_epoch
-    progress = Track(
-        f"{name} asks the teacher", steps, "images", start=first * layout.rows_per_epoch, quiet=not partial
-    )
-    with progress:
-        for epoch in range(first, layout.epochs):
-            row = epoch * layout.rows_per_epoch
-            for logits in source.train(epoch):
-                values, classes = answers(logits, layout.top_k, layout.temperature)
-                values, classes = world.gather(values), None if classes is None else world.gather(classes)
-                if partial:
-                    partial.write("", row, TeacherOutput(values, classes))
-                row += len(values)
-                progress.update(row)
-                if signum := world.vote().signum:
-                    progress.line(f"{name}  has the teacher's logits of {epoch} epochs: told to stop")
-                    raise Stopped(signum)
-            if partial:
-                partial.complete(epoch + 1)
-        _store_validation(partial, layout, source, world)
-    if partial:
-        partial.finish()
-        progress.line(f"{name}  stored the teacher's logits: {path}, {layout.num_bytes / 1e6:,.1f} MB")
-
-
-def _store_validation(partial: _Partial | None, layout: Layout, source: Source, world: World) -> None:
-    """As for training; shares differ by one image at most, and are filled up for the way to the main process."""
-    mine = [answers(logits, layout.top_k, layout.temperature) for logits in source.val()]
-    longest = -(-layout.val_rows // world.size)
-    for name, parts in (("val_values", [part.values for part in mine]), ("val_classes", [p.classes for p in mine])):
-        if name in layout.tensors:
-            rows = torch.cat([part for part in parts if part is not None])
-            filled = rows.new_zeros(longest, rows.shape[1])
-            filled[: len(rows)] = rows
-            gathered = world.gather(filled)
-            if partial:
-                for rank in range(world.size):
-                    share = validation_part(layout.val_rows, rank, world.size)
-                    partial.write_rows(name, int(share[0]), gathered[rank * longest :][: len(share)])
-
-
-class _Partial:
-    """The file while it grows, `.<name>.partial`. `epochs`: how many of them are safely on the disk."""
-
-    def __init__(self, path: Path, about: Mapping[str, Any], layout: Layout) -> None:
-        self._path, self._about, self._layout = path, about, layout
-        self._partial = path.with_name(f".{path.name}.partial")
-        self.epochs = self._epochs_there()
-        self._file = self._partial.open("r+b" if self.epochs else "w+b")
-        if not self.epochs:
-            os.posix_fallocate(self._file.fileno(), 0, layout.num_bytes)  # a full disk shows now, not in an hour
-            self.complete(0)
-
-    def _epochs_there(self) -> int:
-        try:
-            with safe_open(self._partial, "np") as opened:
-                return int(opened.metadata()["epochs"])
-        except (SafetensorError, KeyError, ValueError, OSError):
-            return 0
-
-    def write(self, prefix: str, row: int, what: TeacherOutput) -> None:
-        self.write_rows(f"{prefix}values", row, what.values)
-        if what.classes is not None:
-            self.write_rows(f"{prefix}classes", row, what.classes)
-
-    def write_rows(self, name: str, row: int, values: Tensor) -> None:
-        dtype = _DTYPES[self._layout.tensors[name][0]]
-        self._file.seek(_HEADER_BYTES + self._layout.offsets[name][0] + row * values.shape[1] * dtype.itemsize)
-        self._file.write(values.cpu().numpy().astype(dtype).tobytes())
-
-    def complete(self, epochs: int, checksum: str = "") -> None:
-        """Put what was written on the disk, and only then say so in the header."""
-        self._sync()
-        tensors = {
-            name: {"dtype": dtype, "shape": shape, "data_offsets": self._layout.offsets[name]}
-            for name, (dtype, shape) in self._layout.tensors.items()
-        }
-        metadata = {"about": json.dumps(self._about, sort_keys=True), "epochs": str(epochs), "sha256": checksum}
-        header = json.dumps({"__metadata__": metadata, **tensors}).encode()
-        assert len(header) <= _HEADER_BYTES - 8
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", _HEADER_BYTES - 8) + header.ljust(_HEADER_BYTES - 8))
-        self._sync()
-
-    def finish(self) -> None:
-        self._sync()
-        self.complete(self._layout.epochs, _checksum(self._partial))
-        self._file.close()
-        self._partial.replace(self._path)
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(_HEADER_BYTES)
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _exists(path: Path, world: World) -> bool:
-    return world.broadcast(world.is_main and path.exists())
-
-
-@contextmanager
-def _only_writer(path: Path, world: World) -> Iterator[bool]:
-    """Whether this job is the one that may write the file; a collective."""
-    if not world.is_main:
-        yield world.broadcast(False)
+def _outputs(block: int, layout: Layout, source: LogitsSource, world: World) -> Iterator[TeacherOutput]:
+    """What is stored in a block, row after row, gathered from all processes; a collective."""
+    if block < layout.epochs:
+        for logits in source(block):
+            yield compress(logits, layout.top_k, layout.temperature).map(world.gather)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with try_lock(path.with_suffix(".lock")) as mine:
-        yield world.broadcast(mine)
+    counts = [len(validation_part(layout.val_rows, rank, world.size)) for rank in range(world.size)]
+
+    def gather(rows: Tensor) -> Tensor:
+        """[b, ...] -> [val_rows, ...], where b differs by one at most between processes."""
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        gathered = world.gather(padded).view(world.size, max(counts), -1)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+    own = [compress(logits, layout.top_k, layout.temperature).tensors for logits in source(None)]
+    yield TeacherOutput(*(gather(torch.cat(rows)) for rows in zip(*own, strict=True)))
+
+
+class BlockFile(NamedTuple):
+    """One array of a block while it is written."""
+
+    name: str
+    dtype: np.dtype[Any]
+    file: HashingFile
+
+
+def _open_block(folder: Path, layout: Layout, block: int, files: list[BlockFile], stack: ExitStack) -> None:
+    """Open the arrays of a block at its first row: what a process that was killed wrote there is cut off.
+
+    They are written, not mapped: on a full disk a write raises an error, a store to mapped memory is a SIGBUS.
+    """
+    for name, dtype, shape in layout.arrays(block):
+        path = folder / f"{name}.npy"
+        path.touch()
+        file = stack.enter_context(path.open("r+b"))
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + layout.block_rows(block).start * shape[1] * dtype.itemsize)
+        file.seek(0, os.SEEK_END)
+        files.append(BlockFile(name, dtype, HashingFile(file)))
+
+
+def _write_rows(files: Sequence[BlockFile], output: TeacherOutput) -> None:
+    for (_, dtype, file), rows in zip(files, output.tensors, strict=True):
+        file.write(np.ascontiguousarray(rows.cpu().numpy(), dtype).data)
+
+
+def _complete_block(
+    folder: Path, metadata: Mapping[str, Any], files: Sequence[BlockFile], digests: list[dict[str, str]]
+) -> None:
+    """Put the rows of a block on the disk, and only then say that they are there."""
+    digests.append({name: file.sync() for name, _, file in files})
+    description = {"metadata": metadata, "sha256": digests}
+    write_atomically(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+
+
+def _lock(folder: Path, stack: ExitStack) -> bool:
+    """Whether this job is the one that writes, until the stack unwinds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return stack.enter_context(try_lock(folder / "lock"))
+
+
+def _check_room(folder: Path, layout: Layout) -> None:
+    """Raises RunError if the disk is too small for what is not written yet."""
+    arrays = [*layout.arrays(0), *layout.arrays(layout.epochs)]
+    missing = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in arrays)
+    missing -= sum(path.stat().st_size for path in folder.glob("*.npy"))
+    disk = os.statvfs(folder)
+    if (free := disk.f_bavail * disk.f_frsize) < missing:
+        raise RunError(
+            f"{folder}: the teacher's logits take {missing / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free; "
+            "make room, or store the best classes alone (top_k)"
+        )
+
+
+def _read_digests(folder: Path) -> list[dict[str, str]]:
+    """The digests of the stored blocks, by array. Raises RunError if the description is damaged."""
+    try:
+        digests: list[dict[str, str]] = json.loads((folder / DESCRIPTION).read_text())["sha256"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder) from error
+    return digests
+
+
+def _damaged(folder: Path) -> RunError:
+    return RunError(f"{folder}: damaged; delete it, and the same command runs the teacher again")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gowide_dist.data.encode import Options, encode_fashion_mnist, encode_image_folder
+from gowide_dist.data.encode import Options, encode
 from tests.idx import write_fashion_mnist
 
 
@@ -13,21 +13,21 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 601 training and 203 validation images of 28x28, encoded."""
     root = tmp_path_factory.mktemp("small")
     write_fashion_mnist(root / "idx", 601, 203)
-    encode_fashion_mnist(root / "out", root / "idx")
+    encode("fashion-mnist", root / "out", root / "idx")
     return root / "out"
 
 
 @pytest.fixture(scope="session")
 def photo_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 241 training and 61 validation images of 40 to 120 px, encoded, one half as JPEG."""
+    """A folder with 241 training and 61 validation images of 40 to 120 px, encoded, half of them as JPEG."""
     root = tmp_path_factory.mktemp("photos")
     write_image_folder(root / "images", 241, 61)
-    encode_image_folder(root / "out", root / "images", Options(jpg_share=0.5, workers=1))
+    encode("imagefolder", root / "out", root / "images", Options(jpg_share=0.5, workers=1))
     return root / "out"
 
 
 def photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Smooth colours, so that JPEG keeps them: uint8 [height, width, 3]."""
+    """Smooth colours, which JPEG preserves: uint8 [height, width, 3]."""
     corners = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
     return np.asarray(corners.resize((width, height), Image.Resampling.BICUBIC))
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gowide_dist.data.beton import Beton
-from gowide_dist.data.encode import encode_cifar10, encode_cifar100
+from gowide_dist.data.encode import encode
 from gowide_dist.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -23,7 +23,7 @@ def write_cifar10(root: Path) -> None:
 
 def test_cifar10(tmp_path: Path):
     write_cifar10(tmp_path)
-    info = encode_cifar10(tmp_path / "out", tmp_path)
+    info = encode("cifar10", tmp_path / "out", tmp_path)
     assert info.classes[3] == "name 3" and info.fixed_side_px == 32
     assert (info.splits["train"].samples, info.splits["val"].samples) == (100, 20)
     content = pickle.loads((tmp_path / "cifar-10-batches-py" / "data_batch_2").read_bytes())
@@ -35,7 +35,7 @@ def test_cifar10(tmp_path: Path):
 
 def test_the_inner_folder_may_be_given(tmp_path: Path):
     write_cifar10(tmp_path)
-    assert encode_cifar10(tmp_path / "out", tmp_path / "cifar-10-batches-py").splits["train"].samples == 100
+    assert encode("cifar10", tmp_path / "out", tmp_path / "cifar-10-batches-py").splits["train"].samples == 100
 
 
 def test_cifar100_has_the_fine_labels(tmp_path: Path):
@@ -46,7 +46,7 @@ def test_cifar100_has_the_fine_labels(tmp_path: Path):
         content = {"data": RNG.integers(0, 256, (count, 3072), np.uint8), "fine_labels": labels, "coarse_labels": [0]}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(label) for label in range(100)]}))
-    info = encode_cifar100(tmp_path / "out", tmp_path)
+    info = encode("cifar100", tmp_path / "out", tmp_path)
     assert len(info.classes) == 100
     train = pickle.loads((folder / "train").read_bytes())
     assert Beton(tmp_path / "out" / "train.beton").labels.tolist() == train["fine_labels"]
@@ -78,10 +78,10 @@ def test_damaged_files(tmp_path: Path, content: bytes, message: str, capsys: pyt
     write_cifar10(tmp_path)
     (tmp_path / "cifar-10-batches-py" / "data_batch_4").write_bytes(content)
     with pytest.raises(DataError, match=f"data_batch_4: .*{message}"):
-        encode_cifar10(tmp_path / "out", tmp_path)
+        encode("cifar10", tmp_path / "out", tmp_path)
     assert "run" not in capsys.readouterr().out
 
 
 def test_missing_file(tmp_path: Path):
     with pytest.raises(DataError, match=r"batches\.meta: not found"):
-        encode_cifar10(tmp_path / "out", tmp_path)
+        encode("cifar10", tmp_path / "out", tmp_path)

@@ -1,4 +1,4 @@
-"""Images of varying sizes, half of them JPEG: the same promises as for fixed ones, and the crops themselves."""
+"""Images of varying sizes, half of them JPEG: the exactness of the stream, and the crops against torchvision's."""
 
 import threading
 from pathlib import Path
@@ -12,24 +12,31 @@ from torchvision.transforms.v2 import functional
 
 from gowide_dist.data import decode
 from gowide_dist.data.beton import JPEG, Beton
-from gowide_dist.data.encode import Options, encode_image_folder
+from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.images import encode_jpg, read_rgb
 from gowide_dist.data.loader import Batch, Loader
-from gowide_dist.data.order import order_report, quasi_random_order, random_order
+from gowide_dist.data.order import quasi_random_order, random_order
 from gowide_dist.errors import DataError
+from gowide_dist.timeline import Batching
 from tests.data.conftest import photo
 from tests.data.test_loader import same
 
 SIDE = 32
-CROP = decode.RandomCrop(True, 0.08, 1.0, 3 / 4, 4 / 3)
+BATCHING = Batching(24)
+CROP = decode.RandomResizedCrop(True, 0.08, 1.0, 3 / 4, 4 / 3)
+LARGE_CROP = CROP._replace(flip=False, min_scale=0.3)
+
+
+def loader_of(folder: Path, batching: Batching = BATCHING, **options) -> Loader:
+    return Loader(folder / "train.beton", batching, **{"train": True, "resolution": SIDE, "geometry": CROP, **options})
 
 
 def stream(
-    folder: Path, epoch: int = 0, start: int = 0, resolution: int | None = None, size: int = SIDE, **options
+    folder: Path, epoch: int = 0, start: int = 0, side: int | None = None, *, batching: Batching = BATCHING, **options
 ) -> list[Batch]:
-    options = {"batch_size": 24, "flip": True, "crop_scale": (0.08, 1.0), **options}
-    loader = Loader(folder / "train.beton", train=True, resolution=size, **options)
-    batches = [Batch(*(tensor.clone() for tensor in batch)) for batch in loader.batches(epoch, start, resolution)]
+    """The batches of an iteration, copied out of the buffers; `side`: of this epoch's images, in pixels."""
+    loader = loader_of(folder, batching, **options)
+    batches = [Batch(*(tensor.clone() for tensor in batch)) for batch in loader.batches(epoch, start, side)]
     loader.close()
     return batches
 
@@ -44,7 +51,7 @@ def pixels_of(beton: Beton, index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("order", ["random", "quasi-random"])
 class TestExactness:
-    """One stream, however it is cut."""
+    """The stream is the same for any number of processes, threads and restarts."""
 
     def test_same_epoch_twice_and_others_differ(self, photo_set: Path, order: str):
         once = stream(photo_set, order=order)
@@ -53,14 +60,16 @@ class TestExactness:
         assert not same(once, stream(photo_set, seed=1, order=order))
 
     def test_resume_at_20_random_steps(self, photo_set: Path, order: str):
-        whole = stream(photo_set, batch_size=4, order=order)
+        whole = stream(photo_set, batching=Batching(4), order=order)
         for start in np.random.default_rng(0).integers(0, len(whole), 20):
-            assert same(stream(photo_set, batch_size=4, start=int(start), order=order), whole[start:])
+            assert same(stream(photo_set, start=int(start), batching=Batching(4), order=order), whole[start:])
 
-    @pytest.mark.parametrize("world_size", [2, 3, 4])
-    def test_processes_join_to_one(self, photo_set: Path, order: str, world_size: int):
-        shares = [stream(photo_set, rank=rank, world_size=world_size, order=order) for rank in range(world_size)]
-        joined = [Batch(*(torch.cat(parts) for parts in zip(*step, strict=True))) for step in zip(*shares, strict=True)]
+    @pytest.mark.parametrize("num_processes", [2, 3, 4])
+    def test_batches_of_all_processes_join_to_the_global_batch(self, photo_set: Path, order: str, num_processes: int):
+        parts = [Batching(24, num_processes, rank) for rank in range(num_processes)]
+        streams = [stream(photo_set, batching=part, order=order) for part in parts]
+        steps = zip(*streams, strict=True)
+        joined = [Batch(*(torch.cat(tensors) for tensors in zip(*step, strict=True))) for step in steps]
         assert same(joined, stream(photo_set, order=order))
 
     def test_threads_change_nothing(self, photo_set: Path, order: str):
@@ -68,12 +77,12 @@ class TestExactness:
 
 
 def test_resolution_changes_by_epoch_without_compiling(photo_set: Path):
-    loader = Loader(photo_set / "train.beton", train=True, batch_size=24, crop_scale=(0.3, 1.0), resolution=48)
+    loader = loader_of(photo_set, geometry=LARGE_CROP, resolution=48)
     list(loader.batches())
     compiled = len(decode.decode_random_crops.signatures)
     for epoch, side in enumerate((16, 24, 48)):
         batches = loader.batches(epoch, resolution=side)
-        expected = stream(photo_set, epoch, resolution=side, flip=False, crop_scale=(0.3, 1.0), size=48)
+        expected = stream(photo_set, epoch, side=side, geometry=LARGE_CROP, resolution=48)
         assert torch.equal(next(batches).images, expected[0].images)
         assert expected[0].images.shape == (24, side, side, 3)
         batches.close()
@@ -82,13 +91,13 @@ def test_resolution_changes_by_epoch_without_compiling(photo_set: Path):
 
 
 def test_pixels_are_torchvisions_of_the_same_box(photo_set: Path):
-    """Within a level where the image is raw: torchvision rounds between rows and columns. Of a JPEG, two decoders
-    differ (fast against exact inverse transform, chroma upsampling), by less than two levels on average."""
+    """Within one level for a raw image: torchvision rounds between rows and columns. For a JPEG, two decoders differ
+    (fast or exact inverse DCT, chroma upsampling) by less than two levels on average."""
     beton = Beton(photo_set / "train.beton")
     images = np.empty((len(beton), SIDE, SIDE, 3), np.uint8)
     key = np.uint64(7)
-    source = decode.source_of(beton)
-    decode.fill(source, np.arange(len(beton)), key, CROP, images, decode.Scratch.of(source))
+    arrays = decode.BetonArrays.of(beton)
+    decode.fill(arrays, np.arange(len(beton)), key, CROP, images, decode.Scratch.of(arrays))
     num_flipped = 0
     for index in range(len(beton)):
         sample_key = np.uint64(decode._draw(key, np.uint64(index)))
@@ -109,18 +118,18 @@ def test_boxes_are_distributed_as_torchvisions():
     """Two-sample Kolmogorov-Smirnov tests of area, ratio and position, at a level of 0.1 %."""
     num, height, width = 4000, 300, 400
     keys = np.arange(num, dtype=np.uint64)
-    ours = np.array(
+    boxes = np.array(
         [decode._random_box(np.uint64(decode._draw(np.uint64(3), key)), height, width, CROP) for key in keys]
     )
     torch.manual_seed(0)
     transform = v2.RandomResizedCrop(SIDE)
     image = torch.empty(3, height, width)
     drawn = [transform.make_params([image]) for _ in range(num)]
-    theirs = np.array([[box[name] for name in ("top", "left", "height", "width")] for box in drawn])
+    expected = np.array([[box[name] for name in ("top", "left", "height", "width")] for box in drawn])
 
     def features(boxes: np.ndarray) -> dict[str, np.ndarray]:
         top, left, h, w = boxes.T.astype(float)
-        rng = np.random.default_rng(0)  # breaks the ties of what can only be a few whole numbers
+        rng = np.random.default_rng(0)  # breaks ties: the positions are few integers
         return {
             "area": h * w,
             "ratio": w / h,
@@ -128,10 +137,10 @@ def test_boxes_are_distributed_as_torchvisions():
             "left": left / (width - w + 1) + rng.uniform(0, 1e-3, len(left)),
         }
 
-    for name, values in features(ours).items():
-        others = features(theirs)[name]
-        grid = np.sort(np.concatenate([values, others]))
-        cumulated = [np.searchsorted(np.sort(x), grid, side="right") / num for x in (values, others)]
+    for name, values in features(boxes).items():
+        expected_values = features(expected)[name]
+        grid = np.sort(np.concatenate([values, expected_values]))
+        cumulated = [np.searchsorted(np.sort(x), grid, side="right") / num for x in (values, expected_values)]
         assert abs(cumulated[0] - cumulated[1]).max() < 1.95 * np.sqrt(2 / num), name
 
 
@@ -142,37 +151,39 @@ def test_boxes_of_extreme_images_lie_inside(height: int, width: int):
         assert h > 0 and w > 0 and 0 <= top <= height - h and 0 <= left <= width - w
 
 
-def test_partly_decoded_is_the_top_of_the_whole():
+def test_partial_decoding_gives_the_top_rows_of_the_whole():
     rng = np.random.default_rng(0)
     noise = np.asarray(rng.integers(0, 256, (133, 150, 3), np.uint8))
     data = np.frombuffer(encode_jpg(noise, 90).data, np.uint8)
     column = np.zeros(1, np.int64)
-    source = decode.Source(data, column, column + len(data), np.zeros(1, np.uint8), column + 133, column + 150)
-    scratch = decode.Scratch.of(source)
-    decode._decode_jpeg(source, 0, 133, scratch, decode.imdecode)
+    arrays = decode.BetonArrays(data, column, column + len(data), np.zeros(1, np.uint8), column + 133, column + 150)
+    scratch = decode.Scratch.of(arrays)
+    decode._decode_jpeg(arrays, 0, 133, scratch, decode.imdecode)
     whole = scratch.pixels.reshape(133, 150, 3).copy()
     for num_rows in range(1, 134):
         scratch.pixels[:] = 0
-        decode._decode_jpeg(source, 0, num_rows, scratch, decode.imdecode)
+        decode._decode_jpeg(arrays, 0, num_rows, scratch, decode.imdecode)
         assert (scratch.pixels.reshape(133, 150, 3)[:num_rows] == whole[:num_rows]).all()
     assert abs(whole.astype(int) - read_rgb(data.tobytes())).mean() < 3
 
 
 @pytest.mark.parametrize("ratio", [0.875, 1.0])
 def test_validation_is_torchvisions_resize_and_center_crop(photo_set: Path, ratio: float):
-    """Tolerances and their reasons as above."""
+    """With the tolerances of test_pixels_are_torchvisions_of_the_same_box."""
     beton = Beton(photo_set / "val.beton")
-    loader = Loader(photo_set / "val.beton", train=False, batch_size=16, resolution=SIDE, center_crop_ratio=ratio)
-    seen = 0
+    loader = Loader(
+        photo_set / "val.beton", Batching(16), train=False, resolution=SIDE, geometry=decode.CenterCrop(ratio)
+    )
+    num_images = 0
     for batch in loader.batches():
         for image, index in zip(batch.images.numpy(), batch.indices.tolist(), strict=True):
             resized = functional.resize(pixels_of(beton, index), round(SIDE / ratio), antialias=True)
             expected = functional.center_crop(resized, [SIDE, SIDE]).permute(1, 2, 0).numpy()
             difference = abs(image - expected.astype(int))
             assert difference.mean() < 2 if beton.modes[index] == JPEG else difference.max() <= 1
-            seen += 1
+            num_images += 1
     loader.close()
-    assert seen == len(beton)
+    assert num_images == len(beton)
 
 
 def test_jpegs_of_fixed_size_can_be_shifted(tmp_path: Path):
@@ -181,16 +192,26 @@ def test_jpegs_of_fixed_size_can_be_shifted(tmp_path: Path):
         (tmp_path / "images" / split / "one").mkdir(parents=True)
         for index in range(4):
             Image.fromarray(photo(rng, SIDE, SIDE)).save(tmp_path / "images" / split / "one" / f"{index}.png")
-    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, quality=95, workers=1))
+    encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, quality=95, workers=1))
     beton = Beton(tmp_path / "out" / "train.beton")
-    for batch in stream(tmp_path / "out", crop_scale=None, flip=False, translate=0, batch_size=4):
+    for batch in stream(tmp_path / "out", batching=Batching(4), geometry=decode.UNCHANGED):
         expected = torch.stack([pixels_of(beton, index).permute(1, 2, 0) for index in batch.indices])
         assert (batch.images.int() - expected.int()).abs().float().mean() < 2
 
 
 def test_varying_sizes_need_a_crop(photo_set: Path):
-    with pytest.raises(DataError, match="crop_scale and center_crop_ratio"):
-        stream(photo_set, crop_scale=None)
+    with pytest.raises(DataError, match=r"data\.augment\.crop, data\.center_crop"):
+        stream(photo_set, geometry=decode.UNCHANGED)
+
+
+def pages_per_batch(order: np.ndarray, pages: np.ndarray) -> float:
+    """Distinct pages of a batch of 100, on average."""
+    return np.mean([len(set(batch)) for batch in pages[order].reshape(-1, 100)])
+
+
+def neighbour_correlation(order: np.ndarray) -> float:
+    """Correlation of each sample's number with the next one's: 0 for a random order, 1 for the file's."""
+    return np.corrcoef(order[:-1], order[1:])[0, 1]
 
 
 def test_quasi_random_order_is_local_and_random():
@@ -199,19 +220,17 @@ def test_quasi_random_order_is_local_and_random():
     assert sorted(order) == list(range(10_000)) and sorted(needed) == list(range(200))
     windows = pages[order].reshape(20, 500)
     assert all(set(window) == set(needed[10 * i : 10 * i + 10]) for i, window in enumerate(windows))
-    local, shuffled = (order_report(o, pages, 100) for o in (order, random_order(10_000, 0, 0)))
-    assert local["pages_per_batch"] <= 10 < 60 < shuffled["pages_per_batch"]
-    assert abs(shuffled["adjacent_correlation"]) < 0.05
-    assert order_report(np.arange(10_000), pages, 100)["adjacent_correlation"] > 0.99
+    shuffled = random_order(10_000, 0, 0)
+    assert pages_per_batch(order, pages) <= 10 < 60 < pages_per_batch(shuffled, pages)
+    assert abs(neighbour_correlation(shuffled)) < 0.05
+    assert all(abs(neighbour_correlation(part)) < 0.2 for part in order.reshape(20, 500))
+    assert neighbour_correlation(np.arange(10_000)) > 0.99
 
 
 def test_pages_are_read_ahead_before_they_are_needed(photo_set: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("gowide_dist.data.beton.Beton.read_ahead", lambda _, page: read.append(page))
     read: list[int] = []
-    loader = Loader(
-        photo_set / "train.beton", train=True, batch_size=24, crop_scale=(0.1, 1.0), resolution=SIDE,
-        order="quasi-random", window_pages=1,
-    )  # fmt: skip
+    loader = loader_of(photo_set, order="quasi-random", window_pages=1)
     loader._beton.pages = np.arange(241) // 24  # as if the file were large
     for step, batch in enumerate(loader.batches()):
         assert set(loader._beton.pages[batch.indices]) <= set(read)
@@ -226,27 +245,25 @@ def _rss_mib() -> float:
 
 
 def test_nothing_grows_over_50_epochs(photo_set: Path):
-    loader = Loader(
-        photo_set / "train.beton", train=True, batch_size=24, crop_scale=(0.1, 1.0), resolution=SIDE, num_threads=2
-    )
-    grown = []
+    loader = loader_of(photo_set, num_threads=2)
+    growth = []
     for epoch in range(50):
         batches = loader.batches(epoch)
         for _ in range(3 if epoch % 2 else loader.steps_per_epoch):
             next(batches)
         batches.close()
-        grown.append((threading.active_count(), _rss_mib()))
+        growth.append((threading.active_count(), _rss_mib()))
     loader.close()
-    assert len({threads for threads, _ in grown}) == 1
-    assert grown[-1][1] - grown[5][1] < 4
+    assert len({threads for threads, _ in growth}) == 1
+    assert growth[-1][1] - growth[5][1] < 4
 
 
-def test_preflight_names_the_cause(photo_set: Path, monkeypatch: pytest.MonkeyPatch):
-    loader = Loader(photo_set / "train.beton", train=True, batch_size=24, crop_scale=(0.1, 1.0), resolution=SIDE)
+def test_labels_and_memory_are_checked_before_training(photo_set: Path, monkeypatch: pytest.MonkeyPatch):
+    loader = loader_of(photo_set)
     loader.preflight(num_classes=4)
     with pytest.raises(DataError, match="labels 0 to 3, but there are 3 classes"):
         loader.preflight(num_classes=3)
+    loader.close()
     monkeypatch.setattr("gowide_dist.data.loader.available_memory_bytes", lambda: 1000)
     with pytest.raises(DataError, match="take a smaller batch"):
-        loader.preflight(num_classes=4)
-    loader.close()
+        loader_of(photo_set)

@@ -1,4 +1,4 @@
-"""Files that FFCV's own DatasetWriter has written, taken over by `gowide encode ffcv`."""
+"""`gowide encode ffcv`: files written by FFCV's own DatasetWriter."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 
 from gowide_dist.data.beton import JPEG, RAW, Beton, read_foreign
-from gowide_dist.data.encode import Options, encode_ffcv
+from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.verify import verify_dataset
 from gowide_dist.errors import DataError
 from tests.command import gowide, refused
 
 
 class _Photos:
-    """Images of changing sides with labels, as FFCV's writer wants them."""
+    """Images of increasing size with labels, in the form that FFCV's writer takes."""
 
     def __init__(self, count: int, label_first: bool = False):
         self.count, self.label_first = count, label_first
@@ -47,23 +47,24 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_every_image_is_taken_over_as_it_is(stock: Path, tmp_path: Path):
-    info = encode_ffcv(tmp_path / "out", stock)
+def test_every_image_is_copied_unchanged(stock: Path, tmp_path: Path):
+    info = encode("ffcv", tmp_path / "out", stock)
     assert info.classes == ("0", "1", "2") and info.splits["train"].samples == 40
-    ours, theirs = Beton(tmp_path / "out" / "train.beton"), read_foreign(stock / "train_500_0.50_90.ffcv")
-    assert {*ours.modes.tolist()} == {JPEG, RAW}
-    assert (ours.labels == theirs[1]).all() and (ours.labels == np.arange(40) % 3).all()
-    for index, image in enumerate(theirs[0]):
-        assert ours.bytes[ours.offsets[index] :][: ours.sizes[index]].tobytes() == image.read().data
-        assert (ours.heights[index], ours.widths[index]) == (40 + index, 30 + 2 * index)
+    beton = Beton(tmp_path / "out" / "train.beton")
+    images, labels = read_foreign(stock / "train_500_0.50_90.ffcv")
+    assert {*beton.modes.tolist()} == {JPEG, RAW}
+    assert (beton.labels == labels).all() and (beton.labels == np.arange(40) % 3).all()
+    for index, image in enumerate(images):
+        assert beton.bytes[beton.offsets[index] :][: beton.sizes[index]].tobytes() == image.read().data
+        assert (beton.heights[index], beton.widths[index]) == (40 + index, 30 + 2 * index)
     raw = Beton(tmp_path / "out" / "val.beton")
     pixels = raw.bytes[raw.offsets[3] :][: raw.sizes[3]].reshape(43, 36, 3)
     assert (pixels == np.asarray(_Photos(10)[3][0])).all()
     verify_dataset(tmp_path / "out")
 
 
-def test_stored_anew_where_asked(stock: Path, tmp_path: Path):
-    encode_ffcv(tmp_path / "out", stock, Options(jpg_share=1.0, max_side_px=32))
+def test_images_are_encoded_again_with_a_write_mode(stock: Path, tmp_path: Path):
+    encode("ffcv", tmp_path / "out", stock, Options(jpg_share=1.0, max_side_px=32))
     beton = Beton(tmp_path / "out" / "train.beton")
     assert (beton.modes == JPEG).all() and max(beton.widths.max(), beton.heights.max()) == 32
 
@@ -95,7 +96,7 @@ def test_damaged_files_are_refused(stock: Path, tmp_path: Path):
         (root / "train.beton").write_bytes(train)
         (root / "val.beton").write_bytes(content)
         with pytest.raises(DataError, match="damaged"):
-            encode_ffcv(tmp_path / "out", root)
+            encode("ffcv", tmp_path / "out", root)
         assert not (tmp_path / "out").exists()
 
 
@@ -109,7 +110,7 @@ def test_a_damaged_image_is_named(stock: Path, tmp_path: Path, capsys: pytest.Ca
     (root / "train.ffcv").write_bytes(content)
     (root / "val.beton").write_bytes((stock / "val.beton").read_bytes())
     with pytest.raises(DataError, match="1 bad images"):
-        encode_ffcv(tmp_path / "out", root)
+        encode("ffcv", tmp_path / "out", root)
     assert f"sample {victim}" in capsys.readouterr().err
 
 
@@ -122,7 +123,7 @@ def test_other_fields_are_refused(tmp_path: Path):
         [(np.zeros((8, 8, 3), np.uint8), 0.5)]
     )
     with pytest.raises(DataError, match="other fields"):
-        encode_ffcv(tmp_path / "out", tmp_path)
+        encode("ffcv", tmp_path / "out", tmp_path)
     with pytest.raises(DataError, match="no file train"):
         (tmp_path / "empty").mkdir()
-        encode_ffcv(tmp_path / "out", tmp_path / "empty")
+        encode("ffcv", tmp_path / "out", tmp_path / "empty")

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from gowide_dist.data.beton import JPEG, Beton
-from gowide_dist.data.encode import Options, _encode_samples, encode_image_folder, write_dataset
+from gowide_dist.data.encode import Options, _encode_samples, encode, write_dataset
 from gowide_dist.data.images import encode_sample, read_rgb
-from gowide_dist.data.sources import Images, read_image_folder, stratified
+from gowide_dist.data.sources import ImageList, read_image_folder, stratified
 from gowide_dist.errors import DataError
 from tests.data.conftest import photo, write_image_folder
 
@@ -71,7 +71,7 @@ def save_transparent(path: Path) -> np.ndarray:
 
 def save_rotated(path: Path) -> np.ndarray:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # the viewer rotates it by 90 degrees clockwise
     Image.fromarray(PICTURE).save(path, format="JPEG", quality=100, subsampling=0, exif=exif)
     return np.rot90(PICTURE, -1)
 
@@ -94,14 +94,14 @@ def save_one_pixel(path: Path) -> np.ndarray:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("jpg_share", [0.0, 1.0])
-def test_odd_images_come_out_as_right_rgb(tmp_path: Path, save, jpg_share: float):
+def test_unusual_images_become_upright_rgb(tmp_path: Path, save, jpg_share: float):
     root = folder_of(tmp_path / "images", "one/b.png")
     expected = save(root / "train" / "one" / "a picture.JPEG").astype(int)
-    encode_image_folder(tmp_path / "out", root, Options(jpg_share=jpg_share, quality=100, workers=1))
+    encode("imagefolder", tmp_path / "out", root, Options(jpg_share=jpg_share, quality=100, workers=1))
     beton = Beton(tmp_path / "out" / "train.beton")
-    place = [*zip(beton.heights, beton.widths, strict=True)].index(expected.shape[:2])
-    stream = beton.bytes[beton.offsets[place] :][: beton.sizes[place]]
-    pixels = read_rgb(stream.tobytes()) if jpg_share else stored(beton)[place]
+    index = [*zip(beton.heights, beton.widths, strict=True)].index(expected.shape[:2])
+    stream = beton.bytes[beton.offsets[index] :][: beton.sizes[index]]
+    pixels = read_rgb(stream.tobytes()) if jpg_share else stored(beton)[index]
     assert abs(pixels - expected).mean() < (6 if jpg_share else 3)  # JPEG halves the resolution of colours
 
 
@@ -127,7 +127,7 @@ def test_bad_images_stop_the_encode_and_are_listed(
     bad_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ):
     with pytest.raises(DataError, match=r"6 bad images.*--skip-bad") as error:
-        encode_image_folder(tmp_path / "out", bad_root, Options(workers=workers))
+        encode("imagefolder", tmp_path / "out", bad_root, Options(workers=workers))
     assert "\n" not in str(error.value)
     listed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bad image ")]
     assert {Path(line.removeprefix("bad image ").split(":")[0]).name for line in listed} == BAD
@@ -135,7 +135,7 @@ def test_bad_images_stop_the_encode_and_are_listed(
 
 
 def test_bad_images_can_be_skipped(bad_root: Path, tmp_path: Path):
-    info = encode_image_folder(tmp_path / "out", bad_root, Options(skip_bad=True, workers=1))
+    info = encode("imagefolder", tmp_path / "out", bad_root, Options(skip_bad=True, workers=1))
     assert (info.splits["train"].samples, info.splits["val"].samples) == (3, 1)
     lines = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     assert {Path(line.split("\t")[0]).name for line in lines} == BAD
@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_read_is_a_bad_image(tmp_path: Path):
     root = folder_of(tmp_path / "images", "one/a.png")
     (root / "train" / "one" / "unreadable.png").symlink_to("/proc/self/mem")  # an I/O error for root too
     with pytest.raises(DataError, match=r"unreadable\.png \(Input/output error\)"):
-        encode_image_folder(tmp_path / "out", root, Options(jpg_share=1.0, workers=1))
+        encode("imagefolder", tmp_path / "out", root, Options(jpg_share=1.0, workers=1))
 
 
 def test_names_with_spaces_and_unicode_and_links(tmp_path: Path):
@@ -156,18 +156,18 @@ def test_names_with_spaces_and_unicode_and_links(tmp_path: Path):
     Image.fromarray(PICTURE).save(tmp_path / "elsewhere" / "c.png")
     (root / "train" / "linked class").symlink_to(tmp_path / "elsewhere")
     (root / "train" / "zebra" / ".hidden").write_text("")
-    info = encode_image_folder(tmp_path / "out", root, RAW)
+    info = encode("imagefolder", tmp_path / "out", root, RAW)
     assert info.classes == ("linked class", "weißer Hai 鲨", "zebra")
     assert sorted(Beton(tmp_path / "out" / "train.beton").labels) == [0, 1, 2, 2]
 
 
 def test_one_class(tmp_path: Path):
-    info = encode_image_folder(tmp_path / "out", folder_of(tmp_path / "images", "only/a.png"), RAW)
+    info = encode("imagefolder", tmp_path / "out", folder_of(tmp_path / "images", "only/a.png"), RAW)
     assert info.classes == ("only",)
 
 
 def test_70_000_classes(tmp_path: Path):
-    """The folders are real; the files are not opened one by one, which would take a minute."""
+    """The folders are real; the files are replaced by pixels, because opening each would take a minute."""
     root = folder_of(tmp_path / "images", "c00000/0.png")
     for label in range(1, 70_000):
         folder = root / "train" / f"c{label:05}"
@@ -175,34 +175,34 @@ def test_70_000_classes(tmp_path: Path):
         (folder / "0.png").touch()
     dataset = read_image_folder(root)
     pixels = {name: np.zeros((len(images), 2, 2, 3), np.uint8) for name, images in dataset.splits.items()}
-    splits = {name: Images(pixels[name], images.labels) for name, images in dataset.splits.items()}
+    splits = {name: ImageList(pixels[name], images.labels) for name, images in dataset.splits.items()}
     info = write_dataset(tmp_path / "out", replace(dataset, splits=splits), {}, RAW)
     assert len(info.classes) == info.splits["train"].samples == 70_000
     assert sorted(Beton(tmp_path / "out" / "train.beton").labels) == list(range(70_000))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         ("mkdir train/three", "1 class folders without images .three."),
         ("rm -r train", "train: not found"),
         ("rm -r train/*", "train: no class folders"),
-        ("rm -r val", "no validation images; give --held-out"),
+        ("rm -r val", "no validation images; --held-out takes"),
         ("mkdir val/other", "class folder other has no counterpart"),
         ("rm val/one/*", "val: no images"),
     ],
 )
-def test_folders_that_do_not_fit(tmp_path: Path, spoil: str, message: str):
+def test_missing_empty_and_unmatched_folders(tmp_path: Path, damage: str, message: str):
     root = folder_of(tmp_path / "images", "one/a.png", "two/b.png")
-    subprocess.run(spoil, shell=True, cwd=root, check=True)
+    subprocess.run(damage, shell=True, cwd=root, check=True)
     with pytest.raises(DataError, match=message):
-        encode_image_folder(tmp_path / "out", root, RAW)
+        encode("imagefolder", tmp_path / "out", root, RAW)
 
 
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path):
     write_image_folder(tmp_path / "images", 150, 5)
     options = [Options(jpg_share=0.5, workers=workers) for workers in (1, 2)]
-    one, two = (encode_image_folder(tmp_path / str(o.workers), tmp_path / "images", o) for o in options)
+    one, two = (encode("imagefolder", tmp_path / str(o.workers), tmp_path / "images", o) for o in options)
     assert one == two
     modes = Beton(tmp_path / "1" / "train.beton").modes
     assert 45 < (modes == JPEG).sum() < 105
@@ -217,12 +217,12 @@ def test_a_dead_worker_is_an_error():
     items = np.empty(100, object)
     items[:] = [Bomb() for _ in range(100)]
     with pytest.raises(DataError, match=r"worker process .* died"):
-        list(_encode_samples(Images(items, np.zeros(100, np.int64)), Options(workers=2)))
+        list(_encode_samples(ImageList(items, np.zeros(100, np.int64)), Options(workers=2)))
 
 
 def test_max_side_and_statistics(tmp_path: Path):
     write_image_folder(tmp_path / "images", 30, 5)
-    info = encode_image_folder(tmp_path / "out", tmp_path / "images", Options(max_side_px=64, workers=1))
+    info = encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(max_side_px=64, workers=1))
     beton = Beton(tmp_path / "out" / "train.beton")
     assert info.max_side_px == 64 and info.fixed_side_px is None
     assert np.maximum(beton.heights, beton.widths).max() == 64
@@ -236,7 +236,7 @@ def test_max_side_and_statistics(tmp_path: Path):
 def test_subset_and_held_out_are_stratified_and_disjoint(tmp_path: Path):
     write_image_folder(tmp_path / "images", 40, 8)
     options = Options(held_out=8, subset=20, workers=1)
-    info = encode_image_folder(tmp_path / "out", tmp_path / "images", options)
+    info = encode("imagefolder", tmp_path / "out", tmp_path / "images", options)
     assert {name: split.samples for name, split in info.splits.items()} == {"train": 20, "val": 8, "test": 8}
     train, val = (Beton(tmp_path / "out" / f"{name}.beton") for name in ("train", "val"))
     assert np.bincount(train.labels).tolist() == [5, 5, 5, 5]
@@ -244,7 +244,7 @@ def test_subset_and_held_out_are_stratified_and_disjoint(tmp_path: Path):
     assert not {image.tobytes() for image in stored(train)} & {image.tobytes() for image in stored(val)}
 
 
-def test_stratified_keeps_the_parts_of_uneven_classes():
+def test_stratified_keeps_the_proportions_of_uneven_classes():
     labels = np.repeat([0, 1, 2], [1000, 100, 10])
     chosen = stratified(labels, 222)
     assert np.bincount(labels[chosen]).tolist() == [200, 20, 2]
@@ -261,14 +261,14 @@ def test_bad_options(options: dict[str, float]):
 
 
 @pytest.mark.parametrize("options", [{"subset": 4}, {"held_out": 3}])
-def test_more_than_there_is(tmp_path: Path, options: dict[str, int]):
+def test_subset_or_held_out_of_more_images_than_exist(tmp_path: Path, options: dict[str, int]):
     root = folder_of(tmp_path / "images", "one/a.png", "one/b.png", "one/c.png")
     with pytest.raises(DataError, match="there are 3 training images"):
-        encode_image_folder(tmp_path / "out", root, Options(workers=1, **options))
+        encode("imagefolder", tmp_path / "out", root, Options(workers=1, **options))
 
 
 def test_an_image_larger_than_a_page_says_what_to_do(tmp_path: Path):
     root = folder_of(tmp_path / "images", "one/a.png")
     Image.fromarray(np.zeros((2000, 2000, 3), np.uint8)).save(root / "train" / "one" / "big.png")
     with pytest.raises(DataError, match="--write-mode jpg or a smaller --max-side-px"):
-        encode_image_folder(tmp_path / "out", root, RAW)
+        encode("imagefolder", tmp_path / "out", root, RAW)

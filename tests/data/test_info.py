@@ -10,10 +10,10 @@ from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.errors import DataError
 
 
-def copy(folder: Path, to: Path) -> Path:
+def copy(folder: Path, copied: Path) -> Path:
     for path in folder.iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
-    return to
+        (copied / path.name).write_bytes(path.read_bytes())
+    return copied
 
 
 def test_import_is_light():
@@ -66,11 +66,11 @@ def test_missing_truncated_and_foreign_beton(small_set: Path, tmp_path: Path):
         check_split(tmp_path / "train.beton")
 
 
-@pytest.mark.parametrize("place", [0, 3000, -1])
-def test_changed_index_is_found(small_set: Path, tmp_path: Path, place: int):
+@pytest.mark.parametrize("offset", [0, 3000, -1])
+def test_changed_index_is_found(small_set: Path, tmp_path: Path, offset: int):
     path = copy(small_set, tmp_path) / "train.beton"
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match="damaged"):
         Beton(path)

@@ -11,15 +11,20 @@ import torch
 from gowide_dist.data import decode
 from gowide_dist.data.beton import Beton
 from gowide_dist.data.loader import Batch, Loader
+from gowide_dist.data.threads import DaemonThreads
 from gowide_dist.errors import DataError
+from gowide_dist.timeline import Batching
 
-AUGMENT = {"flip": True, "translate": 3}
+BATCHING = Batching(48)
+AUGMENT = decode.Shift(flip=True, translate=3)
 
 
-def stream(folder: Path, epoch: int = 0, start: int = 0, *, train: bool = True, **options) -> list[Batch]:
+def stream(
+    folder: Path, epoch: int = 0, start: int = 0, *, batching: Batching = BATCHING, train: bool = True, **options
+) -> list[Batch]:
     """The batches of an iteration, copied out of the buffers."""
-    options = {"batch_size": 48, "resolution": 28, **(AUGMENT if train else {}), **options}
-    loader = Loader(folder / ("train.beton" if train else "val.beton"), train=train, **options)
+    options = {"resolution": 28, "geometry": AUGMENT if train else decode.UNCHANGED, **options}
+    loader = Loader(folder / ("train.beton" if train else "val.beton"), batching, train=train, **options)
     batches = [Batch(*(tensor.clone() for tensor in batch)) for batch in loader.batches(epoch, start)]
     assert len(batches) == loader.steps_per_epoch - start
     loader.close()
@@ -37,7 +42,7 @@ def originals(folder: Path, split: str = "train") -> np.ndarray:
 
 
 def variants(image: np.ndarray) -> np.ndarray:
-    """Flip, pad with black, cut out: every outcome, the plain way. [2 * 7 * 7, 28, 28, 3]."""
+    """Every outcome of a flip and a shift, by padding with black and cropping: [2 * 7 * 7, 28, 28, 3]."""
     padded = [np.pad(flipped, ((3, 3), (3, 3), (0, 0))) for flipped in (image, image[:, ::-1])]
     return np.stack([p[y : y + 28, x : x + 28] for p in padded for y in range(7) for x in range(7)])
 
@@ -51,14 +56,14 @@ def test_epochs_and_seeds_differ(small_set: Path):
     assert not same(stream(small_set), stream(small_set, seed=1))
 
 
-def test_a_sample_is_augmented_anew_in_every_epoch(small_set: Path):
+def test_a_sample_is_augmented_differently_in_every_epoch(small_set: Path):
     def by_sample(epoch: int) -> dict[int, torch.Tensor]:
         batches = stream(small_set, epoch)
         return {int(i): x for b in batches for i, x in zip(b.indices, b.images, strict=True)}
 
     first, second = by_sample(0), by_sample(1)
-    shared = first.keys() & second.keys()
-    assert np.mean([torch.equal(first[i], second[i]) for i in shared]) < 0.1
+    in_both = first.keys() & second.keys()
+    assert np.mean([torch.equal(first[i], second[i]) for i in in_both]) < 0.1
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 11, 12])
@@ -66,10 +71,10 @@ def test_resume_is_the_tail(small_set: Path, start: int):
     assert same(stream(small_set, start=start), stream(small_set)[start:])
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_processes_join_to_one(small_set: Path, world_size: int):
-    shares = [stream(small_set, rank=rank, world_size=world_size) for rank in range(world_size)]
-    joined = [Batch(*(torch.cat(parts) for parts in zip(*step, strict=True))) for step in zip(*shares, strict=True)]
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+def test_batches_of_all_processes_join_to_the_global_batch(small_set: Path, num_processes: int):
+    streams = [stream(small_set, batching=Batching(48, num_processes, rank)) for rank in range(num_processes)]
+    joined = [Batch(*(torch.cat(parts) for parts in zip(*step, strict=True))) for step in zip(*streams, strict=True)]
     assert same(joined, stream(small_set))
 
 
@@ -78,10 +83,12 @@ def test_threads_change_nothing(small_set: Path, num_threads: int):
     assert same(stream(small_set, num_threads=num_threads), stream(small_set))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_validation_is_every_image_once_as_it_is(small_set: Path, world_size: int):
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
+def test_validation_is_every_image_once_unchanged(small_set: Path, num_processes: int):
     batches = [
-        b for rank in range(world_size) for b in stream(small_set, train=False, rank=rank, world_size=world_size)
+        batch
+        for rank in range(num_processes)
+        for batch in stream(small_set, batching=Batching(48, num_processes, rank), train=False)
     ]
     indices = torch.cat([batch.indices for batch in batches])
     assert indices.tolist() == list(range(203))
@@ -105,28 +112,28 @@ def test_pixels_are_a_flip_and_a_shift_evenly_distributed(small_set: Path):
 
 def test_without_augmentation_the_pixels_are_the_originals(small_set: Path):
     images = originals(small_set)
-    for batch in stream(small_set, flip=False, translate=0):
+    for batch in stream(small_set, geometry=decode.UNCHANGED):
         assert (batch.images.numpy() == images[batch.indices]).all()
 
 
 def test_buffers_are_not_overwritten_while_in_use(small_set: Path):
-    loader = Loader(small_set / "train.beton", batch_size=16, train=True, resolution=28, num_threads=3, **AUGMENT)
+    loader = Loader(small_set / "train.beton", Batching(16), train=True, resolution=28, geometry=AUGMENT, num_threads=3)
     for batch in loader.batches():
         before = batch.images.clone()
-        time.sleep(0.005)  # time enough for the threads to run ahead
+        time.sleep(0.005)  # meanwhile the threads decode all batches ahead
         assert torch.equal(batch.images, before)
     loader.close()
 
 
 def test_leaving_early_and_closing_end_the_threads(small_set: Path):
     threads, torch_threads = threading.active_count(), torch.get_num_threads()
-    loader = Loader(small_set / "train.beton", batch_size=16, train=True, resolution=28, num_threads=2)
+    loader = Loader(small_set / "train.beton", Batching(16), train=True, resolution=28, num_threads=2)
     for epoch in range(20):
         batches = loader.batches(epoch)
         next(batches)
         batches.close()
-    first = next(loader.batches(3))
-    assert torch.equal(first.images, stream(small_set, 3, batch_size=16, flip=False, translate=0)[0].images)
+    first, expected = next(loader.batches(3)), stream(small_set, 3, batching=Batching(16), geometry=decode.UNCHANGED)[0]
+    assert torch.equal(first.images, expected.images)
     assert threading.active_count() == threads + 2
     loader.close()
     assert threading.active_count() == threads
@@ -142,17 +149,48 @@ def test_an_error_in_a_thread_reaches_the_consumer(small_set: Path, monkeypatch:
         stream(small_set)
 
 
+def test_an_error_at_the_start_of_a_thread_reaches_the_consumer(
+    small_set: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """As where torch.cuda.set_device fails: within 300 s, without blaming the file system."""
+
+    def broken(_: int):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", broken)
+    threads, start = threading.active_count(), time.monotonic()
+    with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
+        stream(small_set, num_threads=2)
+    assert time.monotonic() - start < 60
+    assert threading.active_count() == threads
+    assert capfd.readouterr().err == ""
+
+
+def test_begin_runs_once_in_every_thread():
+    begun = []
+    threads = DaemonThreads(2, lambda: begun.append(threading.get_ident()))
+    meet = threading.Barrier(2)  # so that both threads take part
+    for _ in range(3):
+        tasks = [threads.submit(lambda: meet.wait(60)) for _ in range(2)]
+        assert sorted(task.result(60) for task in tasks) == [0, 1]
+    threads.close()
+    assert len(begun) == len(set(begun)) == 2
+
+
 def test_a_stall_is_an_error_that_names_the_file(small_set: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decode, "fill", lambda *_: time.sleep(0.5))
-    with pytest.raises(DataError, match=r"train\.beton: nothing came within 0\.1 s"):
+    with pytest.raises(DataError, match=r"train\.beton: no data within 0\.1 s; is the file system hanging"):
         stream(small_set, timeout_s=0.1)
 
 
-def test_a_stalled_read_does_not_keep_the_process_alive(small_set: Path):
+def test_a_stalled_thread_does_not_keep_the_process_alive(small_set: Path):
     code = (
-        "import sys, time; from pathlib import Path; from gowide_dist.data import decode, loader\n"
+        "import sys, time; from pathlib import Path\n"
+        "from gowide_dist.data import decode, loader; from gowide_dist.timeline import Batching\n"
         "decode.fill = lambda *_: time.sleep(1000)\n"
-        f"stream = loader.Loader(Path({str(small_set / 'val.beton')!r}), train=False, batch_size=8, resolution=28,"
+        f"stream = loader.Loader(Path({str(small_set / 'val.beton')!r}), Batching(8), train=False, resolution=28,"
         "                       timeout_s=0.2)\n"
         "try: next(stream.batches())\n"
         "finally: stream.close()"
@@ -161,8 +199,8 @@ def test_a_stalled_read_does_not_keep_the_process_alive(small_set: Path):
     assert done.returncode == 1 and "DataError" in done.stderr
 
 
-def test_what_does_not_fit_is_refused(small_set: Path):
+def test_images_of_another_size_or_too_few_are_refused(small_set: Path):
     with pytest.raises(DataError, match="images of 28 to 28 px, but the resolution is 32"):
         stream(small_set, resolution=32)
     with pytest.raises(DataError, match="601 images, fewer than one batch of 1,024"):
-        stream(small_set, batch_size=1024)
+        stream(small_set, batching=Batching(1024))

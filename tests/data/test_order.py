@@ -2,7 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gowide_dist.data.order import draw, epoch_key, random_order, training_batch, validation_part
+from gowide_dist.data.order import draw, epoch_key, random_order, validation_part
+from gowide_dist.timeline import Batching
 
 seeds = st.integers(0, 2**32)
 
@@ -15,7 +16,7 @@ def test_order_is_a_permutation_and_a_function_of_seed_and_epoch(num_samples: in
 
 
 def test_order_never_changes():
-    """Runs that continue after an update must see the same stream."""
+    """Runs that continue with a newer version must see the same stream."""
     assert random_order(10, seed=0, epoch=0).tolist() == [2, 1, 9, 5, 7, 0, 8, 3, 4, 6]
 
 
@@ -41,14 +42,15 @@ def test_every_position_is_equally_likely():
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.integers(0, 5))
-def test_slices_of_processes_join_to_the_global_batch(world_size: int, share: int, step: int):
-    order = random_order(300, 0, 0)
-    slices = [training_batch(order, step, world_size * share, rank, world_size) for rank in range(world_size)]
-    assert (np.concatenate(slices) == training_batch(order, step, world_size * share, 0, 1)).all()
+def test_rows_of_all_processes_join_to_the_global_batch(num_processes: int, local_batch: int, step: int):
+    global_batch = num_processes * local_batch
+    rows = [Batching(global_batch, num_processes, rank).local_rows(step) for rank in range(num_processes)]
+    assert np.concatenate(rows).tolist() == list(Batching(global_batch).local_rows(step))
+    assert {len(part) for part in rows} == {local_batch}
 
 
 @given(st.integers(0, 200), st.integers(1, 9))
-def test_validation_counts_every_sample_once(num_samples: int, world_size: int):
-    shares = [validation_part(num_samples, rank, world_size) for rank in range(world_size)]
-    assert np.concatenate(shares).tolist() == list(range(num_samples))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_validation_counts_every_sample_once(num_samples: int, num_processes: int):
+    parts = [validation_part(num_samples, rank, num_processes) for rank in range(num_processes)]
+    assert np.concatenate(parts).tolist() == list(range(num_samples))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from gowide_dist.data.beton import Beton
-from gowide_dist.data.encode import encode_image_folder
+from gowide_dist.data.encode import encode
 from gowide_dist.data.verify import verify_dataset
 from gowide_dist.errors import DataError
 from tests.data.conftest import write_image_folder
@@ -12,7 +12,7 @@ from tests.data.conftest import write_image_folder
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_image_folder(tmp_path / "images", 24, 8)
-    encode_image_folder(tmp_path / "out", tmp_path / "images")
+    encode("imagefolder", tmp_path / "out", tmp_path / "images")
     return tmp_path / "out"
 
 
@@ -30,8 +30,8 @@ def test_whole_dataset(folder: Path, small_set: Path, capsys: pytest.CaptureFixt
 
 def test_one_changed_pixel_is_found(folder: Path):
     beton = Beton(folder / "train.beton")
-    place = int(beton.offsets[3] + beton.sizes[3] // 2)
-    change(folder / "train.beton", place, bytes([beton.bytes[place] ^ 1]))
+    offset = int(beton.offsets[3] + beton.sizes[3] // 2)
+    change(folder / "train.beton", offset, bytes([beton.bytes[offset] ^ 1]))
     with pytest.raises(DataError, match=r"train\.beton: its checksum"):
         verify_dataset(folder)
 
@@ -47,7 +47,7 @@ def test_images_that_cannot_be_decoded_are_named(folder: Path, capsys: pytest.Ca
     assert "image 2:" in output and "image 5:" in output and "image 3:" not in output
 
 
-def test_every_file_is_looked_at(folder: Path):
+def test_every_file_is_checked(folder: Path):
     change(folder / "train.beton", 0, b"\xff")
     (folder / "val.beton").unlink()
     with pytest.raises(DataError, match="2 faults"):

@@ -19,9 +19,10 @@ addEventListener("load", async () => {
     document.body.append(frame);
     await loaded;
     const page = frame.contentDocument;
-    await Promise.all([...page.images].map(image => image.decode()));
     found[width] = {
-      pictures: [...page.images].map(image => [image.naturalWidth, image.getBoundingClientRect().width]),
+      figures: [...page.querySelectorAll("figure svg")].map(svg => [svg.getBBox().width, svg.getBoundingClientRect().width]),
+      ink: getComputedStyle(page.querySelector("figure text, figure [id^=text_] g")).fill,
+      paper: getComputedStyle(page.body).backgroundColor,
       text: page.body.innerText,
       overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
       asked: frame.contentWindow.performance.getEntriesByType("resource").map(entry => entry.name),
@@ -35,8 +36,10 @@ addEventListener("load", async () => {
 </script></body>"""
 
 
-def look_at(page: Path, widths: list[int], chromium: str, scratch: Path) -> tuple[dict, list[str]]:
-    """What headless Chromium sees of a page at some widths in px, and the paths that it asked the server for."""
+def look_at(
+    page: Path, widths: list[int], chromium: str, scratch: Path, *, dark: bool = False
+) -> tuple[dict, list[str]]:
+    """What headless Chromium shows of a page at some widths in px, and the paths that it requested from the server."""
     asked = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -56,7 +59,7 @@ def look_at(page: Path, widths: list[int], chromium: str, scratch: Path) -> tupl
             [
                 chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
                 "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--user-data-dir={scratch}",
-                "--virtual-time-budget=20000", "--dump-dom", f"http://127.0.0.1:{server.server_port}/wrapper.html",
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=20000", "--dump-dom", f"http://127.0.0.1:{server.server_port}/wrapper.html",
             ],
             capture_output=True, text=True, timeout=120, check=True,
         ).stdout  # fmt: skip

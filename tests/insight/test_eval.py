@@ -1,4 +1,4 @@
-"""`gowide eval`: every figure against one computed the plain way."""
+"""`gowide eval`: every figure against a plain computation."""
 
 import csv
 import json
@@ -15,9 +15,10 @@ import yaml
 from gowide_dist import load_model
 from gowide_dist.data.loader import Loader
 from gowide_dist.errors import DataError, RunError
-from gowide_dist.insight.evaluate import NUM_BINS, Tally, evaluate, table
+from gowide_dist.insight.evaluate import NUM_BINS, calibration_error, evaluate, table
 from gowide_dist.insight.trained import open_trained
 from gowide_dist.run import Run
+from gowide_dist.timeline import Batching
 from tests.command import gowide, refused
 from tests.fashion import encode_part
 
@@ -30,12 +31,12 @@ def other_data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(finished_run):
-    """Logits and labels of the run's validation images: the network called as a user would."""
+    """Logits and labels of the run's validation images, from `load_model` as a user calls it."""
     data = finished_run.path.parents[1] / "data"
     info = json.loads((data / "dataset.json").read_text())
     mean, std = (np.array(info[name], np.float32) for name in ("mean", "std"))
     network = load_model(finished_run.path, "finetune")
-    with closing(Loader(data / "val.beton", batch_size=1000, train=False, resolution=28)) as loader:
+    with closing(Loader(data / "val.beton", Batching(1000), train=False, resolution=28)) as loader:
         batch = next(iter(loader.batches()))
         images = torch.from_numpy((batch.images.numpy() / np.float32(255) - mean) / std).permute(0, 3, 1, 2)
         with torch.inference_mode():
@@ -44,24 +45,24 @@ def plain(finished_run):
 
 def test_every_figure(finished_run, plain):
     logits, labels = plain
-    found = evaluate(open_trained(finished_run.path, "finetune"))
+    evaluation = evaluate(open_trained(finished_run.path, "finetune"))
     predicted = logits.argmax(1)
-    assert found.images == 1000
-    assert found.top1 == pytest.approx(100 * (predicted == labels).float().mean().item())
+    assert evaluation.images == 1000
+    assert evaluation.top1 == pytest.approx(100 * (predicted == labels).float().mean().item())
     assert (
-        found.top1
-        == pytest.approx(found.top1_in_training)
+        evaluation.top1
+        == pytest.approx(evaluation.top1_in_training)
         == pytest.approx(finished_run.stage("finetune/thin").done.top1)
     )
-    assert found.top5 == pytest.approx(finished_run.stage("finetune/thin").done.top5)
-    assert found.nll == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert evaluation.top5 == pytest.approx(finished_run.stage("finetune/thin").done.top5)
+    assert evaluation.nll == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     by_hand = np.zeros((10, 10), int)
     for label, other in zip(labels.tolist(), predicted.tolist(), strict=True):
         by_hand[label, other] += 1
-    assert found.confusion == by_hand.tolist()
-    assert found.per_class_images == by_hand.sum(1).tolist()
-    assert found.per_class_top1 == pytest.approx((100 * by_hand.diagonal() / by_hand.sum(1)).tolist())
-    assert found.classes[6] == "Shirt"
+    assert evaluation.confusion == by_hand.tolist()
+    assert evaluation.per_class_images == by_hand.sum(1).tolist()
+    assert evaluation.per_class_top1 == pytest.approx((100 * by_hand.diagonal() / by_hand.sum(1)).tolist())
+    assert evaluation.classes[6] == "Shirt"
 
     confidence = logits.double().softmax(1).amax(1)
     ece = 0.0
@@ -70,44 +71,52 @@ def test_every_figure(finished_run, plain):
         if inside.any():
             hits = (predicted == labels)[inside].double().mean()
             ece += inside.double().mean().item() * abs(hits - confidence[inside].mean()).item()
-    assert found.ece == pytest.approx(100 * ece, rel=1e-3)
+    assert evaluation.ece == pytest.approx(100 * ece, rel=1e-3)
 
 
 def test_calibration_by_hand():
-    """Four images that are 80 % sure and of which three are right; one that is 100 % sure, and wrong."""
-    tally = Tally(2)
-    tally.add(torch.tensor([[np.log(4), 0.0]] * 4 + [[0.0, 900.0]]), torch.tensor([0, 0, 0, 1, 0]))
-    assert tally.ece == pytest.approx(100 * (4 * abs(0.75 - 0.8) + 1 * abs(0 - 1)) / 5)
-    assert (tally.top1, tally.top5) == (60, 100)
-    assert tally.confusion.tolist() == [[3, 1], [1, 0]]
+    """Four images with confidence 80 %, three of them right; one with confidence 100 %, wrong."""
+    logits = torch.tensor([[np.log(4), 0.0]] * 4 + [[0.0, 900.0]])
+    error = calibration_error(logits, torch.tensor([0, 0, 0, 1, 0]))
+    assert error == pytest.approx(100 * (4 * abs(0.75 - 0.8) + 1 * abs(0 - 1)) / 5)
 
 
-def test_what_is_printed_and_written(finished_run, tmp_path):
+def test_printed_and_written_evaluations_agree(finished_run, tmp_path):
     before = sorted(path for path in finished_run.path.rglob("*"))
     shown = gowide("eval", finished_run.path, "baseline/basic", "--out", tmp_path / "out", "--json")
     assert shown.returncode == 0, shown.stderr
-    found = json.loads(shown.stdout)
-    assert (found["stage"], found["network"], found["images"]) == ("baseline", "basic", 1000)
-    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == found
+    evaluation = json.loads(shown.stdout)
+    assert (evaluation["stage"], evaluation["network"], evaluation["images"]) == ("baseline", "basic", 1000)
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == evaluation
     rows = list(csv.reader((tmp_path / "out" / "confusion.csv").open()))
-    assert rows[0] == ["class", *found["classes"]]
-    assert [[int(cell) for cell in row[1:]] for row in rows[1:]] == found["confusion"]
+    assert rows[0] == ["class", *evaluation["classes"]]
+    assert [[int(cell) for cell in row[1:]] for row in rows[1:]] == evaluation["confusion"]
     assert sorted(path for path in finished_run.path.rglob("*")) == before
 
 
 def test_other_images(finished_run, other_data):
     trained = open_trained(finished_run.path, "finetune/thin")
     own = evaluate(trained)
-    found = evaluate(trained, other_data / "val.beton")
-    assert (found.images, found.top1_in_training) == (300, None)
-    lines = table(found).splitlines()
+    evaluation = evaluate(trained, other_data / "val.beton")
+    assert (evaluation.images, evaluation.top1_in_training) == (300, None)
+    lines = table(evaluation).splitlines()
     assert lines[0].endswith(f"on 300 images of {other_data / 'val.beton'}")
-    assert "when it was trained" not in lines[1]
-    assert f"({own.top1:.2f} when it was trained)" in table(own)
+    assert "in training" not in lines[1]
+    assert f"({own.top1:.2f} in training)" in table(own)
     assert "[red]pear" in table(replace(own, classes=("[red]pear", *own.classes[1:])))
 
 
-def test_what_does_not_fit(finished_run, other_data, tmp_path):
+def test_table_of_many_classes(finished_run):
+    accuracies = [100.0 - label for label in range(30)]
+    many = {"classes": tuple(f"class {label}" for label in range(30)), "per_class_images": [100] * 30}
+    confusion = torch.zeros(30, 30, dtype=torch.int64).tolist()
+    evaluation = evaluate(open_trained(finished_run.path, "finetune"))
+    lines = table(replace(evaluation, **many, per_class_top1=accuracies, confusion=confusion)).splitlines()
+    assert lines[3].startswith("worst of 30 classes")
+    assert [line.split()[1] for line in lines[4:]] == [str(label) for label in range(29, 19, -1)]
+
+
+def test_data_of_other_classes_is_refused(finished_run, other_data, tmp_path):
     with pytest.raises(
         RunError, match="name one of its stages and networks: finetune/thin, baseline/thin, baseline/basic"
     ):
@@ -117,14 +126,14 @@ def test_what_does_not_fit(finished_run, other_data, tmp_path):
     info = data / "dataset.json"
     info.write_text(info.read_text().replace("Sandal", "Clog"))
     line = refused("eval", finished_run.path, "finetune", "--data", data)
-    known = f"other classes than finetune/thin of {finished_run.path} knows"
-    assert line == f"{data / 'val.beton'}: {known}: class 5 is 'Clog' there, 'Sandal' here"
+    others = f"other classes than those of finetune/thin in {finished_run.path}"
+    assert line == f"{data / 'val.beton'}: {others}: class 5 is 'Clog' instead of 'Sandal'"
     info.write_text(info.read_text().replace(',\n    "Ankle boot"', "").replace("Clog", "Sandal"))
-    with pytest.raises(DataError, match="9 there, 10 here"):
+    with pytest.raises(DataError, match="9 instead of 10"):
         evaluate(open_trained(finished_run.path, "finetune"), data / "val.beton")
 
 
-def test_weights_or_images_that_have_changed(finished_run, tmp_path):
+def test_changed_weights_or_training_images_are_refused(finished_run, tmp_path):
     shutil.copytree(finished_run.path, tmp_path / "run")
     copy = Run(tmp_path / "run")
     weights = copy.stage("finetune/thin").model

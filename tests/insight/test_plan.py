@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gowide_dist import build_network, load_recipe
-from gowide_dist.data.encode import encode_fashion_mnist
+from gowide_dist.data.encode import encode
 from gowide_dist.errors import DataError
 from gowide_dist.files import sha256
 from gowide_dist.identity import fingerprint, identities
@@ -34,7 +34,7 @@ SLOW = Device(name="abacus", tflops=1e-5, efficiency=0.5, start_s=30)  # 5 MFLOP
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("plan")
     write_part(root / "idx", IMAGES, VAL)
-    encode_fashion_mnist(root / "data", root / "idx")
+    encode("fashion-mnist", root / "data", root / "idx")
     return root / "data"
 
 

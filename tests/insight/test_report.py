@@ -4,18 +4,20 @@ import csv
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gowide_dist import load_model, load_recipe
 from gowide_dist.files import sha256
-from gowide_dist.insight import compare
+from gowide_dist.insight.latency import latency_ms
 from gowide_dist.insight.report import report, write_report
-from gowide_dist.insight.results import Standing, times, view
+from gowide_dist.insight.results import Spread
 from gowide_dist.insight.trained import open_trained
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
@@ -28,25 +30,25 @@ from tests.insight.browser import look_at
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The chain under one teacher with two seeds, imitation and distillation beside as many plain epochs."""
-    place = tmp_path_factory.mktemp("several")
-    recipe = chain(encode_part(place, 600, 200))
+    root = tmp_path_factory.mktemp("several")
+    recipe = chain(encode_part(root, 600, 200))
     stages = recipe["stages"]
     recipe["data"]["seed"] = stages["teacher"]["seed"] = 0
     stages["distill"]["epochs"] = 1
     del stages["finetune"]
     stages["baseline"] = {"train": "thin", "objective": "labels", "epochs": 3, "optim": {"lr": 0.05}}
-    found = []
+    trained_runs = []
     for seed in (0, 1):
-        job = write_job(place, {**recipe, "name": f"chain-{seed}", "seed": seed})
-        prepared = prepare(load_recipe(job), place / "runs")
+        job = write_job(root, {**recipe, "name": f"chain-{seed}", "seed": seed})
+        prepared = prepare(load_recipe(job), root / "runs")
         walk(prepared.run, [instance.key for instance in prepared.unfinished])
-        found.append(prepared.run)
-    return found
+        trained_runs.append(prepared.run)
+    return trained_runs
 
 
 @pytest.fixture(scope="module")
 def reported(runs, tmp_path_factory):
-    """The first run, measured: it, what was printed, and the data."""
+    """The first run with its report as text and as data."""
     text, data = report(runs[:1])
     return runs[0], text, data
 
@@ -62,9 +64,9 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_what_is_measured_is_of_the_finished_networks(reported):
+def test_agreement_dead_channels_and_latency_of_finished_networks(reported):
     run, text, data = reported
-    found = {f"{row['stage']}/{row['network']}": row for row in data["results"]}
+    results = {f"{row['stage']}/{row['network']}": row for row in data["results"]}
     trained = open_trained(run.path, "teacher")
     images = trained.validation_images(trained.recipe.data.val)
     mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (trained.info.mean, trained.info.std))
@@ -72,39 +74,53 @@ def test_what_is_measured_is_of_the_finished_networks(reported):
     images.close()
     with torch.inference_mode():
         outputs = {stage: load_model(run.path, stage)((pixels - mean) / std) for stage in ("teacher", "distill")}
-    answers = {stage: logits.argmax(dim=1) for stage, (logits, _) in outputs.items()}
-    share = 100 * (answers["teacher"] == answers["distill"]).double().mean()
-    assert found["distill/thin"]["agreement"] == pytest.approx(float(share), abs=0.51)  # one of 200, by rounding
-    assert found["teacher/wide"]["agreement"] is None
+    predictions = {stage: logits.argmax(dim=1) for stage, (logits, _) in outputs.items()}
+    agreement = 100 * (predictions["teacher"] == predictions["distill"]).double().mean()
+    assert results["distill/thin"]["agreement"] == pytest.approx(float(agreement), abs=0.51)  # one of 200, by rounding
+    assert results["teacher/wide"]["agreement"] is None
     for stage, (_, blocks) in outputs.items():
         dead = [int((block.amax((0, 2, 3)) == 0).sum()) for block in blocks]
         assert data["dead_channels"][f"{stage}/{'wide' if stage == 'teacher' else 'thin'}"] == dead
-    assert all(row["latency_ms_1"] > 0 and row["latency_ms_64"] > 0 for row in found.values())
-    assert f"{found['distill/thin']['agreement']:.2f}" in text
+    assert all(row["latency_ms_1"] > 0 and row["latency_ms_64"] > 0 for row in results.values())
+    assert f"{results['distill/thin']['agreement']:.2f}" in text
     written = rows(run.report / "results.csv")
     assert [float(row["top1"]) for row in written] == [row["top1"] for row in data["results"]]
     assert all((run.report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-               for name in ("loss", "accuracy", "cost", "time", "imitate-thin"))  # fmt: skip
+               for name in ("loss", "accuracy", "cost"))  # fmt: skip
 
 
-def test_channels_that_died_are_told(copy):
+def test_latency_is_a_median_after_warm_up():
+    durations = iter([0.5, 0.5, 0.01, 0.2, 0.03] + [0.02] * 50)
+    calls = []
+
+    def forward(images):
+        calls.append(images)
+        time.sleep(next(durations))
+
+    assert latency_ms(forward, torch.zeros(1), seconds=0.2) == pytest.approx(30, abs=15)
+    assert len(calls) == 5
+    assert latency_ms(calls.append, np.zeros(1)) < 1
+    assert len(calls) == 5 + 2 + 50
+
+
+def test_dead_channels_are_reported(copy):
     before = report([copy])[1]["dead_channels"]["distill/thin"]
-    place = copy.stage("distill/thin")
-    weights = load_file(place.model)
+    stage_dir = copy.stage("distill/thin")
+    weights = load_file(stage_dir.model)
     weights["layer2.0.bn3.bias"][:3] = -1e6  # the unit ends in a ReLU
-    save_file(weights, place.model)
-    done = json.loads((place.path / "done.json").read_text())
-    (place.path / "done.json").write_text(json.dumps({**done, "model_sha256": sha256(place.model)}))
+    save_file(weights, stage_dir.model)
+    done = json.loads((stage_dir.path / "done.json").read_text())
+    (stage_dir.path / "done.json").write_text(json.dumps({**done, "model_sha256": sha256(stage_dir.model)}))
     text, data = report([copy])
     dead = data["dead_channels"]["distill/thin"]
     assert dead[0] == before[0]
     assert max(3, before[1]) <= dead[1] <= before[1] + 3
-    told = f"{dead[1]} of 32 channels of block 2 are zero for all validation images"
-    assert told in text
-    assert told in (copy.report / "report.html").read_text()
+    line = f"{dead[1]} of 32 channels of block 2 are zero for all validation images"
+    assert line in text
+    assert line in (copy.report / "report.html").read_text()
 
 
-def test_what_was_measured_is_kept(reported, capfd):
+def test_measurements_are_kept(reported, capfd):
     run, text, _ = reported
     before = (run.report / "measured.json").stat().st_mtime_ns
     assert report([run])[0] == text == write_report(run)
@@ -113,7 +129,7 @@ def test_what_was_measured_is_kept(reported, capfd):
 
 
 def test_where_its_folder_cannot_be_written(copy, tmp_path, capfd):
-    """What was measured is shown, though not kept."""
+    """Measurements are shown, though not kept."""
     shutil.rmtree(copy.report)
     copy.report.write_text("no folder")
     (copy.path / "environment.json").write_text("[1]")
@@ -134,29 +150,11 @@ def test_without_its_data(copy):
     assert "gone.beton" in (copy.report / "report.html").read_text()
 
 
-def test_where_the_time_went(runs):
-    instance = view(runs[0]).standings["distill/thin"].instance
-    train = {"kind": "train", "epoch": 1, "images_per_s": 100.0, "data_wait": 0.25, "comm_wait": 0.1}
-    lines = [
-        {**train, "step": 10, "seconds": 12.0},  # 1,000 images: 10 s
-        {"kind": "val", "epoch": 1, "step": 10, "seconds": 15.0},
-        {**train, "step": 20, "seconds": 26.0},  # 1 s between
-    ]
-    spent = times(Standing(instance, None, lines), batch_size=100)
-    assert spent[:6] == (13, 5, 2, 3, 1, 2)
-    old = [{name: value for name, value in line.items() if name not in ("seconds", "comm_wait")} for line in lines]
-    spent = times(Standing(instance, None, old), batch_size=100)
-    assert spent[:5] == (15, 5, None, None, None)
-    for key, spent in view(runs[0]).times.items():
-        assert sum(spent[:6]) == pytest.approx(spent.total, rel=0.02), key
-        assert spent.validation > 0
-
-
 def test_a_run_in_progress(copy):
-    place = copy.stage("distill/thin")
-    (place.path / "done.json").unlink()
-    lines = place.metrics.read_text().splitlines()
-    place.metrics.write_text("\n".join([lines[0], '{"kind": "tr', '"words"', lines[1]]) + '\n{"kin')
+    stage_dir = copy.stage("distill/thin")
+    (stage_dir.path / "done.json").unlink()
+    lines = stage_dir.metrics.read_text().splitlines()
+    stage_dir.metrics.write_text("\n".join([lines[0], '{"kind": "tr', '"words"', lines[1]]) + '\n{"kin')
     text = write_report(copy)
     assert "3 of 4 stages done" in text
     epoch = json.loads(lines[1])["epoch"]
@@ -178,13 +176,13 @@ def test_several_seeds(runs, tmp_path):
     assert result.returncode == 0, result.stderr
     done = {key: [run.stage(key).done.top1 for run in runs] for key in ("distill/thin", "baseline/thin")}
     difference = [a - b for a, b in zip(done["distill/thin"], done["baseline/thin"], strict=True)]
-    found = {row["stage"]: row for row in rows(tmp_path / "runs.csv")}
-    assert found["teacher"]["top1_n"] == "1"  # shared
-    assert found["imitate"]["minus_baseline_n"] == ""  # fewer epochs
-    assert found["distill"]["top1_n"] == found["distill"]["minus_baseline_n"] == "2"
-    assert float(found["distill"]["top1_mean"]) == pytest.approx(mean(done["distill/thin"]), abs=1e-4)
-    assert float(found["distill"]["minus_baseline_mean"]) == pytest.approx(mean(difference), abs=1e-4)
-    assert float(found["distill"]["minus_baseline_sd"]) == pytest.approx(stdev(difference), abs=1e-4)
+    statistics = {row["stage"]: row for row in rows(tmp_path / "runs.csv")}
+    assert statistics["teacher"]["top1_n"] == "1"  # shared
+    assert statistics["imitate"]["minus_baseline_n"] == ""  # fewer epochs
+    assert statistics["distill"]["top1_n"] == statistics["distill"]["minus_baseline_n"] == "2"
+    assert float(statistics["distill"]["top1_mean"]) == pytest.approx(mean(done["distill/thin"]), abs=1e-4)
+    assert float(statistics["distill"]["minus_baseline_mean"]) == pytest.approx(mean(difference), abs=1e-4)
+    assert float(statistics["distill"]["minus_baseline_sd"]) == pytest.approx(stdev(difference), abs=1e-4)
     line = next(line for line in result.stdout.splitlines() if line.startswith("| distill"))
     shown = f"{mean(done['distill/thin']):.2f} ± {stdev(done['distill/thin']):.2f}"
     assert shown in line
@@ -211,8 +209,8 @@ def test_runs_that_differ_in_more(runs, copy, tmp_path):
 def test_the_same_twice_is_refused(runs, copy):
     line = refused("report", runs[0].path, copy.path)
     assert "the same recipe and seed" in line
-    assert compare.spread([]) is None
-    assert compare.spread([1.0]).sd is None
+    assert Spread.of([]) is None
+    assert Spread.of([1.0]).sd is None
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -221,14 +219,16 @@ def test_the_page_in_a_browser(reported, runs, tmp_path, several):
         pytest.skip("no Chromium here (Debian: apt-get install chromium)")
     _, data = report(runs if several else runs[:1], out=tmp_path / "report")
     page = tmp_path / "report" / ("runs.html" if several else "report.html")
-    seen, asked = look_at(page, [1280, 390], chromium, tmp_path / "chromium")
+    seen, asked = look_at(page, [1280, 400], chromium, tmp_path / "chromium")
+    dark, _ = look_at(page, [400], chromium, tmp_path / "chromium", dark=True)
+    assert (seen["400"]["ink"], seen["400"]["paper"]) == ("rgb(31, 35, 41)", "rgb(255, 255, 255)")
+    assert (dark["400"]["ink"], dark["400"]["paper"]) == ("rgb(230, 237, 243)", "rgb(15, 19, 24)")
     assert set(asked) <= {"/wrapper.html", f"/{page.name}", "/favicon.ico"}
     numbers = [f"{row['top1']:.2f}" for run in data.get("runs", [data]) for row in run["results"]]
     for width, shown in seen.items():
-        assert len(shown["pictures"]) == (2 if several else 8), width
-        assert all(natural > 0 and drawn > 200 for natural, drawn in shown["pictures"]), width
+        assert len(shown["figures"]) == (2 if several else 6), width
+        assert all(drawn > 100 and width > 200 for drawn, width in shown["figures"]), width
         assert shown["overflow"] <= 0, width
-        assert [name for name in shown["asked"] if not name.startswith("data:")] == []
+        assert shown["asked"] == []
         assert all(number in shown["text"] for number in numbers)
         assert "not measured" not in shown["text"] or several
-        assert "time" in shown["text"]

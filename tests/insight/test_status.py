@@ -7,8 +7,8 @@ import platform
 import pytest
 
 from gowide_dist import load_recipe
-from gowide_dist.data.encode import encode_fashion_mnist
-from gowide_dist.insight.status import status, table
+from gowide_dist.data.encode import encode
+from gowide_dist.insight.status import status, status_table
 from gowide_dist.prepare import prepare
 from tests.command import gowide, refused
 from tests.fashion import chain, write_job, write_part
@@ -17,7 +17,7 @@ from tests.fashion import chain, write_job, write_part
 @pytest.fixture
 def run(tmp_path):
     write_part(tmp_path / "idx", 120, 60)
-    encode_fashion_mnist(tmp_path / "data", tmp_path / "idx")
+    encode("fashion-mnist", tmp_path / "data", tmp_path / "idx")
     recipe = load_recipe(write_job(tmp_path, chain(tmp_path / "data")))
     return prepare(recipe, tmp_path / "runs").run
 
@@ -31,15 +31,15 @@ def test_a_run_that_has_not_begun(run):
 
 
 def test_a_run_on_this_machine(run):
-    place = run.stage("teacher/wide")
+    stage_dir = run.stage("teacher/wide")
     row = {"kind": "train", "step": 3, "images_per_s": 30.0}
     writer = f"process {os.getpid()} on {platform.node()}"
-    with place.lock():
-        place.metrics.write_text(json.dumps(row) + "\n")
+    with stage_dir.lock():
+        stage_dir.metrics.write_text(json.dumps(row) + "\n")
         running = status(run)[0]
     assert (running.state, running.where, running.step, running.images_per_s) == ("running", writer, 3, 30.0)
     assert running.seconds_left == 2
-    assert table([running]).splitlines()[1].split() == [
+    assert status_table([running]).splitlines()[1].split() == [
         "teacher/wide", "running", *writer.split(), "3/4", "30", "0:02",
     ]  # fmt: skip
     stopped = status(run)[0]

@@ -13,7 +13,7 @@ from gowide_dist.networks.teacher import Teacher
 
 
 @pytest.mark.parametrize(
-    ("architecture", "theirs"),
+    ("architecture", "reference"),
     [
         ({"arch": "resnet18"}, torchvision.models.resnet18),
         ({"arch": "resnet50"}, torchvision.models.resnet50),
@@ -21,9 +21,9 @@ from gowide_dist.networks.teacher import Teacher
     ],
 )
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_equals_torchvision(architecture, theirs, mode):
+def test_equals_torchvision(architecture, reference, mode):
     torch.manual_seed(0)
-    reference = theirs(num_classes=10)
+    reference = reference(num_classes=10)
     network = build_network(architecture, num_classes=10)
     network.load_state_dict(reference.state_dict())
     getattr(reference, mode)()
@@ -54,15 +54,15 @@ def test_initialised_as_torchvision_does():
     torch.manual_seed(0)
     network = build_network({"arch": "resnet50", "zero_init_residual": True}, 1000)
     reference = torchvision.models.resnet50(zero_init_residual=True)
-    theirs = reference.state_dict()
-    assert list(network.state_dict()) == list(theirs)
+    expected = reference.state_dict()
+    assert list(network.state_dict()) == list(expected)
     for name, weight in network.named_parameters():
         if weight.ndim == 4:  # drawn at random: equal in distribution
             spread = weight.std().item()
-            assert spread == pytest.approx(theirs[name].std().item(), rel=0.05), name
+            assert spread == pytest.approx(expected[name].std().item(), rel=0.05), name
             assert abs(weight.mean().item()) < 5 * spread / weight.numel() ** 0.5, name
         elif weight.ndim == 1 and not name.startswith("fc"):
-            assert torch.equal(weight, theirs[name]), name
+            assert torch.equal(weight, expected[name]), name
     assert not network.layer1[0].bn3.weight.any()
 
 
@@ -80,7 +80,7 @@ def test_walking_the_blocks_is_the_forward_pass():
 
 
 @pytest.mark.parametrize("architecture", [{"arch": "resnet18"}, {"arch": "resnet50", "width": 2}])
-def test_a_teacher_answers_as_its_network_does(architecture):
+def test_a_teacher_has_the_outputs_of_its_network(architecture):
     torch.manual_seed(0)
     network = build_network(architecture, 10)
     for _ in range(3):
@@ -90,8 +90,8 @@ def test_a_teacher_answers_as_its_network_does(architecture):
     images = torch.randn(4, 3, 64, 64)
     logits, blocks = network.eval()(images)
     assert torch.allclose(teacher.logits(images), logits, rtol=1e-4, atol=1e-4)
-    for mine, theirs in zip(teacher.blocks(images, 3), blocks, strict=False):
-        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+    for block, expected in zip(teacher.blocks(images, 3), blocks, strict=False):
+        assert torch.allclose(block, expected, rtol=1e-3, atol=1e-4)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in teacher._network.modules())
     assert not teacher.logits(images).requires_grad
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -105,8 +105,35 @@ def test_a_teacher_stops_at_the_block_that_is_needed():
     assert ran == []
 
 
-def test_a_student_takes_over_what_fits():
-    """Networks that differ in `width` alone differ at the narrow place: two convolutions, two norms, a third's input."""
+def test_within_the_cache_a_teacher_runs_once_per_tensor_of_images():
+    """By object, not by value: a tensor that is gone never lends its outputs to another."""
+    teacher = Teacher(build_network({"block": "basic", "depths": [1, 1], "base": 4}, 5))
+    ran = []
+    teacher._network.layer1.register_forward_hook(lambda *_: ran.append("layer1"))
+    images = torch.randn(2, 3, 32, 32)
+    with teacher.cached():
+        assert teacher.logits(images) is teacher.logits(images)
+        assert teacher.blocks(images, 1) is teacher.blocks(images, 1)
+        assert len(ran) == 2  # logits are not blocks
+        for _ in range(10):
+            teacher.logits(images.clone())
+        assert len(ran) == 12
+    assert teacher.logits(images) is not teacher.logits(images)
+
+
+@pytest.mark.parametrize("architecture", [{"arch": "resnet50", "stem": "small"}, {"arch": "resnet18", "width": 0.5}])
+def test_on_the_meta_device_a_teacher_has_shapes_and_no_values(architecture):
+    with torch.device("meta"):
+        network = build_network(architecture, 10)
+    teacher = Teacher(network)
+    assert {tensor.device.type for tensor in teacher._network.state_dict().values()} == {"meta"}
+    images = torch.empty(2, 3, 64, 64, device="meta")
+    assert teacher.logits(images).shape == (2, 10)
+    assert [block.shape[1] for block in teacher.blocks(images, 4)] == list(network.architecture.block_channels)
+
+
+def test_a_student_takes_over_every_weight_that_fits():
+    """Networks that differ in `width` alone differ inside their units: three convolutions and the two norms between."""
     narrow = {"conv1", "bn1", "conv2", "bn2", "conv3"}
     thin, wide = (
         build_network({"block": "bottleneck", "depths": [1, 2], "base": 8, "width": width}, 10) for width in (0.5, 2)
@@ -129,7 +156,7 @@ def test_a_bad_architecture_is_one_line():
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
 def test_gradients_of_few_channels_in_channels_last(channels, num_threads):
-    """oneDNN's gradient of a strided 1x1 convolution is garbage where there are few of them."""
+    """oneDNN's weight gradient of a strided 1x1 convolution is garbage where they are fewer than its block."""
     torch.manual_seed(0)
     network = build_network({"block": "basic", "depths": [1, 1], "base": channels, "stem": "small"}, 3)
     precise = build_network(network.architecture, 3).double()
@@ -143,8 +170,9 @@ def test_gradients_of_few_channels_in_channels_last(channels, num_threads):
         precise(images.double())[1][-1].square().mean().backward()
     finally:
         torch.set_num_threads(before)
-    mine, theirs = (dict(net.named_parameters())["layer2.0.downsample.0.weight"].grad for net in (network, precise))
-    assert torch.allclose(mine.double(), theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+    name = "layer2.0.downsample.0.weight"
+    gradient, expected = (net.get_parameter(name).grad for net in (network, precise))
+    assert torch.allclose(gradient.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_every_block_and_mode_is_compiled():
@@ -164,7 +192,7 @@ def test_every_block_and_mode_is_compiled():
     assert counters["stats"]["unique_graphs"] == 3 * 2 * 4
 
 
-def test_compiled_blocks_answer_alike():
+def test_compiled_blocks_have_the_same_outputs():
     torch.manual_seed(0)
     network = build_network({"block": "basic", "depths": [1, 1], "base": 4, "stem": "strided"}, 3).eval()
     images = torch.randn(2, 3, 16, 16)

@@ -10,7 +10,7 @@ from gowide_dist.networks.transforms import linear_transform, merged
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
 @pytest.mark.parametrize("with_classifier", [True, False])
 def test_merging_is_exact(block, stem, with_classifier):
-    """The student with its transforms and the plain network that is left: equal to 1e-10 in float64."""
+    """The student with its transforms and the merged plain network: equal to 1e-10 in float64."""
     torch.manual_seed(0)
     shape = {"block": block, "depths": [2, 1, 2, 1], "stem": stem}
     wide = build_network({**shape, "base": 16}, 7).double()
@@ -22,9 +22,9 @@ def test_merging_is_exact(block, stem, with_classifier):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     student.eval()
-    pairs = list(zip(student.architecture.block_channels, wide.architecture.block_channels, strict=True))
-    up = [linear_transform(thin, theirs).double() for thin, theirs in pairs]
-    down = [linear_transform(theirs, thin).double() for thin, theirs in pairs[:-1]]
+    channels = list(zip(student.architecture.block_channels, wide.architecture.block_channels, strict=True))
+    up = [linear_transform(c, wide_c).double() for c, wide_c in channels]
+    down = [linear_transform(wide_c, c).double() for c, wide_c in channels[:-1]]
     images = torch.randn(3, 3, 40, 40, dtype=torch.double)
 
     x = student.block(0, images)
@@ -49,3 +49,12 @@ def test_equal_channels_need_no_transform():
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(network(images)[0], student(images)[0])
     assert network is not student
+
+
+def test_merging_on_the_meta_device_leaves_no_values():
+    with torch.device("meta"):
+        student = build_network({"block": "basic", "depths": [1, 1], "base": 8, "channels": 0.5}, 5)
+        up = [linear_transform(c, 2 * c) for c in student.architecture.block_channels]
+        down = [linear_transform(2 * c, c) for c in student.architecture.block_channels[:-1]]
+    network = merged(student, up, down, nn.Linear(2 * student.architecture.block_channels[-1], 5, device="meta"))
+    assert {tensor.device.type for tensor in network.state_dict().values()} == {"meta"}

@@ -16,13 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gowide_dist
 from gowide_dist import load_model, load_recipe
-from gowide_dist.data.encode import encode_image_folder
+from gowide_dist.data.encode import encode
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.identity import fingerprint
 from gowide_dist.networks import weights
 from gowide_dist.pipeline import walk
-from gowide_dist.networks import weights
 from gowide_dist.prepare import check_group, prepare
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.train import checkpoint, loop, start, student
@@ -254,10 +253,10 @@ def test_checkpoints_are_snapshots_written_while_training_goes_on(train, monkeyp
 def test_a_checkpoint_that_cannot_be_written_stops_training(train, monkeypatch, tmp_path):
     """At the next step, with the error of the file system; nothing is written after it, nothing is finished."""
 
-    def full(path, content):
+    def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    monkeypatch.setattr(checkpoint, "atomic", full)
     with pytest.raises(OSError, match="No space left"):
         train(name="full", into=tmp_path / "elsewhere")
     place = Run(tmp_path / "elsewhere" / "full").stage("teacher/wide")
@@ -346,7 +345,7 @@ def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path):
         "teacher": {"train": "wide", "objective": "labels", "epochs": 0, "init": {"file": str(tmp_path / "other.pth")}}
     }
     networks = {"wide": {"arch": "resnet18"}}
-    with pytest.raises(RunError, match=r"fc.weight is \(7, 512\) there, \(10, 512\) here; fc.bias is \(7,\) there"):
+    with pytest.raises(RunError, match=r"fc.weight is \(7, 512\) in the file, \(10, 512\) in the network; fc.bias is"):
         train(networks=networks, stages=stages)
     (tmp_path / "other.pth").write_bytes(b"no weights")
     runs = sorted(tmp_path.rglob("*"))
@@ -395,7 +394,7 @@ def test_images_of_any_size_train_from_a_recipe(train, tmp_path, runs):
             path = tmp_path / "images" / split / str(label) / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).resize(tuple(rng.integers(24, 49, 2))).save(path)
-    encode_image_folder(tmp_path / "out", tmp_path / "images")
+    encode("imagefolder", tmp_path / "out", tmp_path / "images")
     files = {name: str(tmp_path / "out" / f"{name}.beton") for name in ("train", "val")}
     crop = {"flip": True, "crop": {"scale": [0.6, 1.0]}}
     data = {**files, "resolution": 32, "augment": crop, "center_crop": 1.0, "order": "quasi-random"}

@@ -4,6 +4,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from gowide_dist.run import read_metrics
 from gowide_dist.train.metrics import (
@@ -114,9 +116,8 @@ def test_the_clock_goes_on_where_the_kept_lines_end(tmp_path):
     assert 60 <= read_metrics(path)[-1]["seconds"] < 90
 
 
-def test_scalars_for_tensorboard(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def train_twice(tmp_path):
+    """Killed after step 15, continued from step 10."""
     log = MetricsLog(tmp_path / "metrics.jsonl", step=0)
     for step in (5, 10, 15):
         log.append("train", step, {"epoch": step / 10, "loss": 1 / step})
@@ -125,8 +126,37 @@ def test_scalars_for_tensorboard(tmp_path):
     log.append("train", 15, {"epoch": 1.5, "loss": 0.25})
     log.append("val", 15, {"epoch": 1.5, "top1": 80.0})
     log.close()
+
+
+def test_scalars_for_tensorboard(tmp_path):
+    train_twice(tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["train/epoch", "train/loss", "val/epoch", "val/top1"]
     assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([0.2, 0.1, 0.25])
     assert [(event.step, event.value) for event in events.Scalars("val/top1")] == [(15, 80.0)]
+
+
+def test_event_files_hold_one_curve_also_for_readers_that_know_no_restarts(tmp_path):
+    """Read as they are, without what TensorBoard makes of a restart: each step once, in order, later in time."""
+    train_twice(tmp_path)
+    paths = sorted((tmp_path / "tensorboard").iterdir())
+    events = [event for path in paths for event in EventFileLoader(str(path)).Load() if event.summary.value]
+    losses = [event for event in events if event.summary.value[0].tag == "train/loss"]
+    assert [event.step for event in losses] == [5, 10, 15]
+    assert [event.summary.value[0].tensor.float_val[0] for event in losses] == pytest.approx([0.2, 0.1, 0.25])
+    assert [event.wall_time for event in events] == sorted(event.wall_time for event in events)
+
+
+def test_a_tensorboard_that_runs_forgets_the_lost_continuation(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0)
+    for step in (5, 10, 15, 20):
+        log.append("train", step, {"loss": 1.0})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    time.sleep(1.1)  # event files are named by the second
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=10)
+    log.append("train", 12, {"loss": 2.0})
+    log.close()
+    points = [(event.step, event.value) for event in events.Reload().Scalars("train/loss")]
+    assert points == [(5, 1.0), (10, 1.0), (12, 2.0)]

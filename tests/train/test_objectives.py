@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from gowide_dist import build_network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.recipe import BlocksStage
-from gowide_dist.recipe import BlocksStage
 from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
 from gowide_dist.train.objectives import Blocks, Kl, Labels
 
@@ -30,11 +29,6 @@ def teacher():
 def batch():
     torch.manual_seed(3)
     return torch.randn(8, 3, 16, 16), torch.randint(0, 10, (8,))
-
-
-def blocks(student, teacher, **options):
-    stage = {"train": ["thin"], "objective": "blocks", "teacher": "teacher", "epochs": 1, "optim": {"lr": 1}, **options}
-    return blocks(student, teacher, BlocksStage.model_validate(stage))
 
 
 def blocks(student, teacher, **options):

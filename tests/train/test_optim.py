@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from gowide_dist.recipe import Optim, Schedule
 from gowide_dist.timeline import Batching, Timeline
-from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.optim import MovingAverage, Optimizer, learning_rate
 
 OPTIM = Optim(lr=0.1)

@@ -1,6 +1,4 @@
-"""Two ways of doing the same, timed in turns: what else the machine does meanwhile falls upon both alike."""
-
-from __future__ import annotations
+"""Two ways of doing the same, timed in turns: what else the machine does meanwhile slows both alike."""
 
 import statistics
 import time
@@ -17,7 +15,7 @@ _MOST_TURNS = 50
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to measure: so many pairs, in each of which every side works for about so many seconds."""
+    """How much to measure: N pairs, in each of which every side works for about this many seconds."""
 
     pairs: int = 5
     seconds: float = 2.0
@@ -25,7 +23,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured: the median of the pairs' ratios between their quartiles. what: what is over what."""
+    """The median of the pairs' ratios between their quartiles. what: what is over what."""
 
     what: str
     target: str
@@ -36,27 +34,25 @@ class Figure:
     details: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, what: str, target: str, over: list[float], under: list[float], **details: Any) -> Figure:
-        """The figure for the seconds of both sides, pair for pair: the first over the second."""
+    def of(cls, what: str, target: str, over: list[float], under: list[float], **details: Any) -> "Figure":
+        """From the seconds of both sides, pair by pair: the first over the second."""
         return cls.around(what, target, [a / b for a, b in zip(over, under, strict=True)], **details)
 
     @classmethod
-    def around(cls, what: str, target: str, values: list[float], **details: Any) -> Figure:
-        """The figure for a value of every pair."""
-        middle = quartiles(values)
-        return cls(what, target, middle["ratio"], middle["low"], middle["high"], len(values), details)
+    def around(cls, what: str, target: str, values: list[float], **details: Any) -> "Figure":
+        """From one value of every pair."""
+        return cls(what, target, **quartiles(values), pairs=len(values), details=details)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs: details stand beside the rest."""
-        plain = asdict(self)
-        details: dict[str, Any] = plain.pop("details")
-        return {**plain, **details}
+        """Details stand beside the rest."""
+        values = asdict(self)
+        details = values.pop("details")
+        return {**values, **details}
 
 
 def spread(over: list[float], under: list[float]) -> dict[str, float]:
     """Median (`ratio`) and quartiles (`low`, `high`) of the ratios of pairs."""
-    ratios = [a / b for a, b in zip(over, under, strict=True)]
-    return quartiles(ratios)
+    return quartiles([a / b for a, b in zip(over, under, strict=True)])
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -71,21 +67,20 @@ def milliseconds(seconds: list[float]) -> float:
 
 
 def clock() -> float:
-    """The time in seconds at which all that was asked for is done, on a GPU too."""
+    """The time in seconds when all that was launched is done, on a GPU too."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """How long it takes until it is done."""
     start = clock()
     work()
     return clock() - start
 
 
 def in_turns(name: str, sides: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, list[float]]:
-    """Seconds that a turn of each side took, on average over each pair's turns, after two turns to warm up.
+    """Seconds that a turn of each side took, averaged over each pair's turns, after two turns to warm up.
 
     The sides go round turn by turn, so that a pair's sides met the same machine.
     """
@@ -93,7 +88,7 @@ def in_turns(name: str, sides: Mapping[str, Callable[[], object]], effort: Effor
         work()
     slowest = max(seconds_of(work) for work in sides.values())
     turns = min(_MOST_TURNS, max(1, round(effort.seconds / slowest)))
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     with Track(name, effort.pairs, "pairs", stderr=True) as track:
         for pair in range(effort.pairs):
             for taken in seconds.values():

@@ -2,8 +2,6 @@
 whole teacher runs on every batch.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import os
@@ -18,10 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from gowide_dist.data.beton import JPEG, Beton
-from gowide_dist.insight.bench.subject import OPTIM, Subject
 from gowide_dist.networks.transforms import linear_transform
 from gowide_dist.recipe import Instance, KlStage, Recipe
-from gowide_dist.train.student import autocast
+from tests.bench.subject import OPTIM, Subject
 
 
 class PlainImages(Dataset[tuple[Tensor, int]]):
@@ -66,7 +63,7 @@ def batches(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
     device = subject.world.device
     on_gpu = device.type == "cuda"
     loader = DataLoader(
-        PlainImages(subject.recipe, subject.images.mean.cpu(), subject.images.std.cpu()),
+        PlainImages(subject.recipe, subject.data.mean.cpu(), subject.data.std.cpu()),
         subject.recipe.batch_size,
         shuffle=True,
         drop_last=True,
@@ -99,12 +96,12 @@ def imitation_steps(subject: Subject, instance: Instance) -> list[Callable[[Tens
         optimizer = torch.optim.SGD(parameters, OPTIM.lr, OPTIM.momentum)
 
         def step(images: Tensor, labels: Tensor) -> None:
-            with autocast(subject.recipe, subject.world):
+            with subject.autocast():
                 with torch.no_grad():
                     wide(images)
-                mine = ups[index](thin.blocks(images, index + 1)[-1])
-                loss = F.mse_loss(mine, seen[f"wide{index}"])
-            loss.backward()  # type: ignore[no-untyped-call]
+                output = ups[index](thin.blocks(images, index + 1)[-1])
+                loss = F.mse_loss(output, seen[f"wide{index}"])
+            loss.backward()
             optimizer.step()
             thin.zero_grad()
 
@@ -123,14 +120,14 @@ def distillation_step(subject: Subject, instance: Instance) -> Callable[[Tensor,
     optimizer = torch.optim.SGD(thin.parameters(), OPTIM.lr, OPTIM.momentum, weight_decay=OPTIM.weight_decay)
 
     def step(images: Tensor, labels: Tensor) -> None:
-        with autocast(subject.recipe, subject.world):
+        with subject.autocast():
             with torch.no_grad():
-                theirs, _ = wide(images)
-            mine, _ = thin(images)
-            log_mine, log_theirs = (F.log_softmax(logits / temperature, dim=1) for logits in (mine, theirs))
-            divergence = F.kl_div(log_mine, log_theirs, reduction="batchmean", log_target=True)
-            loss = (1 - labels_weight) * temperature**2 * divergence + labels_weight * F.cross_entropy(mine, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+                teacher, _ = wide(images)
+            student, _ = thin(images)
+            log_student, log_teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
+            divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+            loss = (1 - labels_weight) * temperature**2 * divergence + labels_weight * F.cross_entropy(student, labels)
+        loss.backward()
         optimizer.step()
         thin.zero_grad()
 

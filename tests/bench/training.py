@@ -1,48 +1,34 @@
 """The training loop in this process: what it costs beside the bare step, and what saving costs it."""
 
-from __future__ import annotations
-
-import contextlib
-import io
 import itertools
 import statistics
-import tempfile
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gowide_dist.data.loader import Batch, Loader
-from gowide_dist.identity import identities
-from gowide_dist.insight.bench.pairs import Figure, clock, milliseconds, seconds_of
-from gowide_dist.insight.bench.subject import OPTIM, Subject
-from gowide_dist.networks.architecture import Architecture
+from gowide_dist.data.loader import Batch
 from gowide_dist.progress import Track
-from gowide_dist.recipe import Checkpoints, LabelsStage, Recipe
-from gowide_dist.run import Run
-from gowide_dist.train.checkpoint import save_checkpoint
-from gowide_dist.train.loop import TrainContext, train_stage
-from gowide_dist.train.student import autocast
+from gowide_dist.recipe import Checkpoints
+from tests.bench.pairs import Figure, clock, milliseconds, seconds_of
+from tests.bench.subject import OPTIM, Enough, Subject
 
 _WARM_UP_STEPS = 5
 _STEPS_AROUND_SAVE = 6
 
 
 def loop(subject: Subject) -> Figure:
-    """The training loop as it is, against forward, backward and optimiser step alone, on the same tensors.
+    """The training loop as it is, against forward, backward and optimizer step alone, on the same tensors.
 
     The loop turns pixels into input, logs as often as the recipe says, shows progress and looks whether a checkpoint
-    is due; what a checkpoint costs is measured apart. Neither side waits for data, which is in memory.
+    is due; what a checkpoint costs is measured by itself. Neither side waits for data, which is in memory.
     """
     steps = subject.recipe.log_every_steps  # in a pair, so that every pair has a line in the log
     bare = _bare_step(subject)
     stream = _Stream("loop", subject, _WARM_UP_STEPS + subject.effort.pairs * steps, bare)
-    _run_loop(subject, subject.student, stream)
+    subject.run_loop(subject.student, stream)
     loops, bares = (_sums(seconds[_WARM_UP_STEPS:], steps) for seconds in (stream.seconds, stream.seconds_before))
     return Figure.of(
         "a step of the training loop over a bare forward, backward, step on the same tensors, data in memory",
@@ -59,11 +45,11 @@ def checkpoint(subject: Subject) -> Figure:
 
     The ratio is that over the interval between two checkpoints. Of the network with the most parameters.
     """
-    num_classes = subject.images.num_classes
+    num_classes = subject.data.num_classes
     widest = max(subject.recipe.architectures.values(), key=lambda network: network.num_parameters(num_classes))
     every = 2 * _STEPS_AROUND_SAVE
     stream = _Stream("checkpoint", subject, (subject.effort.pairs + 1) * every)
-    _run_loop(subject, widest, stream, checkpoints={"every_steps": every})
+    subject.run_loop(widest, stream, checkpoints={"every_steps": every})
     sums = _sums(stream.seconds[_STEPS_AROUND_SAVE // 2 :], _STEPS_AROUND_SAVE)  # without, with, without, ...
     without, around = sums[0::2], sums[1::2]
     usual = statistics.median(stream.seconds)
@@ -71,46 +57,18 @@ def checkpoint(subject: Subject) -> Figure:
     minutes = subject.recipe.checkpoints.every_minutes or Checkpoints().every_minutes
     assert minutes is not None
     costs = [more - less for more, less in zip(around, without, strict=False)]
+    network = subject.plain_network(widest)
+    saves = [seconds_of(partial(subject.save, network, step)) for step in range(subject.effort.pairs)]
     return Figure.around(
         f"seconds that a save costs training over the {minutes:g} minutes between saves",
         "at most 0.01",
         [cost / (60 * minutes) for cost in costs],
         cost_of_a_save_ms=milliseconds(costs),
         standstill_of_a_save_ms=milliseconds(stalls),
-        save_in_the_foreground_ms=milliseconds(_foreground_saves(subject, widest)),
+        save_in_the_foreground_ms=milliseconds(saves),
         step_ms=milliseconds(stream.seconds),
         parameters=widest.num_parameters(num_classes),
     )
-
-
-def _foreground_saves(subject: Subject, architecture: Architecture) -> list[float]:
-    """Seconds of writing a training state (weights, statistics, momentum) while nothing else is done."""
-    network = subject.plain_network(architecture)
-    state = {"objective": network.state_dict(), "momentum": list(network.parameters())}
-    folder = subject.folder / "checkpoints"
-    folder.mkdir()
-    return [
-        seconds_of(partial(save_checkpoint, folder, state, step=step, about={}, keep=1))
-        for step in range(subject.effort.pairs)
-    ]
-
-
-def _run_loop(subject: Subject, architecture: Architecture, stream: _Stream, **changes: Any) -> None:
-    """Train a network on labels in the real loop until the stream ends."""
-    stage = LabelsStage(train=("network",), objective="labels", epochs=1, optim=OPTIM)
-    recipe = Recipe.model_validate(
-        {
-            **subject.recipe.model_dump(),
-            "networks": {"network": architecture.model_dump()},
-            "stages": {"stage": stage.model_dump()},
-            **changes,
-        }
-    )
-    images = replace(subject.images, train=lambda seed: cast(Loader, stream))
-    with tempfile.TemporaryDirectory(dir=subject.folder) as folder:
-        ctx = TrainContext(recipe, Run(Path(folder)), subject.world, images, identities(recipe, subject.checksums))
-        with contextlib.suppress(_Enough), contextlib.redirect_stdout(io.StringIO()):
-            train_stage(recipe.instances["stage/network"], ctx)
 
 
 def _bare_step(subject: Subject) -> Callable[[Tensor, Tensor], None]:
@@ -121,19 +79,15 @@ def _bare_step(subject: Subject) -> Callable[[Tensor, Tensor], None]:
     scaler = torch.amp.GradScaler(subject.world.device.type, enabled=subject.recipe.precision == "fp16")
 
     def step(images: Tensor, labels: Tensor) -> None:
-        with autocast(subject.recipe, subject.world):
+        with subject.autocast():
             logits, _ = network(images)
             loss = F.cross_entropy(logits, labels)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
     return step
-
-
-class _Enough(Exception):  # noqa: N818 -- no error
-    """All pairs are measured."""
 
 
 class _Stream:
@@ -151,7 +105,7 @@ class _Stream:
         """The data has been checked."""
 
     def batches(self, epoch: int, start: int, resolution: int) -> Generator[Batch, None, None]:
-        """As a loader's. Raises _Enough after the last step."""
+        """As a loader's. Raises Enough after the last step."""
         stored = itertools.cycle(zip(self._subject.batches, self._subject.inputs, strict=True))
         with Track(self._name, self._num_steps, "steps", stderr=True) as track:
             for step in range(self._num_steps):
@@ -164,12 +118,12 @@ class _Stream:
                 self.seconds.append(clock() - between)
                 self.seconds_before.append(between - began)
                 track.update(step + 1)
-        raise _Enough
+        raise Enough
 
     def close(self) -> None:
         """Nothing is open."""
 
 
 def _sums(values: Sequence[float], count: int) -> list[float]:
-    """Sums of so many values each, from the first on; what is left over is left out."""
+    """Sums of `count` values each, from the first on; what is left over is left out."""
     return [sum(values[start : start + count]) for start in range(0, len(values) - count + 1, count)]

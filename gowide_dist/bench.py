@@ -1,0 +1,246 @@
+"""Does this machine feed and train a recipe: its loader against the usual ones, and a few real steps of every stage.
+
+Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
+from operator import truediv
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from gowide_dist.data.info import read_dataset_info
+from gowide_dist.errors import DataError
+from gowide_dist.progress import say
+from gowide_dist.recipe import Recipe
+from gowide_dist.steps import NUM_STEPS, memory_bytes, run_steps
+from gowide_dist.timeline import Batching
+
+_ROUNDS = 3
+Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head and rows
+Epoch: TypeAlias = Callable[[int], int]  # runs an epoch, returns its number of images
+_RATIOS = {"ffcv": "over_ffcv", "torchvision": "over_torchvision", "decode_only": "of_decode_only"}
+
+
+class Reading(NamedTuple):
+    """What all loaders read and give: batches of `side` px, cropped at random, or else only shifted."""
+
+    path: Path
+    batch_size: int
+    side: int
+    cropped: bool
+    num_threads: int
+
+
+def machine() -> dict[str, Any]:
+    """What the measurements are made on."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "cpu": cpu_name(),
+        "cores": cores,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", cores)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": str(torch.__version__),
+        "load_average": round(os.getloadavg()[0], 1),  # above the number of cores, seconds are noise
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, or its architecture where Linux has no name for it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "") or platform.machine()
+
+
+def stages(recipe: Recipe, num_processes: int, num_steps: int = NUM_STEPS) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a few steps of each stage of the recipe take, its networks together. Raises UserError as training does."""
+    for name, stage in recipe.stages.items():
+        if stage.epochs:
+            say(f"{name}: a few training steps, processes: {num_processes}")
+            times = run_steps(recipe, [f"{name}/{network}" for network in stage.train], num_processes, num_steps)
+            result = {
+                "images_per_s": round(recipe.batch_size / times.step_s, 1),
+                "data_wait": round(times.data_wait, 3),
+                "memory_mib": round(times.memory_bytes / 2**20),
+                "steps": times.num_steps,
+            }
+            yield name, result
+
+
+def stages_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The results of `stages` for people."""
+    head = "stage", "images/s", "time waiting for data", "peak memory of a process, MiB"
+    return head, [
+        (name, f"{result['images_per_s']:,.0f}", f"{result['data_wait']:.1%}", f"{result['memory_mib']:,}")
+        for name, result in results.items()
+    ]
+
+
+def loader_table(result: Mapping[str, Any]) -> Table:
+    """The result of `loader` for people."""
+    head = "loader", "images/s", "gowide_dist over it", "memory growth, MiB"
+    return head, [
+        (name, f"{rate:,}", str(result.get(_RATIOS.get(name, ""), "")), f"{result['memory_mib'][name]:,}")
+        for name, rate in result["images_per_s"].items()
+    ]
+
+
+def loader(
+    data_dir: Path,
+    images_dir: Path | None = None,
+    *,
+    batch_size: int,
+    resolution: int | None = None,
+) -> dict[str, Any]:
+    """Rates and memory of this loader, stock FFCV, torchvision and mere decoding, with their ratios.
+
+    data_dir: a dataset that `gowide encode` wrote; images_dir: the same images for torchvision's ImageFolder (class
+    folders, or a folder `train` of them). Variable or large images are cropped at random to `resolution` (default 224)
+    and flipped, small fixed ones shifted and flipped.
+
+    Returns `over_ffcv`, `over_torchvision` (with images_dir), `of_decode_only` (where there are JPEGs) and
+    `memory_over_ffcv`: medians of the ratios of the rounds; and what they come from, `images_per_s` and `memory_mib`
+    (peak growth after the imports). Raises DataError where a folder is missing.
+    """
+    beton = data_dir / "train.beton"
+    info = read_dataset_info(beton)
+    reading = Reading(
+        beton,
+        batch_size,
+        side=resolution or info.fixed_side_px or 224,
+        cropped=resolution is not None or info.fixed_side_px is None,
+        num_threads=len(os.sched_getaffinity(0)),
+    )
+    readings = {"gowide_dist": reading, "ffcv": reading}
+    if info.encoding.get("jpg_share"):
+        readings["decode_only"] = reading
+    if images_dir is not None:
+        folder = images_dir / "train" if (images_dir / "train").is_dir() else images_dir
+        if not folder.is_dir():
+            raise DataError(f"{folder}: not found; give the folder of class folders as --images")
+        readings["torchvision"] = reading._replace(path=folder)
+    rates, memory = _race(readings)
+    return {
+        **{
+            key: round(statistics.median(map(truediv, rates["gowide_dist"], rates[name])), 3)
+            for name, key in _RATIOS.items()
+            if name in rates
+        },
+        "memory_over_ffcv": round(memory["gowide_dist"] / memory["ffcv"], 3),
+        "images_per_s": {name: round(statistics.median(values)) for name, values in rates.items()},
+        "memory_mib": {name: round(value / 2**20) for name, value in memory.items()},
+    }
+
+
+def _race(readings: Mapping[str, Reading]) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Images per second in every round, and growth in bytes: in turns, each in a process that no other warms up."""
+    rates: dict[str, list[float]] = {name: [] for name in readings}
+    memory: dict[str, int] = {}
+    with ExitStack() as stack:
+        context = multiprocessing.get_context("spawn")
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in readings}
+        for epoch in range(_ROUNDS + 1):
+            for name, reading in readings.items():
+                rate, memory[name] = processes[name].submit(_run_epoch, name, reading, epoch).result()
+                if epoch:  # the first compiles, and warms the system's file cache
+                    rates[name].append(rate)
+    return rates, memory
+
+
+def _run_epoch(name: str, reading: Reading, epoch: int) -> tuple[float, int]:
+    """Images per second of an epoch in this process, and the peak growth of its memory."""
+    before, run = _opened(name, reading)
+    start = time.perf_counter()
+    num_images = run(epoch)
+    return num_images / (time.perf_counter() - start), memory_bytes("VmHWM") - before
+
+
+@functools.cache
+def _opened(name: str, reading: Reading) -> tuple[int, Epoch]:
+    """Memory after the imports, which count as no growth, and the opened loader."""
+    for module in ("cv2", "torch", *(["ffcv.loader"] if name == "ffcv" else [])):
+        importlib.import_module(module)
+    opens = {"gowide_dist": _own, "ffcv": _ffcv, "decode_only": _decode_only, "torchvision": _torchvision}
+    return memory_bytes("VmRSS"), opens[name](reading)
+
+
+def _own(reading: Reading) -> Epoch:
+    from gowide_dist.data.decode import RandomResizedCrop, Shift
+    from gowide_dist.data.loader import Loader
+
+    stream = Loader(
+        reading.path,
+        Batching(reading.batch_size),
+        train=True,
+        geometry=RandomResizedCrop(True, 0.08, 1.0, 3 / 4, 4 / 3) if reading.cropped else Shift(True, 4),
+        resolution=reading.side,
+        num_threads=reading.num_threads,
+    )
+    return lambda epoch: sum(len(batch.images) for batch in stream.batches(epoch))
+
+
+def _ffcv(reading: Reading) -> Epoch:
+    from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, RandomTranslate, ToTensor
+
+    if reading.cropped:
+        images = [RandomResizedCropRGBImageDecoder((reading.side, reading.side)), RandomHorizontalFlip(), ToTensor()]
+    else:
+        images = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(4), ToTensor()]
+    stream = Loader(
+        str(reading.path),
+        batch_size=reading.batch_size,
+        num_workers=reading.num_threads,
+        order=OrderOption.RANDOM,
+        seed=0,
+        pipelines={"image": images},
+    )
+    return lambda _: sum(len(images) for images, _ in stream)
+
+
+def _decode_only(reading: Reading) -> Epoch:
+    """Every image decoded whole by the same JPEG library, and nothing else."""
+    import numpy as np
+
+    from gowide_dist.data import decode
+    from gowide_dist.data.beton import JPEG, Beton
+
+    source = decode.BetonArrays.of(Beton(reading.path))
+    parts = np.array_split(np.flatnonzero(source.modes == JPEG), reading.num_threads)
+    scratches = [decode.Scratch.of(source) for _ in parts]
+    threads = ThreadPoolExecutor(reading.num_threads)
+
+    def epoch(_: int) -> int:
+        list(threads.map(functools.partial(decode.decode_whole, source), parts, scratches))
+        return sum(map(len, parts))
+
+    return epoch
+
+
+def _torchvision(reading: Reading) -> Epoch:
+    import torch
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop(reading.side) if reading.cropped else v2.RandomCrop(reading.side, padding=4)
+    stream = torch.utils.data.DataLoader(
+        ImageFolder(reading.path, v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])),
+        reading.batch_size,
+        shuffle=True,
+        num_workers=reading.num_threads,
+        drop_last=True,
+        persistent_workers=True,
+    )
+    return lambda _: sum(len(images) for images, _ in stream)

@@ -1,0 +1,100 @@
+"""gowide bench: whether this machine feeds and trains a recipe."""
+
+import json
+
+import pytest
+
+from gowide_dist import load_recipe
+from gowide_dist.bench import loader, loader_table
+from gowide_dist.data.encode import Options, encode_image_folder
+from gowide_dist.errors import DataError, UserError
+from gowide_dist.steps import _step_times, run_steps
+from gowide_dist.timeline import Batching, Timeline
+from tests.command import gowide, refused
+from tests.data.conftest import write_image_folder
+from tests.fashion import chain, encode_part, write_job
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bench")
+    return write_job(root, chain(encode_part(root, 240, 60)))
+
+
+def test_loader_against_the_usual_ways(tmp_path):
+    write_image_folder(tmp_path / "images", 64, 4)
+    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, workers=1))
+    result = loader(tmp_path / "out", tmp_path / "images", batch_size=16, resolution=32)
+    rates = result["images_per_s"]
+    assert set(rates) == {"gowide_dist", "ffcv", "torchvision", "decode_only"} == set(result["memory_mib"])
+    assert all(rate > 0 for rate in rates.values())
+    ratios = {"over_ffcv", "over_torchvision", "of_decode_only", "memory_over_ffcv"}
+    assert set(result) == {*ratios, "images_per_s", "memory_mib"}
+    assert all(result[key] > 0 for key in ratios)
+    assert result["of_decode_only"] < 2
+    head, rows = loader_table(result)
+    assert [row[2] for row in rows][1:3] == [str(result["over_ffcv"]), str(result["of_decode_only"])]
+    assert all(len(row) == len(head) for row in rows)
+
+
+def test_missing_folders_are_errors(tmp_path):
+    with pytest.raises(DataError, match=r"dataset\.json: not found"):
+        loader(tmp_path, batch_size=4)
+    write_image_folder(tmp_path / "images", 4, 4)
+    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(workers=1))
+    with pytest.raises(DataError, match="--images"):
+        loader(tmp_path / "out", tmp_path / "nowhere", batch_size=4)
+
+
+def test_the_loader_needs_none_of_the_recipe_s_files(tmp_path, job):
+    missing = ["data.train=nowhere/train.beton", "data.val=nowhere/val.beton"]
+    result = gowide("bench", job, *missing, "--data", job.parent / "data", "--only", "loader", "--json")
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert set(printed) == {"machine", "loader"}
+    assert set(printed["machine"]) == {"cpu", "cores", "threads", "gpu", "torch", "load_average"}
+    assert set(printed["loader"]) == {"over_ffcv", "memory_over_ffcv", "images_per_s", "memory_mib"}
+    assert "--data and --images are for `loader`" in refused("bench", job, "--data", "data", "--only", "stages")
+
+
+def test_stages_are_trained_as_they_will_be(job):
+    students = ["networks.slim={widen: thin, by: 2}", "stages.distill.train=[thin, slim]", "stages.distill.init=null"]
+    stored = [*students, "stages.distill.teacher_logits=stored", "stages.finetune.init=distill/thin"]
+    result = gowide("bench", job, *stored, "--only", "stages", "--nproc", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    stages = json.loads(result.stdout)["stages"]
+    assert list(stages) == ["teacher", "imitate", "distill", "finetune"]
+    for stage in stages.values():
+        assert stage["steps"] == 4  # an epoch
+        assert stage["images_per_s"] > 0
+        assert 0 <= stage["data_wait"] < 1
+        assert stage["memory_mib"] > 50
+
+
+def test_the_limit_ends_a_stage_sooner(job):
+    times = run_steps(load_recipe(job), ["imitate/thin"], 1, limit_s=0)
+    assert times.num_steps == 1
+    assert times.step_s > 0
+    assert times.validation_batch_s is None
+    stored = load_recipe(job, ["stages.distill.teacher_logits=stored"])
+    with pytest.raises(UserError, match=r"^distill/thin: no training step within 0 s; try a smaller batch_size$"):
+        run_steps(stored, ["distill/thin"], 1, limit_s=0)
+
+
+def test_steps_count_when_they_are_warm():
+    lines = [
+        {"kind": "train", "step": 1, "images_per_s": 1.0, "data_wait": 0.9, "seconds": 10.0},
+        {"kind": "train", "step": 5, "images_per_s": 10.0, "data_wait": 0.1, "seconds": 14.0},
+        {"kind": "train", "step": 6, "images_per_s": 1.0, "data_wait": 0.9, "seconds": 24.0},  # the next block
+        {"kind": "train", "step": 10, "images_per_s": 20.0, "data_wait": 0.4, "seconds": 26.0},
+        {"kind": "val", "step": 10, "seconds": 29.0},
+    ]
+    report = {"seconds": 33.0, "validation_batches": 2, "memory_bytes": 7, "start_s": 5.0}
+    timeline = Timeline(Batching(10), steps_per_epoch=10, epochs=1, num_phases=2)
+    times = _step_times(lines, timeline, report)
+    assert times.step_s == pytest.approx((4 * 1 + 4 * 0.5) / 8)
+    assert times.data_wait == pytest.approx((4 * 0.1 + 2 * 0.4) / 6)
+    assert times.validation_batch_s == pytest.approx(1.5)
+    assert times.fixed_s == pytest.approx(33 - 7.5 - 3)
+    assert (times.num_steps, times.memory_bytes, times.start_s) == (10, 7, 5)
+    assert _step_times(lines[:1], timeline, report).step_s == pytest.approx(10)  # rather than nothing
