@@ -6,29 +6,27 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
-from gowide_dist.collector import collect_seldom
 from gowide_dist.errors import InternalError, UserError, mendable
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
+if TYPE_CHECKING:
+    from gowide_dist.recipe import Recipe
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def print_version(wanted: bool) -> None:
-    """Print the version of this package, and its commit where it lies in a repository, and leave."""
+    """Print the version of this package, with the commit if its folder is in a git repository, and exit."""
     if wanted:
-        from gowide_dist.run import code_version
+        from gowide_dist.environment import code_version
 
-        about = code_version()
-        commit = f" at {about['commit'][:12]}{', changed' if about['dirty'] else ''}" if about["commit"] else ""
-        print_line(f"gowide_dist {about['gowide_dist']}{commit}")
+        version = code_version()
+        commit = f" at {version['commit'][:12]}{', changed' if version['dirty'] else ''}" if version["commit"] else ""
+        print_line(f"gowide_dist {version['gowide_dist']}{commit}")
         raise typer.Exit
 
 
@@ -39,25 +37,25 @@ def common(
     """Train deep thin image classifiers: go wide, then narrow."""
 
 
-data_app = typer.Typer(help="Look after encoded datasets.", no_args_is_help=True)
+data_app = typer.Typer(help="Check encoded datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 Job = Annotated[Path, typer.Argument(help="A recipe, for example jobs/demo.yaml.", metavar="JOB")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values to set by their dotted path.", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(help="Values to set, by dotted key: seed=1 data.resolution=32.", metavar="[KEY=VALUE]..."),
 ]
 RunDir = Annotated[Path, typer.Argument(help="A run directory, for example runs/demo.", metavar="RUN")]
 
 
 def complete_stage(context: typer.Context, incomplete: str) -> list[str]:
-    """For the shell: the stages of the recipe or run that stands on the command line."""
+    """Shell completion: the stages of the recipe or run that is on the command line already."""
     from gowide_dist.recipe import load_recipe
 
-    given = [context.params.get("job"), context.params.get("run"), *context.args]  # args: before an option's value
-    paths = [Path(str(word)) for word in given if word]
-    if not paths:
+    words = [context.params.get("job"), context.params.get("run"), *context.args]  # args: words before an option
+    path = next((Path(str(word)) for word in words if word), None)
+    if path is None:
         return []
-    path = paths[0]
     try:
         recipe = load_recipe(path / "recipe.yaml" if path.is_dir() else path)
     except UserError:
@@ -68,9 +66,18 @@ def complete_stage(context: typer.Context, incomplete: str) -> list[str]:
 StageName = Annotated[str, typer.Argument(help="A stage, or stage/network.", autocompletion=complete_stage)]
 Only = Annotated[
     list[str] | None,
-    typer.Option(help="A stage, with all that it needs; may be repeated.", autocompletion=complete_stage),
+    typer.Option(help="A stage and those that it needs; may be repeated.", autocompletion=complete_stage),
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of run directories.")]
+Fresh = Annotated[bool, typer.Option(help="Delete what another recipe has left in this run's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def load_job(job: Path, overrides: list[str] | None) -> Recipe:
+    """The recipe of a command line."""
+    from gowide_dist.recipe import load_recipe
+
+    return load_recipe(job, overrides or [])
 
 
 class DatasetKind(StrEnum):
@@ -127,8 +134,8 @@ def encode(
         if dry_run:
             print_line("\n".join(chain.scripts()))
             return
-        job_id = {**chain.queued, **chain.submit()}[KEY]
-        print_line(f"{out}  job {job_id}{' already' if chain.queued else ''}  {log_file(chain.folder, job_id)}")
+        job_id = chain.submit()[KEY]
+        print_line(f"{out}  job {job_id}{'' if chain.jobs else ' already'}  {log_file(chain.folder, job_id)}")
         return
     raise_on_sigterm()
     info = encoders.encode(dataset.value, out, root, options)
@@ -209,37 +216,31 @@ def run(
     job: Job,
     overrides: Overrides = None,
     nproc: Annotated[
-        int | None, typer.Option(help="Processes; default: the GPUs, else one per two cores.", min=1)
+        int | None, typer.Option(help="Processes; default: one per GPU, else one per two cores.", min=1)
     ] = None,
     runs: Runs = Path("runs"),
     only: Only = None,
-    fresh: Annotated[bool, typer.Option(help="Forget what another recipe has left in this run's folder.")] = False,
+    fresh: Fresh = False,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Train the networks of a stage one after the other: takes less memory.")
     ] = False,
 ) -> None:
-    """Train all stages of a recipe on this machine, or what is left of them, and print the table of results.
+    """Train the unfinished stages of a recipe on this machine, and print the table of results.
 
-    Stop it whenever you like: the same command continues. The networks of a stage (`train: [half, quarter]`) train
-    together, on one data stream and one teacher's answers, with the weights that each would have alone.
+    Stop it at any time: the same command continues. The networks of a stage (`train: [half, quarter]`) train together,
+    on one data stream and one forward pass of the teacher, and end with the weights that each would have alone.
 
     Example: `gowide run jobs/demo.yaml --nproc 2 stages.finetune.epochs=5`
     """
     from gowide_dist.insight.report import write_report
     from gowide_dist.launch.local import default_num_processes, num_gpus, run_here
     from gowide_dist.prepare import prepare
-    from gowide_dist.recipe import load_recipe
 
-    recipe = load_recipe(job, overrides or [])
-    num_processes = nproc or default_num_processes()
+    recipe, num_processes = load_job(job, overrides), nproc or default_num_processes()
     prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=num_gpus() > 0, only=only or [], fresh=fresh)
     total, left = len(prepared.selected), len(prepared.unfinished)
-    if left:
-        print_line(
-            f"{prepared.run.path}: {total - left} of {total} stages done, {left} to train in {num_processes} processes"
-        )
-    else:
-        print_line(f"{prepared.run.path}: all {total} stages are done, nothing to train")
+    to_train = f"{total - left} of {total} stages done, {left} to train in {num_processes} processes"
+    print_line(f"{prepared.run.path}: {to_train if left else f'all {total} stages are done, nothing to train'}")
     run_here(prepared, num_processes, sequential=sequential)
     print_line(write_report(prepared.run))
 
@@ -302,11 +303,11 @@ def submit(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     only: Only = None,
-    fresh: Annotated[bool, typer.Option(help="Forget what another recipe has left in this run's folder.")] = False,
+    fresh: Fresh = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts, and do nothing.")] = False,
     test_only: Annotated[bool, typer.Option("--test-only", help="Ask Slurm whether it would take the jobs.")] = False,
 ) -> None:
-    """Submit one Slurm job per stage that is not done, each after those it needs, and return.
+    """Submit a Slurm job for each unfinished stage, which starts after those that it needs, and return.
 
     The same command again submits only what is missing.
 
@@ -317,25 +318,21 @@ def submit(
     from gowide_dist.launch.profile import load_profile
     from gowide_dist.launch.queue import require
     from gowide_dist.prepare import write_run
-    from gowide_dist.recipe import load_recipe
 
-    recipe, profile = load_recipe(job, overrides or []), load_profile(cluster)
+    recipe, profile = load_job(job, overrides), load_profile(cluster)
     if dry_run or test_only:
         chain = rehearse_chain(recipe, runs, profile, only=only or [], fresh=fresh)
         print_line("\n".join(chain.scripts() if dry_run else chain.try_out()) or "nothing to submit")
         return
     require("sbatch")
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
-    write_run(prepared, fresh=fresh, in_jobs={*chain.queued, *chain.leaving})
-    print_line(submitted_table(prepared, {**chain.queued, **chain.submit()}))
+    write_run(prepared, fresh=fresh, in_jobs=chain.in_jobs)
+    print_line(submitted_table(prepared, chain.submit()))
 
 
 @app.command()
-def status(
-    run: RunDir,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show the stages of a run, their jobs, how far they are and how long they still take.
+def status(run: RunDir, as_json: Json = False) -> None:
+    """Show the stages of a run: their jobs, progress and time left.
 
     Example: `gowide status runs/demo`
     """
@@ -352,10 +349,10 @@ def status(
 def logs(
     run: RunDir,
     stage: StageName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the job is over.")] = False,
-    rank: Annotated[int, typer.Option(help="The process whose log it is.", min=0)] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print until the job is over.")] = False,
+    rank: Annotated[int, typer.Option(help="Rank of the process.", min=0)] = 0,
 ) -> None:
-    """Print what the job of a stage prints.
+    """Print the log of a stage's job.
 
     Example: `gowide logs runs/demo teacher -f`
     """
@@ -369,7 +366,7 @@ def logs(
 
 @app.command()
 def cancel(run: RunDir) -> None:
-    """Cancel the jobs of a run that are queued or running. `gowide submit` goes on from there.
+    """Cancel the queued and running jobs of a run. `gowide submit` continues it.
 
     Example: `gowide cancel runs/demo`
     """
@@ -433,15 +430,15 @@ def report(
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure/--no-measure", help="Latency, dead channels, agreement with the teacher: once a network."
+            "--measure/--no-measure", help="Latency, dead channels and agreement with the teacher, once per network."
         ),
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Print the results of a run and write report.html, one page with all pictures, with CSV and PNG files beside it.
+    """Print the results of a run, and write report.html, a page with all plots, and CSV and PNG files beside it.
 
-    Of several runs, write runs.html: mean and spread over those that differ only in their seed, and how far each
-    stage is above the baseline.
+    For several runs, write runs.html: mean and standard deviation over runs that differ only in their seed, and the
+    gain of each stage over the baseline.
 
     Example: `gowide report runs/fashion_mnist runs/fashion_mnist-1`
     """
@@ -478,32 +475,29 @@ def doctor(
 
 
 def print_line(text: str) -> None:
-    """Write to standard output as it is."""
+    """Print to stdout, without rich's markup and line breaks."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def main() -> None:
-    """Entry of the console script."""
-    collect_seldom()
+    """Run the command of `sys.argv`: an error that the user may see is one line on stderr."""
+    line, status = "", 2
     try:
-        status = app(standalone_mode=False) or 0
-        if status == 130:  # what typer makes of Ctrl-C
-            sys.stderr.write("gowide: stopped; the same command continues\n")
-        sys.exit(status)
-    except TyperException as error:  # of usage: also without arguments, when it has printed the help and says nothing
+        status = app(prog_name="gowide", standalone_mode=False) or 0
+        if status == 130:  # typer's, after Ctrl-C
+            line = "stopped; the same command continues"
+    except TyperException as error:  # wrong usage; without arguments the help is printed, and there is no message
         if message := error.format_message().replace("Value error, ", "").rstrip("."):
             command = getattr(getattr(error, "ctx", None), "command_path", "gowide")
-            sys.stderr.write(f"gowide: {message}; see `{command} --help`\n")
-        sys.exit(2)
+            line = f"{message}; see `{command} --help`"
     except UserError as error:
-        sys.stderr.write(f"gowide: {error}\n")
-        sys.exit(2)
-    except OSError as error:
-        if (line := mendable(error)) is None:
-            raise
-        sys.stderr.write(f"gowide: {line}\n")
-        sys.exit(2)
+        line = str(error)
     except InternalError as error:
-        sys.stderr.write(f"gowide: {error}\n")
-        sys.exit(1)
+        line, status = str(error), 1
+    except OSError as error:
+        if not (line := mendable(error) or ""):
+            raise
+    if line:
+        sys.stderr.write(f"gowide: {line}\n")
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, locks, digests."""
+"""Writing files atomically, locks, digests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from typing import IO, BinaryIO
 
 from gowide_dist.errors import RunError, is_full
 
-PARTIAL = ".partial"  # a folder of files that are being written
+PARTIAL = ".partial"  # folder of files that are being written
+NO_WEIGHTS = (
+    "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
+)
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which becomes `path` whole or not at all, also after a power cut."""
+    """A file to write, which becomes `path` when the context ends without an exception, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -32,7 +35,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+    """Write a file that is complete or absent, also after a power cut."""
     with atomic(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -49,7 +52,7 @@ class HashingFile:
         return self._file.write(content)
 
     def sync(self) -> str:
-        """Put all on the disk; its SHA-256."""
+        """Write buffers to the disk; the SHA-256 of the content."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._sha256.hexdigest()
@@ -57,9 +60,9 @@ class HashingFile:
 
 @contextmanager
 def writing_to(path: Path, option: str) -> Iterator[None]:
-    """Inside, an error of the operating system becomes a RunError: `path` cannot be written, `option` names another.
+    """Turns an OSError into a RunError that says: `path` cannot be written, choose another with `option`.
 
-    A full disk passes as it is: another place is not what mends it (`errors.mendable`).
+    But a full disk, which `errors.mendable` explains: it stays an OSError.
     """
     try:
         yield
@@ -73,9 +76,9 @@ def writing_to(path: Path, option: str) -> Iterator[None]:
 
 @contextmanager
 def replacing(folder: Path, marker: str) -> Iterator[Path]:
-    """A new empty folder inside `folder`, whose files take the place of those in `folder` when all has gone well.
+    """A new empty folder inside `folder`, whose files replace those in `folder` unless there is an exception.
 
-    The file `marker` says that the others are whole: it goes first and comes last.
+    The file `marker` says that the others are complete: the old one is deleted first, the new one is moved last.
     """
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
@@ -91,13 +94,13 @@ def replacing(folder: Path, marker: str) -> Iterator[Path]:
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Whether this process is the only one inside for this lock file."""
+    """Whether this process got the lock file's lock, which it has until the context ends."""
     with path.open("a") as file:
         yield flock(file, fcntl.LOCK_EX)
 
 
 def flock(file: IO[str], kind: int) -> bool:
-    """Lock an open file, if nobody else has. Raises RunError where the file system has no locks."""
+    """Lock an open file, if no other process has. Raises RunError if the file system has no locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -111,8 +114,3 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-NO_WEIGHTS = (
-    "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
-)

@@ -1,4 +1,4 @@
-"""What determines the result of a stage instance: its identity, and the fingerprint of that."""
+"""The identity of a stage instance, which is all that determines its weights, and the fingerprint of that."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ IDENTITY_FORMAT = 3  # raised when the code changes so that the same recipe give
 def identity(
     instance: Instance, recipe: Recipe, data_checksums: Mapping[str, str], fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
-    """All that determines the result of a stage instance, and nothing of where or under which name it runs.
+    """All that determines the weights of a stage instance, and nothing of where or under which name it runs.
 
-    What has its default is left out, so that a new option does not make strangers of finished stages.
-
-    Raises RunError if a file of weights cannot be read, or does not look like one.
+    It holds the format, the values of `recipe_identity`, the checksums of the data's files, and of `init` and `teacher`
+    the fingerprint or, of a file, the checksum. Raises RunError if a file of weights cannot be read, or holds none.
     """
     own = recipe_identity(instance, recipe)
     init = instance.init and fingerprints[instance.init]
     if instance.init_file:
-        place = f"stages.{instance.stage_name}.init.file: {instance.init_file}"
+        option = f"stages.{instance.stage_name}.init.file: {instance.init_file}"
         try:
             init = sha256(instance.init_file)
             if not _looks_like_weights(instance.init_file):
-                raise RunError(f"{place}: {NO_WEIGHTS}")
+                raise RunError(f"{option}: {NO_WEIGHTS}")
         except OSError as error:
-            raise RunError(f"{place}: cannot be read ({error.strerror})") from error
+            raise RunError(f"{option}: cannot be read ({error.strerror})") from error
     return {
         "format": IDENTITY_FORMAT,
         **own,
@@ -48,8 +47,13 @@ def identity(
 
 
 def recipe_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:
-    """The identity but for what lies outside the recipe: the data's files and what was trained before."""
-    plain: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
+    """The part of the identity that comes from the recipe alone: seed, global batch, numerics, data, network, stage.
+
+    Values that equal their default are left out, so that a new option with a default does not change the fingerprint of
+    what is already trained. A *changed* default therefore needs another `IDENTITY_FORMAT`; a test notices it. Names of
+    other stages are left out too: their fingerprints stand for them.
+    """
+    dump: dict[str, Any] = {"mode": "json", "exclude_defaults": True}
     return {
         "seed": instance.seed,
         "batch_size": recipe.batch_size,
@@ -57,16 +61,16 @@ def recipe_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:
         "compile": recipe.compile,
         "sync_batch_norm": recipe.sync_batch_norm,
         "data": {
-            **recipe.data.model_dump(**plain, exclude={"train", "val", "classes", "seed"}),
+            **recipe.data.model_dump(**dump, exclude={"train", "val", "classes", "seed"}),
             **({"seed": instance.data_seed} if instance.data_seed != instance.seed else {}),
         },
-        "network": instance.architecture.model_dump(**plain),
-        "stage": instance.stage.model_dump(**plain, exclude={"train", "init", "teacher", "seed"}),
+        "network": instance.architecture.model_dump(**dump),
+        "stage": instance.stage.model_dump(**dump, exclude={"train", "init", "teacher", "seed"}),
     }
 
 
 def _looks_like_weights(path: Path) -> bool:
-    """Whether a file is whole safetensors, a whole archive of PyTorch's, or a pickle as PyTorch wrote before these."""
+    """Whether a file is intact safetensors, an intact archive of `torch.save`, or a pickle, its format before 1.6."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="numpy"):
@@ -79,15 +83,15 @@ def _looks_like_weights(path: Path) -> bool:
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Hash of an identity."""
+    """SHA-256 of an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def identities(recipe: Recipe, data_checksums: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The identity of every instance of a recipe."""
-    found: dict[str, dict[str, Any]] = {}
+    """The identity of every instance of a recipe, by key."""
+    by_key: dict[str, dict[str, Any]] = {}
     fingerprints: dict[str, str] = {}
-    for key, instance in recipe.instances.items():
-        found[key] = identity(instance, recipe, data_checksums, fingerprints)
-        fingerprints[key] = fingerprint(found[key])
-    return found
+    for key, instance in recipe.instances.items():  # parents first
+        by_key[key] = identity(instance, recipe, data_checksums, fingerprints)
+        fingerprints[key] = fingerprint(by_key[key])
+    return by_key

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar with rates and time left on a terminal, plain lines where there is none."""
+"""Progress of long-running commands: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console
@@ -19,9 +18,9 @@ Item = TypeVar("Item")
 
 
 class Track:
-    """Progress of one task of `total` things of a kind (`unit`), from `start` on.
+    """Progress of a task of `total` items, which are called `unit`, the first `start` of them done before.
 
-    Rates count `per_thing` of `rate_unit` for each thing, so that steps can show images per second.
+    Rates are of `rate_unit`, of which an item has `per_thing`: steps can show images per second.
     """
 
     def __init__(
@@ -54,15 +53,13 @@ class Track:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         if self._bar:
-            with _terminal_may_be_gone():
+            with _ignoring_a_closed_terminal():
                 self._bar.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` things are done; `note` stands behind the rate."""
+        """Show that `done` items are done. note: printed after the rate."""
         now = time.monotonic()
         if now - self._shown < (BAR_EVERY_S if self._bar else PLAIN_LINE_EVERY_S):
             return
@@ -76,13 +73,14 @@ class Track:
             self.line(f"{self._name}  {done:,}/{self._total:,} {self._unit}  {note}  {clock(left)} left")
 
     def line(self, text: str) -> None:
-        """Print a line that stays. Where the terminal has been closed it is lost, and the work goes on."""
-        with _terminal_may_be_gone():
+        """Print a line that stays above the bar."""
+        with _ignoring_a_closed_terminal():
             self._console.print(text, soft_wrap=True)
 
 
 @contextmanager
-def _terminal_may_be_gone() -> Iterator[None]:
+def _ignoring_a_closed_terminal() -> Iterator[None]:
+    """Output to a closed terminal is lost, and the work goes on."""
     try:
         yield
     except OSError as error:
@@ -91,24 +89,24 @@ def _terminal_may_be_gone() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """One plain line on stderr."""
+    """Print a line on stderr."""
     Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
 
 
 def track(items: Iterable[Item], name: str, total: int, unit: str = "images") -> Iterator[Item]:
-    """Yield the items, showing on stderr how many are done, how many a second, and the time left."""
+    """Yield the items while showing their progress on stderr; at the end a line with the rate."""
     started = time.monotonic()
     done = 0
-    with Track(name, total, unit, stderr=True) as shown:
+    with Track(name, total, unit, stderr=True) as progress:
         for done, item in enumerate(items, start=1):
             yield item
-            shown.update(done)
+            progress.update(done)
     seconds = max(time.monotonic() - started, 1e-9)
     say(f"{name}  {done:,} {unit} in {clock(seconds)}, {done / seconds:,.0f} {unit}/s")
 
 
 def clock(seconds: float) -> str:
-    """A time span as people write it: 0:42, 3:07, 2:15:00."""
+    """A duration as 0:42, 3:07 or 2:15:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""The run directory: what is there, whose it is, who writes it. Nothing here imports torch."""
+"""The run directory: its layout, its ownership by fingerprints, its locks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from gowide_dist.environment import describe_environment
 from gowide_dist.errors import RunError
-from gowide_dist.files import flock, sha256, write_atomically
+from gowide_dist.files import flock, sha256, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
 from gowide_dist.recipe import Recipe
 
 LOCK_WAIT_S = 150  # a file server frees a dead node's locks only after a while
-_PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
 
 
 class Done(BaseModel):
-    """What `done.json` says of a finished stage instance."""
+    """The content of `done.json`, which is written when a stage instance is finished."""
 
     stage: str
     network: str
@@ -42,36 +39,34 @@ class Done(BaseModel):
     epochs: int
     steps: int
     images: int  # trained on
-    stream: str  # digest of which samples were seen at which step: equal for any number of processes and restarts
-    seconds: float  # over all restarts; of students that trained together, each has an equal share
+    stream: str  # digest of the samples of every step: equal for any number of processes and restarts
+    seconds: float  # over all restarts; divided equally among students that trained together
     world_size: int
 
 
 @dataclass(frozen=True)
 class StageDir:
-    """The folder of one stage instance."""
+    """The folder of one stage instance, `stages/<stage>/<network>`: `key` is `stage/network`."""
 
     path: Path
     key: str
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the training states."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
-        """A JSON line per log interval and per evaluation."""
+        """A JSON line per log interval and per evaluation; see `read_metrics`."""
         return self.path / "metrics.jsonl"
 
     @property
     def model(self) -> Path:
-        """The finished weights."""
         return self.path / "model.safetensors"
 
     @cached_property
     def done(self) -> Done | None:
-        """What the finished stage says of itself, if it is finished. Raises RunError if that is damaged."""
+        """None while the stage is unfinished. Raises RunError if the file is damaged."""
         path = self.path / "done.json"
         try:
             return Done.model_validate_json(path.read_bytes())
@@ -81,7 +76,6 @@ class StageDir:
             raise RunError(f"{path}: damaged; delete {self.path} to train the stage again") from error
 
     def is_done(self, fingerprint: str) -> bool:
-        """Whether the stage with this fingerprint is finished here."""
         return self.done is not None and self.done.fingerprint == fingerprint and self.model.is_file()
 
     def check_weights(self) -> None:
@@ -91,10 +85,10 @@ class StageDir:
                 return
         except OSError:
             pass
-        raise RunError(f"{self.path}: not the weights that were trained; delete it to train {self.key} again")
+        raise RunError(f"{self.model}: not the weights that were trained; delete {self.path} to train {self.key} again")
 
     def read_identity(self) -> dict[str, Any] | None:
-        """The identity of the training that claimed the folder, if one has. Raises RunError if it is damaged."""
+        """The identity of the training that has claimed the folder, if any. Raises RunError if the file is damaged."""
         path = self.path / "identity.json"
         try:
             identity: dict[str, Any] = json.loads(path.read_text())
@@ -105,37 +99,37 @@ class StageDir:
         return identity
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
-        """Raises RunError, naming what differs, if the folder holds another training than this."""
+        """Raises RunError, naming what differs, if a training of another identity has claimed the folder."""
         claimed = self.read_identity()
         if claimed is None or fingerprint(claimed) == fingerprint(identity):
             return
-        there, here = flat(claimed), flat(identity)
-        differs = [
-            f"{key} is {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
-            for key in {**there, **here}
-            if there.get(key) != here.get(key)
+        folder, recipe = flat(claimed), flat(identity)
+        differences = [
+            f"{key} was {folder.get(key, 'absent')}, is {recipe.get(key, 'absent')}"
+            for key in {**folder, **recipe}
+            if folder.get(key) != recipe.get(key)
         ]
         raise RunError(
-            f"{self.path}: holds {self.key} of another recipe ({'; '.join(differs[:4])}); "
+            f"{self.path}: holds {self.key} of another recipe ({'; '.join(differences[:4])}); "
             "take another name, or --fresh to train it again"
         )
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Make the folder this training's own."""
+        """Create the folder for the training of this identity. Raises RunError if another has claimed it."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.check_identity(identity)
         write_atomically(self.path / "identity.json", json.dumps(identity, indent=2) + "\n")
 
     def finish(self, done: Done) -> None:
-        """Mark the stage as finished: the last thing that is written."""
+        """Mark the stage as finished: written after everything else."""
         write_atomically(self.path / "done.json", done.model_dump_json(indent=2) + "\n")
 
-    def forget(self) -> None:
-        """Delete what was trained here. Cut off anywhere, it leaves nothing that could be taken for this training's."""
+    def clear(self) -> None:
+        """Delete what was trained, in an order such that a kill leaves nothing that another training would use."""
         if not self.path.exists():
             return
         with self.lock():
-            order = {"done.json": 0, "lock": 2, "identity.json": 3}  # all else between
+            order = {"done.json": 0, "identity.json": 2}  # everything else in between
             for path in sorted(self.path.iterdir(), key=lambda path: order.get(path.name, 1)):
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -144,7 +138,7 @@ class StageDir:
         self.__dict__.pop("done", None)
 
     def writer(self) -> str | None:
-        """Who is training here now: process and host. Raises RunError where that cannot be told."""
+        """The process and host that train the stage now, if any. Raises RunError where that cannot be told."""
         try:
             with (self.path / "lock").open() as file:
                 return None if flock(file, fcntl.LOCK_SH) else file.read().strip() or "another process"
@@ -154,13 +148,13 @@ class StageDir:
             raise RunError(f"{self.path}/lock: cannot be read ({error.strerror})") from error
 
     def check_unlocked(self) -> None:
-        """Raises RunError, naming the writer, if there is one now."""
+        """Raises RunError, naming the writer, if there is one."""
         if writer := self.writer():
             raise self._taken(writer)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the only writer. Raises RunError, naming the other, if there is one and it stays."""
+        """Be the only writer. Raises RunError if another one keeps the lock for `LOCK_WAIT_S`."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
             deadline = time.monotonic() + LOCK_WAIT_S
@@ -185,112 +179,77 @@ class Run:
     path: Path
 
     def stage(self, key: str) -> StageDir:
-        """The folder of instance `key` (`stage/network`)."""
         return StageDir(self.path / "stages" / key, key)
 
     @property
     def recipe_path(self) -> Path:
-        """The resolved recipe."""
         return self.path / "recipe.yaml"
 
     @property
     def teacher_logits(self) -> Path:
-        """Folder of the logits that teachers have given, which all runs beside this one share."""
+        """Folder of stored logits, beside the runs, which share them."""
         return self.path.parent / "teacher_logits"
 
     @property
     def slurm(self) -> Path:
-        """Folder of the run's Slurm jobs: their ids, scripts and logs."""
+        """Folder of the Slurm jobs' ids, scripts and logs."""
         return self.path / "slurm"
 
     @property
     def report(self) -> Path:
-        """Folder of the report."""
         return self.path / "report"
 
     def finished(self, recipe: Recipe) -> dict[str, Done]:
-        """What is done of a recipe, by instance, parents first; without what another recipe has left there.
+        """The finished instances of a recipe, parents first, without those that another recipe has left.
 
-        Needs no data. Raises RunError if something is damaged.
+        Needs no data: the checksums of its files, which are in the identities too, are not compared. Raises RunError if
+        a file is damaged.
         """
-        found: dict[str, Done] = {}
+        finished: dict[str, Done] = {}
         for key, instance in recipe.instances.items():
-            place = self.stage(key)
-            identity = place.read_identity() if place.done else None
-            if place.done is None or identity is None:
+            stage_dir = self.stage(key)
+            claimed = stage_dir.read_identity() if stage_dir.done else None
+            if stage_dir.done is None or claimed is None:
                 continue
-            data = {name: value for name, value in identity.get("data", {}).items() if name not in ("train", "val")}
-            own = recipe_identity(instance, recipe)
-            there = {name: identity.get(name) for name in own} | {"data": data}
-            parents = [found[parent].fingerprint if parent in found else None for parent in instance.parents]
-            if fingerprint(there) == fingerprint(own) and set(parents) == set(place.done.parents.values()):
-                found[key] = place.done
-        return found
+            expected = recipe_identity(instance, recipe)
+            data = {name: value for name, value in claimed.get("data", {}).items() if name not in ("train", "val")}
+            comparable = {name: claimed.get(name) for name in expected} | {"data": data}
+            parents = {finished[parent].fingerprint if parent in finished else None for parent in instance.parents}
+            if fingerprint(comparable) == fingerprint(expected) and parents == {*stage_dir.done.parents.values()}:
+                finished[key] = stage_dir.done
+        return finished
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """Create the folder, with the recipe resolved. Raises RunError if it cannot be written."""
-        try:
+        """Create the folder, with every default written out in its recipe. Raises RunError if it cannot be written."""
+        with writing_to(self.path, "--runs"):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.recipe_path, recipe.to_yaml())
-        except OSError as error:
-            raise RunError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another place with --runs"
-            ) from error
 
     def write_environment(self, devices: list[str], world_size: int) -> None:
-        """Record what runs where, for whoever must explain the numbers later."""
-        environment = {
-            **code_version(),
-            "python": platform.python_version(),
-            "packages": {name: metadata.version(name) for name in _PACKAGES},
-            "host": platform.node(),
-            "platform": platform.platform(),
-            "cpus": len(os.sched_getaffinity(0)),
-            "devices": devices,
-            "world_size": world_size,
-            "command": sys.argv,
-        }
+        """Record code, packages, machine and command, to explain results later."""
+        environment = describe_environment(devices, world_size)
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def code_version() -> dict[str, Any]:
-    """The version of this package, its git commit and whether the files differ from it."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        if not shutil.which("git"):
-            return None
-        result = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    changes = git("status", "--porcelain", "--", ".")
-    return {
-        "gowide_dist": metadata.version("gowide_dist"),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-    }
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; none if it is not there. What is damaged, or cut off by a kill, is left out."""
+    """The lines of a metrics file; none if it is absent. Damaged lines, as a kill leaves them, are left out."""
     lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and {"kind", "step"} <= line.keys():
-                lines.append(line)
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {"kind", "step"} <= line.keys():
+            lines.append(line)
     return lines
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted paths to values, as text."""
-    found: dict[str, str] = {}
+    """Values as JSON text, by dotted key."""
+    texts: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            texts |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = json.dumps(value)
-    return found
+            texts[f"{prefix}{key}"] = json.dumps(value)
+    return texts

@@ -1,4 +1,4 @@
-"""The strict base of everything that users write in YAML, and its errors in plain words."""
+"""The strict base of everything that users write in YAML; errors are one line each, with the key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gowide_dist.errors import RecipeError
 
 
 def nearest(key: object, valid: list[str]) -> str:
-    """A hint that names the valid key nearest to a misspelt one, or all of them when none is near."""
+    """A hint for a misspelt key: the valid one nearest to it, or all valid ones if none is near."""
     close = get_close_matches(str(key), valid, n=1)
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(valid)}"
 
@@ -55,7 +55,7 @@ Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,6
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader to which a key written twice is an error, not a silent choice of the last."""
+    """A SafeLoader that refuses a duplicate key, of which PyYAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -90,25 +90,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot be read as text: {error}") from error
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: should hold a mapping of keys to values, not {_kind(values)}")
+        raise RecipeError(f"{path}: should hold a mapping of keys to values, not {_quote(values)}")
     return values
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `dotted.path=value` in place; the value is read as YAML. Raises RecipeError on a malformed one."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
+    """Set one `dotted.key=value` in place; the value is read as YAML. Raises RecipeError on a malformed one."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"override '{override}': should look like stages.distill.epochs=5")
     target = values
-    named = values.get(keys[0]) if len(keys) > 2 and keys[0] in ("networks", "stages") else None
-    if isinstance(named, dict) and keys[1] not in named:
-        raise RecipeError(f"override '{override}': no '{keys[1]}' in {keys[0]}, {nearest(keys[1], list(named))}")
+    # networks.NAME.x and stages.NAME.x are about one that is there: a misspelt name is not to make a new one
+    members = values.get(keys[0]) if len(keys) > 2 and keys[0] in ("networks", "stages") else None
+    if isinstance(members, dict) and keys[1] not in members:
+        raise RecipeError(f"override '{override}': no '{keys[1]}' in {keys[0]}, {nearest(keys[1], list(members))}")
     for depth, key in enumerate(keys[:-1]):
         child = target.get(key, {})
         if not isinstance(child, dict):
             raise RecipeError(f"override '{override}': {'.'.join(keys[: depth + 1])} is a value, not a mapping of keys")
-        child = target[key] = dict(child)  # a copy: by an alias in YAML, other places have the same mapping
+        child = target[key] = dict(child)  # a copy: by an alias in YAML, other keys have the same mapping
         target = child
     target[keys[-1]] = parse_yaml(text, f"override '{override}'")
 
@@ -116,23 +117,23 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validate(model: type[Model], values: object, where: str, place: Callable[[tuple[int | str, ...]], str]) -> Model:
-    """A checked model. Raises RecipeError `where: place: what is wrong` for the first fault found.
+def validate(model: type[Model], values: object, where: str, key: Callable[[tuple[int | str, ...]], str]) -> Model:
+    """A checked model. Raises RecipeError `where: key: what is wrong` for the first fault found.
 
-    `place` turns pydantic's location of a fault into the dotted path that the user wrote.
+    `key` turns pydantic's location of a fault into the dotted key that the user wrote.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        path = place(faults[0]["loc"])
-        raise RecipeError(f"{where}: {path + ': ' if path else ''}{_plain(faults[0])}{more}") from error
+        dotted = key(faults[0]["loc"])
+        raise RecipeError(f"{where}: {dotted + ': ' if dotted else ''}{_describe(faults[0])}{more}") from error
     except RecursionError as error:
         raise RecipeError(f"{where}: nested too deeply") from error
 
 
-def _plain(fault: ErrorDetails) -> str:
+def _describe(fault: ErrorDetails) -> str:
     context = fault.get("ctx", {})
     match fault["type"]:
         case "missing":
@@ -142,19 +143,19 @@ def _plain(fault: ErrorDetails) -> str:
         case "union_tag_invalid":
             return f"{context['discriminator']} should be one of {context['expected_tags']}, not '{context['tag']}'"
         case "model_type" | "dict_type" | "model_attributes_type":
-            return f"should be a mapping of keys to values, not {_kind(fault['input'])}"
+            return f"should be a mapping of keys to values, not {_quote(fault['input'])}"
         case "string_pattern_mismatch":
             return "should be a name of letters, digits, '-' and '_'"
         case "literal_error":
-            return f"should be {context['expected']}, not {_kind(fault['input'])}"
+            return f"should be {context['expected']}, not {_quote(fault['input'])}"
         case "path_type":
-            return f"should be a path, not {_kind(fault['input'])}"
+            return f"should be a path, not {_quote(fault['input'])}"
     message = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    says_what_was_given = fault["type"] == "value_error" or fault["type"] not in get_args(ErrorType)
-    return message if says_what_was_given else f"{message}, not {_kind(fault['input'])}"
+    is_ours = fault["type"] == "value_error" or fault["type"] not in get_args(ErrorType)  # names the value, if useful
+    return message if is_ours else f"{message}, not {_quote(fault['input'])}"
 
 
-def _kind(value: object) -> str:
+def _quote(value: object) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A request to stop, by signal: training saves at the next step and leaves."""
+"""Signals that ask a process to stop: training saves at the next step and ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
-_received = 0  # the greatest number, so that SIGTERM (the end) outweighs SIGUSR2 (a warning) and SIGINT
+_received = 0  # the greatest number so far: SIGTERM (15, the end) outweighs SIGUSR2 (12, a warning) and SIGINT (2)
 
 
 class Stopped(Exception):  # noqa: N818 -- no error
@@ -21,15 +21,15 @@ class Stopped(Exception):  # noqa: N818 -- no error
 
 
 def listen() -> None:
-    """From now on note SIGUSR2 (Slurm's warning), SIGTERM, SIGINT and SIGHUP (no terminal any more), and live on."""
+    """Install handlers that record SIGUSR2 (Slurm's warning), SIGTERM, SIGINT and SIGHUP (a closed terminal)."""
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _note)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
-        signal.signal(signal.SIGHUP, _note)
+        signal.signal(number, _record)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _record)
 
 
 def end_with(parent: int) -> None:
-    """From now on end, by SIGKILL, when the parent process ends; at once if it already has."""
+    """Have the kernel kill this process when its parent ends; end at once if process `parent` already has."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -37,15 +37,15 @@ def end_with(parent: int) -> None:
 
 
 def raise_on_sigterm() -> None:
-    """From now on SIGTERM raises SystemExit, so that what is half written is cleared away."""
+    """Make SIGTERM raise SystemExit, so that `finally` deletes files that are half written."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def received() -> int:
-    """The number of the signal that this process got, else 0."""
+    """The greatest number of a signal that this process got, else 0."""
     return _received
 
 
-def _note(signum: int, _frame: FrameType | None) -> None:
+def _record(signum: int, _frame: FrameType | None) -> None:
     global _received
     _received = max(_received, signum)

@@ -1,9 +1,10 @@
-"""The command line: what it prints, and with which status it ends."""
+"""The command line: its output and exit status."""
 
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_mistakes_are_one_line(tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_place_of_a_folder(tmp_path):
+def test_a_file_where_a_folder_should_be(tmp_path):
     write_fashion_mnist(tmp_path / "idx", 50, 20)
     (tmp_path / "file").write_text("mine")
     encode = ("encode", "fashion-mnist", "--root", tmp_path / "idx", "--out")
@@ -94,7 +95,7 @@ def test_a_file_in_the_place_of_a_folder(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_without_arguments_the_help_is_shown():
+def test_help_without_arguments():
     for arguments in ([], ["data"]):
         result = gowide(*arguments)
         assert (result.returncode, result.stderr) == (2, "")
@@ -136,8 +137,8 @@ def test_the_shell_completes():
 
 def test_ctrl_c_while_encoding(tmp_path):
     """As a terminal sends it: to all processes of the command."""
-    heard = ["env", "--default-signal=INT"]  # also where these tests run in the background, which ignores it
-    command = [*heard, GOWIDE, "encode", "fashion-mnist", "--out", tmp_path / "data"]
+    with_sigint = ["env", "--default-signal=INT"]  # a shell's background processes, as these tests may be, ignore it
+    command = [*with_sigint, GOWIDE, "encode", "fashion-mnist", "--out", tmp_path / "data"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + LIMIT_S
         while not (tmp_path / "data" / ".partial" / "train.beton").exists():
@@ -151,7 +152,16 @@ def test_ctrl_c_while_encoding(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_package_offers_what_it_says():
+def test_the_package_as_a_module():
+    """`python -m gowide_dist` is the command."""
+    command = [sys.executable, "-m", "gowide_dist"]
+    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == gowide("--version").stdout
+    wrong = subprocess.run([*command, "run"], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stderr) == (2, "gowide: Missing argument 'JOB'; see `gowide run --help`\n")
+
+
+def test_the_names_of_the_package():
     assert all(hasattr(gowide_dist, name) for name in gowide_dist.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = gowide_dist.nothing

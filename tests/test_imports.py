@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "gowide_dist"
 # From the top of the house down: a room may import from rooms below it, and from its own.
 FLOORS = [
+    ["__main__"],
     ["cli"],
     ["insight"],
     ["bench"],
@@ -23,9 +24,9 @@ FLOORS = [
     ["run"],
     ["identity"],
     ["recipe"],
-    ["networks"],
+    ["networks", "stages"],
     ["schema", "world", "progress", "timeline"],
-    ["files", "stop", "collector"],
+    ["files", "stop", "environment"],
     ["errors"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

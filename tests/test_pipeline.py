@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from gowide_dist import load_model
 from gowide_dist.data.encode import Options, encode
-from gowide_dist.run import Run, code_version, read_metrics
+from gowide_dist.environment import code_version
+from gowide_dist.run import Run, read_metrics
 from tests.command import GOWIDE, LIMIT_S, gowide, killed_when, refused
 from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, without_times, write_job
@@ -153,7 +154,7 @@ def test_a_teacher_that_is_trained_is_shared(finished, data, tmp_path):
     recipe["stages"] = {"wide-one": recipe["stages"]["teacher"]}
     result = gowide("run", write_job(tmp_path, recipe), "--nproc", 2, "--runs", tmp_path)
     assert result.returncode == 0
-    assert "wide-one/wide  is" in result.stdout
+    assert "wide-one/wide  copied from" in result.stdout
     mine, theirs = (
         Run(tmp_path / name).stage(key).done for name, key in (("second", "wide-one/wide"), ("chain", "teacher/wide"))
     )
@@ -163,7 +164,7 @@ def test_a_teacher_that_is_trained_is_shared(finished, data, tmp_path):
 def test_another_recipe_in_the_same_place(finished, job):
     run, _ = finished
     line = refused("run", job, "--runs", run.path.parent, "stages.distill.epochs=5", "--nproc", 2)
-    assert "holds distill/thin of another recipe (stage.epochs is 2 there, 5 here)" in line
+    assert "holds distill/thin of another recipe (stage.epochs was 2, is 5)" in line
     assert "--fresh" in line
     assert run.stage("distill/thin").done.epochs == 2
 
@@ -265,7 +266,7 @@ def read_all(file):
         (["data.train=nowhere/train.beton"], "nowhere/dataset.json: not found"),
         (["data.classes=100"], "has 10 classes, the recipe says 100"),
         (["batch_size=1000"], "batch_size: 1000 is more than the 600 images"),
-        (["batch_size=61"], "batch_size: 61 cannot be shared equally by 2 processes"),
+        (["batch_size=61"], "batch_size: 61 is not divisible by 2 processes"),
         (["data.resolution=32"], "resolution"),
         (["stages.distill.epoch=1"], "unknown key 'epoch', did you mean 'epochs'?"),
         (["sync_batch_norm=true"], "sync_batch_norm: PyTorch has it for GPUs only, and the 2 processes have none"),

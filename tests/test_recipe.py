@@ -61,7 +61,7 @@ def test_expands_into_the_graph_of_instances(job):
     assert recipe.stages["distill"].optim.lr == 0.1  # YAML reads 1e-1 as text
 
 
-def test_select_takes_what_is_needed(job):
+def test_a_selection_includes_ancestors(job):
     recipe = load_recipe(job)
     assert list(recipe.select(["distill/half"])) == ["teacher/wide", "imitate/half", "distill/half"]
     assert list(recipe.select(["imitate"])) == ["teacher/wide", "imitate/half", "imitate/quarter"]
@@ -69,7 +69,7 @@ def test_select_takes_what_is_needed(job):
         recipe.select(["distil"])
 
 
-def test_resolved_yaml_says_the_same(job, tmp_path):
+def test_a_recipe_survives_its_yaml(job, tmp_path):
     recipe = load_recipe(job)
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(recipe.to_yaml())
@@ -78,7 +78,7 @@ def test_resolved_yaml_says_the_same(job, tmp_path):
     assert yaml.safe_load(recipe.to_yaml())["stages"]["teacher"]["optim"]["momentum"] == 0.9
 
 
-def test_overrides_by_dotted_path(job):
+def test_overrides_by_dotted_key(job):
     recipe = load_recipe(
         job,
         ["stages.teacher.epochs=7", "seed=3", "data.augment.flip=true", "stages.teacher.schedule={milestones: [1, 2]}",
@@ -90,7 +90,7 @@ def test_overrides_by_dotted_path(job):
     assert recipe.name == "other"
 
 
-def test_an_override_stays_in_its_place(tmp_path, job):
+def test_an_override_changes_one_key_alone(tmp_path, job):
     """Also where a YAML alias gives several stages the same mapping."""
     values = yaml.safe_load(job.read_text())
     shared = {"lr": 0.1}
@@ -113,7 +113,7 @@ BAD = {
     "networks.half.arch=resnt50": "networks.half: no arch 'resnt50', did you mean 'resnet50'?",
     "networks.half.depths=[1]": "networks.half: arch already says depths",
     "networks.wide.widen=hlf": "networks.wide.widen: no network 'hlf', did you mean 'half'?",
-    "networks.wide.widen=wide": "networks.wide.widen: goes round in a circle: wide -> wide",
+    "networks.wide.widen=wide": "networks.wide.widen: dependency cycle wide -> wide",
     "networks.wide.by=-1": "networks.wide.by: should be greater than 0, not '-1'",
     "networks.a b={arch: resnet18}": "networks.a b: should be a name of letters, digits, '-' and '_'",
     "stages.distill.epochs=abc": "stages.distill.epochs: should be a valid integer, not 'abc'",
@@ -131,10 +131,10 @@ BAD = {
     "stages.distill.teacher=teacher/half": "stages.distill.teacher: stage 'teacher' does not train network 'half' but wide",
     "stages.teacher.init=finetune": "stages.teacher.init: stage 'finetune' does not train network 'wide' but half, quarter",
     "stages.teacher.init=finetune/half": "stages.teacher.init: finetune/half has another architecture than network 'wide'",
-    "stages.imitate.init=finetune": "stages: finetune/half, finetune/quarter, imitate/half",
+    "stages.imitate.init=finetune": "stages: dependency cycle among finetune/half, finetune/quarter, imitate/half",
     "stages.imitate.train=[half, half]": "stages.imitate.train: names a network twice",
     "stages.imitate.train=[hal]": "stages.imitate.train: no network 'hal', did you mean 'half'?",
-    "networks.half.stem=imagenet": "stages.imitate.teacher: teacher/wide (4 blocks, imagenet stem) and network 'quarter'",
+    "networks.half.stem=imagenet": "stages.imitate.teacher: the blocks of teacher/wide (4 blocks, imagenet stem) do not match those of network 'quarter'",
     "batch_size=1.5": "batch_size: should be a valid integer, not '1.5'",
     "seed=-1": "seed: should be greater than or equal to 0, not '-1'",
     "data=5": "data: should be a mapping of keys to values, not '5'",
@@ -151,16 +151,16 @@ BAD = {
     "stages.teacher.init={fil: x}": "stages.teacher.init: unknown key 'fil', did you mean 'file'?",
     "stages.teacher.init=5": "stages.teacher.init: should be a valid string, not '5'",
     "stages.distill.optim={lr: 0.1, momentum: 0, nesterov: true}": "stages.distill.optim: nesterov needs a momentum",
-    "stages.distill.optim.ema=1": "stages.distill.optim: ema of 1 never moves",
+    "stages.distill.optim.ema=1": "stages.distill.optim: ema: should be less than 1",
     "data.augment.crop={scale: [1, 0.1]}": "data.augment.crop: scale: should be [least, greatest] part of the area",
     "data.augment.crop={ratio: [2, 1]}": "data.augment.crop: ratio: should be [least, greatest] width over height",
-    "data.augment.translate=32": "data: augment.translate: 32 px shift 28 px out of sight",
+    "data.augment.translate=32": "data: augment.translate: should be less than resolution (28 px), not 32 px",
     "name=../up": "name: should be a name of letters",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("override", BAD)
-def test_bad_values_name_the_place_and_the_mend(job, override):
+def test_a_bad_value_is_named_with_its_key_and_what_to_write(job, override):
     with pytest.raises(RecipeError) as caught:
         load_recipe(job, [override])
     message = str(caught.value)
@@ -169,7 +169,7 @@ def test_bad_values_name_the_place_and_the_mend(job, override):
     assert override in message or message.startswith(f"{job}: ")
 
 
-def test_a_student_that_fits_nowhere_cannot_start_from_its_teacher(job):
+def test_a_student_with_another_stem_cannot_start_from_its_teacher(job):
     with pytest.raises(RecipeError, match=r"imitate\.start: the stem of teacher/wide .* does not fit network 'half'"):
         load_recipe(job, ["stages.imitate.start=teacher", "networks.half.channels=0.5", "networks.wide.widen=quarter"])
 
@@ -217,19 +217,19 @@ def test_images_that_grow():
     assert Ramp(start_px=20, until_epoch=2).side(0, 28) == 20
 
 
-def test_parts_of_a_batch_are_equal(job):
+def test_micro_batches_are_equal(job):
     recipe = load_recipe(job, ["stages.teacher.optim.accumulate=4"])
     recipe.check_processes(2)
     with pytest.raises(
-        RecipeError, match=r"stages.teacher.optim.accumulate: the 2 images of a process cannot be cut into 4"
+        RecipeError, match=r"stages.teacher.optim.accumulate: the local batch of 2 images is not divisible by 4"
     ):
         recipe.check_processes(4)
 
 
-def test_batches_are_shared_equally(job):
+def test_local_batches_are_equal(job):
     recipe = load_recipe(job)
     recipe.check_processes(4)
-    with pytest.raises(RecipeError, match="batch_size: 8 cannot be shared equally by 3 processes"):
+    with pytest.raises(RecipeError, match="batch_size: 8 is not divisible by 3 processes"):
         recipe.check_processes(3)
 
 
@@ -239,7 +239,7 @@ values = st.recursive(
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
     max_leaves=6,
 )
-places = [
+keys_of_recipes = [
         ("name",), ("seed",), ("data",), ("data", "train"), ("data", "augment"), ("batch_size",), ("networks",),
         ("networks", "half"), ("networks", "half", "arch"), ("networks", "half", "depths"), ("networks", "wide", "by"),
         ("networks", "wide", "widen"), ("stages",), ("stages", "distill"), ("stages", "distill", "objective"),
@@ -249,13 +249,13 @@ places = [
 
 
 @garbage
-@given(st.sampled_from(places), values)
-def test_garbage_is_a_recipe_or_an_error_of_one_line(tmp_path, place, value):
+@given(st.sampled_from(keys_of_recipes), values)
+def test_garbage_is_a_recipe_or_an_error_of_one_line(tmp_path, keys, value):
     recipe = copy.deepcopy(RECIPE)
     target = recipe
-    for key in place[:-1]:
+    for key in keys[:-1]:
         target = target[key]
-    target[place[-1]] = value
+    target[keys[-1]] = value
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False))
     _load_or_one_line(path)

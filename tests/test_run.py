@@ -1,4 +1,4 @@
-"""The run directory: whose it is, who writes it, and what of it belongs to the recipe."""
+"""The run directory: identities, locks, and what belongs to the recipe."""
 
 import contextlib
 import errno
@@ -30,19 +30,19 @@ def data(tmp_path_factory):
 
 
 def test_every_difference_is_refused(tmp_path):
-    place = StageDir(tmp_path / "a", "a/thin")
-    place.claim({"stage": {"epochs": 2}, "data": {}})
-    place.claim({"data": {}, "stage": {"epochs": 2}})
-    for other, told in [
-        ({"stage": {"epochs": 3}, "data": {}}, "stage.epochs is 2 there, 3 here"),
-        ({"stage": {"epochs": 2}, "data": {"crop": {}}}, r"data.crop is absent there, \{\} here"),
+    stage_dir = StageDir(tmp_path / "a", "a/thin")
+    stage_dir.claim({"stage": {"epochs": 2}, "data": {}})
+    stage_dir.claim({"data": {}, "stage": {"epochs": 2}})
+    for other, difference in [
+        ({"stage": {"epochs": 3}, "data": {}}, "stage.epochs was 2, is 3"),
+        ({"stage": {"epochs": 2}, "data": {"crop": {}}}, r"data.crop was absent, is \{\}"),
     ]:
-        with pytest.raises(RunError, match=told):
-            place.claim(other)
+        with pytest.raises(RunError, match=difference):
+            stage_dir.claim(other)
 
 
-def test_what_another_recipe_has_left_is_not_of_this_one(data, tmp_path):
-    """A teacher trained anew: what the old one has taught is neither shown nor taken."""
+def test_results_of_another_recipe_are_not_shown(data, tmp_path):
+    """After its teacher was trained anew, a student of the old one is neither shown nor loaded."""
     recipe = chain(data, log_every_steps=1)
     run = train(tmp_path, recipe, "distill")
     assert [row.state for row in status(run)] == ["done", "done", "done", "absent"]
@@ -58,19 +58,19 @@ def test_what_another_recipe_has_left_is_not_of_this_one(data, tmp_path):
         find_finished(run, "distill")
 
 
-def test_what_is_forgotten_never_comes_back(data, tmp_path):
-    """Checkpoints that a killed --fresh has left are of another training."""
+def test_nothing_of_a_cleared_folder_is_used(data, tmp_path):
+    """Checkpoints that a killed --fresh has left belong to another training."""
     recipe = chain(data)
     run = train(tmp_path, recipe, "teacher")
-    place = run.stage("teacher/wide")
-    save_checkpoint(place.checkpoints, {}, step=3, metadata={"fingerprint": "of another"}, keep=1)
-    (place.path / "done.json").unlink()
-    (place.path / "identity.json").unlink()
+    stage_dir = run.stage("teacher/wide")
+    save_checkpoint(stage_dir.checkpoints, {}, step=3, metadata={"fingerprint": "of another"}, keep=1)
+    (stage_dir.path / "done.json").unlink()
+    (stage_dir.path / "identity.json").unlink()
     again = train(tmp_path, recipe, "teacher").stage("teacher/wide").done
-    assert again.fingerprint == fingerprint(place.read_identity())
-    place.forget()  # after which nothing is left that could
-    assert [path.name for path in place.path.iterdir()] == ["lock"]
-    assert place.done is None
+    assert again.fingerprint == fingerprint(stage_dir.read_identity())
+    stage_dir.clear()
+    assert [path.name for path in stage_dir.path.iterdir()] == ["lock"]
+    assert stage_dir.done is None
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
@@ -79,11 +79,11 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    place = StageDir(tmp_path / "a", "a/thin")
-    with pytest.raises(RunError, match=r"lock: cannot be locked \(.*choose a file system with locks"), place.lock():
+    stage_dir = StageDir(tmp_path / "a", "a/thin")
+    with pytest.raises(RunError, match=r"lock: cannot be locked \(.*choose a file system with locks"), stage_dir.lock():
         pass
     with pytest.raises(RunError, match="cannot be locked"):
-        place.check_unlocked()
+        stage_dir.check_unlocked()
 
 
 def test_a_launcher_that_is_killed_at_once_leaves_no_worker(data, tmp_path):
@@ -122,12 +122,12 @@ def test_a_launcher_that_is_killed_at_once_leaves_no_worker(data, tmp_path):
         launcher.wait()
 
 
-def test_what_a_job_is_training_is_not_taken_from_elsewhere(data, tmp_path):
+def test_an_instance_that_a_job_trains_is_not_copied_from_a_sibling(data, tmp_path):
     train(tmp_path, chain(data), "teacher")
     prepared = check_run(load_recipe(write_job(tmp_path, chain(data, name="other"))), tmp_path, only=["teacher"])
-    place = prepared.run.stage("teacher/wide")
+    path = prepared.run.stage("teacher/wide").path
     write_run(prepared, in_jobs={"teacher/wide"})
-    assert not place.path.exists()
+    assert not path.exists()
     write_run(prepared)
     assert prepared.run.stage("teacher/wide").done is not None
 

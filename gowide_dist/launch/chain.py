@@ -1,18 +1,147 @@
-"""Chains of Slurm jobs: which stage instances need one, and what each waits for."""
+"""Chains of Slurm jobs: which stage instances need one, what each waits for, and submitting them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from gowide_dist.errors import DataError
+from gowide_dist.files import try_lock
+from gowide_dist.launch.local import device_environment
 from gowide_dist.launch.profile import Profile
-from gowide_dist.launch.queue import job_name, newest_jobs, read_jobs
-from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
+from gowide_dist.launch.queue import (
+    JobState,
+    SlurmError,
+    call,
+    cancel,
+    job_name,
+    newest_jobs,
+    read_jobs,
+    write_job,
+)
+from gowide_dist.launch.slurm import Job, Worker, check_folder, sbatch_script, submit_job
 from gowide_dist.prepare import Prepared, check_group, check_run, sibling
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
+
+
+class Action(Enum):
+    """What a submission does about the job of a stage instance."""
+
+    SUBMIT = "it has none: submit one"
+    WAIT_FOR = "Slurm has it, waiting or running: children depend on it"
+    FOLLOW = "its processes are being ended: submit one that starts afterwards"
+    REPLACE = "it waits for a job that has failed: cancel it and submit another"
+
+
+def action_for(state: JobState | None, *, waits_in_vain: bool = False) -> Action:
+    """What to do about an unfinished instance, by Slurm's word on its newest job."""
+    if state and (state.is_waiting or state.is_running):
+        return Action.REPLACE if state.is_waiting and waits_in_vain else Action.WAIT_FOR
+    return Action.FOLLOW if state and state.is_leaving else Action.SUBMIT
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The jobs of one stage instance: `slurm_id`, which Slurm has, and the one to submit."""
+
+    action: Action
+    slurm_id: str | None
+    job: Job | None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The jobs of a run, by stage instance, parents first.
+
+    known: ids of the run's jobs when this was planned, to notice a command that submits jobs at the same time.
+    """
+
+    folder: Path
+    planned: Mapping[str, Planned]
+    known: Mapping[str, Sequence[str]] | None = None
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The jobs to submit."""
+        return [planned.job for planned in self.planned.values() if planned.job]
+
+    @property
+    def in_jobs(self) -> set[str]:
+        """The instances whose folders a job of Slurm's may be writing."""
+        return {key for key, planned in self.planned.items() if planned.action in (Action.WAIT_FOR, Action.FOLLOW)}
+
+    def scripts(self) -> list[str]:
+        """The sbatch scripts as they would be submitted; ids that are not known yet read `ID_OF_stage/network`."""
+        ids = self._ids_to_wait_for() | {job.key: f"ID_OF_{job.key}" for job in self.jobs}
+        return [f"{sbatch_script(job, self.folder, self._dependency(job, ids))}\n" for job in self.jobs]
+
+    def try_out(self) -> list[str]:
+        """When and where Slurm would start the jobs, had they no parents. Raises SlurmError if it refuses one."""
+        answers = []
+        for job in self.jobs:
+            with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+                file.write(sbatch_script(job, self.folder, self._dependency(job, {})))
+                file.flush()
+                try:
+                    answer = call("sbatch", "--test-only", file.name, stderr=True)
+                except SlurmError as error:
+                    raise SlurmError(f"{job.key}: {error}") from error
+            answers.append(f"{job.key}: {' '.join(answer.split())}")
+        return answers
+
+    def submit(self) -> dict[str, str]:
+        """Submit the jobs and note their ids; the ids of all jobs of the run that are now in the queue.
+
+        Raises SlurmError, with nothing submitted, if one is refused or another command submits jobs of the same run.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with try_lock(self.folder / "lock") as is_locked:
+            if not is_locked or (self.known is not None and read_jobs(self.folder) != self.known):
+                raise SlurmError(f"{self.folder}: another command has just submitted jobs of this run; try again")
+            if replaced := [
+                planned.slurm_id
+                for planned in self.planned.values()
+                if planned.action is Action.REPLACE and planned.slurm_id
+            ]:
+                cancel(replaced)
+            return self._submit()
+
+    def _submit(self) -> dict[str, str]:
+        ids = self._ids_to_wait_for()
+        submitted: list[str] = []
+        try:
+            for job in self.jobs:
+                ids[job.key] = submit_job(job, self.folder, self._dependency(job, ids))
+                submitted.append(ids[job.key])
+                write_job(self.folder, job.key, ids[job.key])
+        except BaseException as error:
+            if submitted:
+                cancel(submitted)
+            if isinstance(error, SlurmError):
+                raise SlurmError(f"{job.key}: {error}; nothing was submitted") from error
+            raise
+        return ids
+
+    def _ids_to_wait_for(self) -> dict[str, str]:
+        return {
+            key: planned.slurm_id
+            for key, planned in self.planned.items()
+            if planned.action is Action.WAIT_FOR and planned.slurm_id
+        }
+
+    def _dependency(self, job: Job, ids: Mapping[str, str]) -> str:
+        """sbatch's --dependency. Parents that are finished already have no id."""
+        parents = [ids[parent] for parent in job.parents if parent in ids]
+        conditions = [f"afterok:{':'.join(parents)}"] if parents else []
+        planned = self.planned[job.key]
+        if planned.action is Action.FOLLOW:
+            conditions.append(f"afterany:{planned.slurm_id}")
+        return ",".join(conditions)
 
 
 def prepare_chain(
@@ -25,46 +154,49 @@ def prepare_chain(
     run = Run(runs.absolute() / recipe.name)
     check_folder(run.slurm, profile)
     known = read_jobs(run.slurm)
-    states = newest_jobs(run.slurm, recipe.name)
-    queued = {key: state.job_id for key, state in states.items() if state.is_waiting or state.is_running}
-    leaving = {key: state.job_id for key, state in states.items() if state.is_leaving}
-    prepared = check_run(recipe, run.path.parent, only=only, fresh=fresh, in_jobs={*queued, *leaving})
-    unfinished = [instance.key for instance in prepared.unfinished]
-    stale: dict[str, str] = {}
-    for key in unfinished:  # parents first
-        waits_in_vain = {*recipe.instances[key].parents} & {*unfinished} - {*queued}
-        if key in queued and states[key].is_waiting and waits_in_vain:
-            stale[key] = queued.pop(key)
-    left = [
-        instance
-        for instance in prepared.unfinished
-        if instance.key not in queued and sibling(instance, prepared) is None
-    ]
-    return prepared, Chain(run.slurm, _jobs(left, recipe, run, profile), queued, leaving, stale, known)
+    states = {key: state for key, state in newest_jobs(run.slurm, recipe.name).items() if not state.is_over}
+    prepared = check_run(recipe, run.path.parent, only=only, fresh=fresh, in_jobs=states.keys())
+    unfinished = {instance.key for instance in prepared.unfinished}
+    actions = {key: action_for(state) for key, state in states.items() if key not in unfinished}
+    to_submit = []
+    for instance in prepared.unfinished:  # parents first
+        queued = {key for key, action in actions.items() if action is Action.WAIT_FOR}
+        waits_in_vain = not unfinished.isdisjoint({*instance.parents} - queued)
+        action = action_for(states.get(instance.key), waits_in_vain=waits_in_vain)
+        if action is Action.SUBMIT and sibling(instance, prepared):
+            continue
+        actions[instance.key] = action
+        if action is not Action.WAIT_FOR:
+            to_submit.append(instance)
+    jobs = {job.key: job for job in _jobs(to_submit, recipe, run, profile)}
+    ids = {key: state.job_id for key, state in states.items()}
+    planned = {key: Planned(action, ids.get(key), jobs.get(key)) for key, action in actions.items()}
+    return prepared, Chain(run.slurm, planned, known)
 
 
 def rehearse_chain(
     recipe: Recipe, runs: Path, profile: Profile, *, only: Sequence[str] = (), fresh: bool = False
 ) -> Chain:
-    """What `prepare_chain` would submit; without the data, which a rehearsal can do without, all that was selected."""
+    """What `prepare_chain` would submit. Without the data, which a dry run can do without: a job for each instance."""
     try:
         return prepare_chain(recipe, runs, profile, only=only, fresh=fresh)[1]
     except DataError as error:
         sys.stderr.write(f"gowide: {error}; these are the jobs of a run of which nothing is finished\n")
     run = Run(runs.absolute() / recipe.name)
     selected = recipe.select(only) if only else recipe.instances
-    return Chain(run.slurm, _jobs(selected.values(), recipe, run, profile), {}, {})
+    jobs = _jobs(selected.values(), recipe, run, profile)
+    return Chain(run.slurm, {job.key: Planned(Action.SUBMIT, None, job) for job in jobs})
 
 
-def _jobs(instances: Iterable[Instance], recipe: Recipe, run: Run, profile: Profile) -> tuple[Job, ...]:
-    """The instances' jobs. Raises RecipeError if the global batch cannot be shared by a job's processes."""
+def _jobs(instances: Iterable[Instance], recipe: Recipe, run: Run, profile: Profile) -> Iterator[Job]:
+    """The instances' jobs. Raises RecipeError if the global batch cannot be split over a job's processes."""
     for name in {*profile.stages} - {*recipe.stages} - {*recipe.instances}:
         sys.stderr.write(f"gowide: the cluster profile's stages.{name} is no stage of recipe {recipe.name}\n")
-    jobs = []
     for instance in instances:
         resources = profile.resources(instance)
         for num_processes in resources.num_processes:
             check_group(recipe, num_processes, on_gpus=resources.gpus_per_node > 0)
         worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
-        jobs.append(Job(instance.key, job_name(recipe.name, instance.key), instance.parents, worker, resources))
-    return tuple(jobs)
+        name = job_name(recipe.name, instance.key)
+        environment = device_environment(resources.gpus_per_node)
+        yield Job(instance.key, name, worker, resources, parents=instance.parents, environment=environment)

@@ -1,4 +1,4 @@
-"""`gowide encode` as a Slurm job: one task, with the CPUs of a node."""
+"""`gowide encode` as a Slurm job: one task with the CPUs of a node."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.errors import UserError, mendable
+from gowide_dist.launch.chain import Action, Chain, Planned, action_for
 from gowide_dist.launch.local import leave_error
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import job_name, newest_jobs
-from gowide_dist.launch.slurm import Chain, Job, Worker, check_folder
+from gowide_dist.launch.slurm import Job, Worker, check_folder
 from gowide_dist.stop import raise_on_sigterm
 
 KEY = "encode"
@@ -22,27 +23,26 @@ KEY = "encode"
 def encode_job(
     dataset: str, out: Path, root: Path | None, options: Options, profile: Profile, *, rehearse: bool
 ) -> Chain:
-    """The job of an encode, unless Slurm has it already; `rehearse` asks no Slurm. Its files lie in `OUT.slurm`.
+    """The job of an encode, unless Slurm has it already. Its files are in `OUT.slurm`. `rehearse` does not ask Slurm.
 
-    The readers are as many as the job has CPUs, where `options` does not say. Raises UserError if the nodes would not
-    see the folder, or if Slurm does not answer.
+    There is a reader for each CPU of the job unless `options` says another number. Raises UserError if the nodes would
+    not see the folder, or if Slurm does not answer.
     """
     out = out.absolute()
     folder = out.with_name(f"{out.name}.slurm")
     check_folder(folder, profile)
     state = None if rehearse else newest_jobs(folder, out.name).get(KEY)
-    queued = {KEY: state.job_id} if state and (state.is_waiting or state.is_running) else {}
-    leaving = {KEY: state.job_id} if state and state.is_leaving else {}
     resources = profile.encode_resources()
     options = replace(options, workers=options.workers or resources.cpus_per_task)
     worker = Worker(__name__, (dataset, str(out), str(root.absolute()) if root else "", json.dumps(asdict(options))))
-    job = Job(KEY, job_name(out.name, KEY), (), worker, resources)
-    return Chain(folder, () if queued else (job,), queued, leaving)
+    action = action_for(state)
+    job = None if action is Action.WAIT_FOR else Job(KEY, job_name(out.name, KEY), worker, resources)
+    return Chain(folder, {KEY: Planned(action, state.job_id if state else None, job)})
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry of the job: exit status 2 for a UserError, which is left for the job's log."""
-    # Nothing could be saved before the end of the allocation, and queued again the job would run into it for ever.
+    """Entry of the job: exit status 2 for a UserError, which goes to the job's log."""
+    # An encode cannot save half of its work: requeued before its time limit, it would reach the limit again and again.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     raise_on_sigterm()
     dataset, out, root, options = arguments

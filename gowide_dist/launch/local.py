@@ -1,11 +1,10 @@
-"""torchrun on this machine: one process group for all stages, so that start-up is paid once."""
+"""torchrun on this machine, one process group for all stages; and how a worker ends and tells what went wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -20,29 +19,29 @@ from gowide_dist import stop
 from gowide_dist.errors import FULL_DISK, InternalError, UserError
 from gowide_dist.prepare import Prepared
 
-ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker leaves the error that the launcher shows
-_LAUNCHER_VARIABLE = "GOWIDE_LAUNCHER"  # its process id
+ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker writes the error that the launcher shows
+LAUNCHER_VARIABLE = "GOWIDE_LAUNCHER"  # id of the parent process, whose end is the worker's end
+GPUS_VARIABLE = "GOWIDE_GPUS_PER_NODE"  # `world` refuses to train on the CPU where this is set
+# glibc's malloc reads these: keep freed memory for the next training step, which allocates the same again. By default
+# large blocks go back to the kernel, which clears every page anew: up to a fifth of a step on CPUs.
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}
 
-_TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class WorkerError(InternalError):
-    """A worker process ended in a way that the user cannot mend; it has said why."""
+    """A worker failed in a way that the user cannot mend, and has printed why."""
 
 
 def default_num_processes() -> int:
     """One process per GPU; without GPUs one per two cores, each with two threads."""
-    if gpus := num_gpus():
-        return gpus
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+    return num_gpus() or max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def num_gpus() -> int:
     """GPUs of this machine, without importing torch."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return len(
-            [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device.strip() not in ("", "-1")]
-        )
+        return sum(device.strip() not in ("", "-1") for device in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
     return _installed_gpus()
 
 
@@ -55,39 +54,36 @@ def _installed_gpus() -> int:
 
 
 def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
-    """Run `python -m module arguments` in `num_processes` processes that torchrun's agent starts and watches.
+    """Run `python -m module arguments` in `num_processes` processes under torchrun.
 
-    Raises UserError with the line of a worker that raised one, WorkerError if a worker failed otherwise.
+    Forwards SIGINT, SIGTERM and SIGHUP, on which the workers save and end, and then raises KeyboardInterrupt. Raises
+    UserError with the line of a worker that raised one, WorkerError if a worker failed otherwise.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    with tempfile.TemporaryDirectory(prefix="gowide-") as scratch:
-        error_file = Path(scratch) / "error.json"
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_processes,
-            run_id="gowide",
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            monitor_interval=0.1,
-            start_method="spawn",
-            signals_to_handle=",".join(_signals_to_handle()),
+    with tempfile.TemporaryDirectory(prefix="gowide-") as folder:
+        error_file = Path(folder) / "error.json"
+        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
+        options += ["--monitor-interval=0.1"]  # seconds: a failed worker ends the others at once
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gowide_dist.launch.torchrun", *options, "-m", module, *arguments],
+            env=_environment(error_file, num_processes),
+            # A terminal's Ctrl-C reaches this process alone, which forwards it: a second one makes torchrun give up
+            # waiting for the workers.
+            start_new_session=True,
         )
-        try:
-            with _for_workers(error_file, num_processes):
-                elastic_launch(config, sys.executable)("-m", module, *arguments)
-        except ChildFailedError as error:
-            if error_file.exists():
-                raise UserError(read_error(error_file) or FULL_DISK) from error
-            rank, failure = error.get_first_failure()
-            raise WorkerError(f"process {rank} ended with exit code {failure.exitcode}; see its error above") from error
-        except SignalException as error:
-            raise KeyboardInterrupt from error
+        with _forwarding_signals_to(process):
+            status = process.wait()
+        message = read_error(error_file)
+    if status == 2:
+        raise UserError(message or FULL_DISK)
+    if status > 128:
+        raise KeyboardInterrupt
+    if status:
+        raise WorkerError(message or f"torchrun ended with exit status {status}")
+
+
+def device_environment(num_gpus: int) -> dict[str, str]:
+    """Variables for the processes of a node with `num_gpus` GPUs."""
+    return {GPUS_VARIABLE: str(num_gpus)} if num_gpus else KEEP_FREED_MEMORY
 
 
 def run_here(prepared: Prepared, num_processes: int, *, sequential: bool = False) -> None:
@@ -101,54 +97,43 @@ def run_here(prepared: Prepared, num_processes: int, *, sequential: bool = False
         torchrun("gowide_dist.pipeline", arguments, num_processes)
 
 
-def _signals_to_handle() -> list[str]:
-    """The signals at which torchrun ends the workers: all of its own, but for SIGHUP under nohup, which ignores it."""
-    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number.name for number in _TORCHRUN_SIGNALS if not (is_ignored and number == signal.SIGHUP)]
+def _environment(error_file: Path, num_processes: int) -> dict[str, str]:
+    """The environment of torchrun and its workers; variables that the user has set stay as they are."""
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        **device_environment(num_gpus()),
+    }
+    return {**defaults, **os.environ, ERROR_FILE_VARIABLE: str(error_file), LAUNCHER_VARIABLE: str(os.getpid())}
 
 
 @contextlib.contextmanager
-def _for_workers(error_file: Path, num_processes: int) -> Iterator[None]:
-    """The environment that torchrun's workers inherit, and torchrun itself silent: the workers have said what is wrong.
-
-    Both end with the workers, or whatever this process starts next would take them over; so does what torchrun does on
-    signals, which leaves a traceback.
-    """
-    before = dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in _TORCHRUN_SIGNALS}
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ[ERROR_FILE_VARIABLE] = str(error_file)
-    os.environ[_LAUNCHER_VARIABLE] = str(os.getpid())
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+def _forwarding_signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Signals that this process ignores, such as SIGHUP under nohup, stay ignored."""
+    numbers = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in handlers.items():
-            if handler is not None:  # not Python's
-                signal.signal(number, handler)
-        logging.disable(level)
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
+            signal.signal(number, handler)
 
 
 def end_with_launcher() -> None:
-    """In a worker, first of all: end when the launcher is killed, or was before; an orphan would go on writing."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's: ours, or one that the user has started
-        stop.end_with(int(os.environ.get(_LAUNCHER_VARIABLE, os.getppid())))
+    """Called first in a worker: it ends with torchrun, even if killed. An orphan would go on writing into the run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun: ours, or one that the user has started
+        stop.end_with(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
 
 
 def leave(status: int) -> NoReturn:
-    """End a worker that is through without winding Python up: gloo's threads outlive their group and may abort that."""
+    """End a worker by os._exit, without interpreter shutdown, which gloo's or NCCL's threads may abort or hold up."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def read_error(path: Path) -> str | None:
-    """The line in an error file, if there is one. On a full disk it is empty."""
+    """The line in an error file; None if there is no file, or an empty one, as on a full disk."""
     try:
         line: str = json.loads(path.read_text())["message"]
     except (FileNotFoundError, ValueError):
@@ -157,10 +142,10 @@ def read_error(path: Path) -> str | None:
 
 
 def leave_error(message: str) -> None:
-    """In a worker: say what went wrong, to the launcher if there is one, else to the user."""
+    """In a worker: write the line to the launcher's error file, unless another worker was first; else to stderr."""
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if path is None:
         sys.stderr.write(f"{message}\n")
     elif not Path(path).exists():
-        with contextlib.suppress(OSError):  # on a full disk the exit status alone says it
+        with contextlib.suppress(OSError):  # full disk: the launcher sees the exit status
             Path(path).write_text(json.dumps({"message": message}))

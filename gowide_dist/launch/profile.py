@@ -12,7 +12,7 @@ from gowide_dist.recipe import Instance
 from gowide_dist.schema import Count, Fraction, Frozen, Natural, NonNegative, Positive, read_yaml, validate
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
-# What sbatch options are called here; to say a thing in two places is refused.
+# Options of sbatch that a profile has a key for: `sbatch:` refuses them.
 _OWN_OPTIONS = {
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "exclude": "exclude",
     "nodes": "nodes", "gpus-per-node": "gpus_per_node", "gres": "gpus_per_node", "gpus": "gpus_per_node",
@@ -36,37 +36,37 @@ def _as_text(value: Any) -> Any:
     return str(value)
 
 
-def _as_option(value: Any) -> Any:
+def _as_text_or_true(value: Any) -> Any:
     return value if value is True else _as_text(value)
 
 
 class Device(Frozen):
-    """What one process of a job computes with, for `gowide plan`: assumptions until they are measured.
+    """The device of one process, for `gowide plan`: assumptions until they are measured.
 
-    tflops: dense, at the recipe's precision, a multiply and an add counted as two operations. GB are 10^9 bytes.
+    tflops: dense, at the recipe's precision, a multiply-add counted as two operations. GB are 10^9 bytes.
     """
 
     name: Text
     tflops: Positive
-    efficiency: Annotated[Fraction, Field(gt=0)] = 0.3  # the part of it that training reaches
+    efficiency: Annotated[Fraction, Field(gt=0)] = 0.3  # the fraction of tflops that training reaches
     memory_gb: Positive | None = None
-    images_per_s_per_cpu: Positive | None = None  # that a CPU decodes and augments
-    within_node_gb_s: Positive = 300.0  # that a device sends to the next one of its node
-    between_nodes_gb_s: Positive = 25.0  # that a node sends to the next one
-    overlap: Fraction = 0.8  # the part of the gradients' way that the backward pass can hide
+    images_per_s_per_cpu: Positive | None = None  # decoded and augmented by one CPU
+    within_node_gb_s: Positive = 300.0  # between two devices of a node
+    between_nodes_gb_s: Positive = 25.0  # between two nodes
+    overlap: Fraction = 0.8  # the fraction of the gradients' all-reduce that the backward pass can hide
     write_gb_s: Positive = 1.0  # of a checkpoint
     start_s: NonNegative = 60.0  # from the start of a job to its first step
 
     @property
     def flops(self) -> float:
-        """Operations a second that training reaches."""
+        """Operations per second that training reaches."""
         return 1e12 * self.tflops * self.efficiency
 
 
 def this_machine(num_cores: int, memory_gb: float | None = None) -> Device:
-    """So many cores of a machine that no profile describes: 64 GFLOP/s each, two AVX2 units at 2 GHz.
+    """CPU cores of a machine that no profile describes: 64 GFLOP/s each, two AVX2 units at 2 GHz.
 
-    Nothing overlaps: what averages the gradients are the cores that compute.
+    No overlap: the cores that compute gradients also average them.
     """
     return Device(
         name=f"{num_cores} CPU cores", tflops=0.064 * num_cores, efficiency=0.3, memory_gb=memory_gb, overlap=0.0
@@ -74,7 +74,7 @@ def this_machine(num_cores: int, memory_gb: float | None = None) -> Device:
 
 
 class Settings(Frozen):
-    """What one job asks for. In a profile's `stages` only what differs is said."""
+    """Resources that a job asks for; under a profile's `stages` and `encode` those that differ."""
 
     partition: Text | None = None
     account: Text | None = None
@@ -86,20 +86,20 @@ class Settings(Frozen):
     processes_per_node: Count | None = None  # where there are no GPUs; default 1
     cpus_per_task: Count = 1
     mem_gb: Count | None = None  # per node
-    timeout_min: Count = 60  # a stage that takes longer goes on in as many allocations as it needs
+    timeout_min: Count = 60  # of one allocation; a longer stage takes several
     signal_delay_s: Count = 120  # how long before the end of an allocation the stage is told to save
     cpu_bind: Text = "cores"  # srun's --cpu-bind
     collective_timeout_s: Count = 600  # a process that waits longer for the others ends the job
-    retries: Natural = 3  # how often a job is queued again after a process crashed, hung or was killed
+    retries: Natural = 3  # requeues after a process crashed, hung or was killed
     setup: tuple[Text, ...] = ()  # shell lines before the processes start
     environment: dict[Text, Annotated[str, BeforeValidator(_as_text)]] = Field(default_factory=dict)
     device: Device | None = None  # for `gowide plan`
     # Any further option of sbatch, by its long name without the dashes; `true` for one without a value.
-    sbatch: dict[Text, Annotated[str | Literal[True], BeforeValidator(_as_option)]] = Field(default_factory=dict)
+    sbatch: dict[Text, Annotated[str | Literal[True], BeforeValidator(_as_text_or_true)]] = Field(default_factory=dict)
 
 
 class Resources(Settings):
-    """All that one stage's job asks for."""
+    """The resources of one job, checked as a whole."""
 
     @model_validator(mode="after")
     def _check(self) -> Resources:
@@ -117,55 +117,55 @@ class Resources(Settings):
 
     @property
     def tasks_per_node(self) -> int:
-        """Processes on each node, one Slurm task each."""
+        """Processes of a node, each a Slurm task."""
         return self.gpus_per_node or self.processes_per_node or 1
 
     @property
     def num_processes(self) -> list[int]:
-        """The numbers of processes that the job may get: one for each number of nodes."""
+        """The numbers of processes that the job may get, one for each number of nodes."""
         low, _, high = self.nodes.partition("-")
         return [self.tasks_per_node * nodes for nodes in range(int(low), int(high or low) + 1)]
 
 
 class Profile(Resources):
-    """A cluster: what jobs ask for, and what the jobs of some stages ask for instead."""
+    """A cluster: the resources of its jobs, and what differs for the jobs of some stages."""
 
-    node_local: tuple[Path, ...] = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # other nodes don't see these
+    node_local: tuple[Path, ...] = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # folders local to each node
     stages: dict[Text, Settings] = Field(default_factory=dict)  # by stage, or by stage/network
-    encode: Settings | None = None  # for `gowide encode --cluster`: what differs, for example the partition
+    encode: Settings | None = None  # what differs for `gowide encode --cluster`, for example the partition
 
     def resources(self, instance: Instance) -> Resources:
-        """What the job of a stage instance asks for: the profile's, then its stage's, then its own; mappings merge.
+        """The resources of an instance's job: the profile's, then its stage's, then its own; mappings are merged.
 
-        Raises RecipeError if that does not fit together.
+        Raises RecipeError if they contradict each other.
         """
-        overrides = [self.stages[place] for place in (instance.stage_name, instance.key) if place in self.stages]
+        overrides = [self.stages[name] for name in (instance.stage_name, instance.key) if name in self.stages]
         return self._merged(overrides, f"stage {instance.key}")
 
     def encode_resources(self) -> Resources:
-        """What the job of `gowide encode` asks for: one task with all CPUs of the tasks on a node, and no GPU.
+        """The resources of `gowide encode`: one task with the CPUs of all tasks of a node and no GPU, then `encode`.
 
-        What `encode` says differs from the profile. Raises RecipeError if that does not fit together.
+        Raises RecipeError if they contradict each other.
         """
         one_task = Settings(
             nodes="1", gpus_per_node=0, processes_per_node=1, cpus_per_task=self.tasks_per_node * self.cpus_per_task
         )
         return self._merged([one_task, *([self.encode] if self.encode else [])], "encode")
 
-    def _merged(self, overrides: Sequence[Settings], what: str) -> Resources:
+    def _merged(self, overrides: Sequence[Settings], job: str) -> Resources:
         values = {name: getattr(self, name) for name in Resources.model_fields}
         for settings in overrides:
             for name in settings.model_fields_set:
                 value = getattr(settings, name)
                 values[name] = {**values[name], **value} if isinstance(value, dict) else value
-        return validate(Resources, values, f"cluster profile, {what}", _dotted)
+        return validate(Resources, values, f"cluster profile, {job}", _key)
 
 
-def _dotted(location: tuple[int | str, ...]) -> str:
+def _key(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location if part != "[key]")
 
 
 def load_profile(path: Path) -> Profile:
     """The checked profile in a YAML file. Raises RecipeError: one line with file, place and fault."""
     values: dict[str, Any] = read_yaml(path)
-    return validate(Profile, values, str(path), _dotted)
+    return validate(Profile, values, str(path), _key)

@@ -1,4 +1,4 @@
-"""The truth about jobs, as Slurm tells it. Quick, and without submitit, whose view of a job goes stale."""
+"""The state of jobs, from squeue and sacct: quick, and without submitit, whose view of a job goes stale."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "ST
 
 
 class SlurmError(UserError):
-    """Slurm is not there, does not answer, or refuses."""
+    """Slurm is absent, does not answer, or refuses a command."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm knows of a job. `state` is Slurm's word; `reason` why it waits; `starts` when it may, if known."""
+    """A job in Slurm's words. reason: why it waits. starts: when Slurm expects it to start, if it does."""
 
     job_id: str
     state: str
@@ -35,22 +35,24 @@ class JobState:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the job is to run yet."""
         return self.state in _WAITING
 
     @property
     def is_running(self) -> bool:
-        """Whether the job has its nodes."""
         return self.state in _RUNNING
 
     @property
     def is_leaving(self) -> bool:
-        """Whether its processes are being ended: it is then either over or queued again."""
+        """Its processes are being ended; afterwards it is either over or queued again."""
         return self.state == "COMPLETING"
+
+    @property
+    def is_over(self) -> bool:
+        return not (self.is_waiting or self.is_running or self.is_leaving)
 
 
 def call(*command: str, stderr: bool = False) -> str:
-    """The output of a Slurm command, or what it writes to stderr. Raises SlurmError with what it complains of."""
+    """What a Slurm command writes to stdout, or to stderr. Raises SlurmError with its error message if it fails."""
     require(command[0])
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False)
@@ -62,19 +64,19 @@ def call(*command: str, stderr: bool = False) -> str:
 
 
 def require(command: str) -> None:
-    """Raises SlurmError if a command of Slurm's is not there."""
+    """Raises SlurmError if a command of Slurm is absent."""
     if not shutil.which(command):
-        raise SlurmError(f"{command} is not there: this is no machine of a Slurm cluster; `gowide run` trains here")
+        raise SlurmError(f"{command} not found: this machine belongs to no Slurm cluster; `gowide run` trains here")
 
 
 def complaint(command: str, stderr: str) -> str:
-    """What a Slurm command says is wrong, in one line."""
+    """The error message of a Slurm command, in one line."""
     lines = [line.removeprefix(f"{command}: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip()]
-    return f"{command}: {'; '.join(dict.fromkeys(lines)) or 'failed without a word'}"
+    return f"{command}: {'; '.join(dict.fromkeys(lines)) or 'failed without an error message'}"
 
 
 def read_jobs(folder: Path) -> dict[str, list[str]]:
-    """The ids of the jobs that were submitted for each stage instance, newest last."""
+    """The ids of the jobs submitted for each stage instance, newest last."""
     path = folder / "jobs.json"
     try:
         jobs: dict[str, list[str]] = json.loads(path.read_bytes())
@@ -86,38 +88,38 @@ def read_jobs(folder: Path) -> dict[str, list[str]]:
 
 
 def write_job(folder: Path, key: str, job_id: str) -> None:
-    """Note the job of a stage instance."""
+    """Record the newest job of a stage instance."""
     jobs = read_jobs(folder)
     jobs.setdefault(key, []).append(job_id)
     write_atomically(folder / "jobs.json", json.dumps(jobs, indent=2) + "\n")
 
 
 def job_name(run: str, key: str) -> str:
-    """What the jobs of an instance are called."""
+    """The name of the jobs of a stage instance."""
     return f"{run}:{key}"
 
 
 def newest_jobs(folder: Path, run: str) -> dict[str, JobState]:
-    """Slurm's word on the newest job of each instance that was submitted, also of those that the recipe no longer has.
+    """The state of the newest job of each instance, also of instances that the recipe no longer has.
 
-    A job that is not called as the run's are is not ours: ids begin again when a cluster is set up anew.
+    A job with another name than the run's jobs have is another's: a cluster that is set up anew counts ids from 1.
     """
-    wanted = {ids[-1]: key for key, ids in read_jobs(folder).items()}
-    if not wanted:
+    keys = {ids[-1]: key for key, ids in read_jobs(folder).items()}
+    if not keys:
         return {}
 
-    def ours(jobs: Iterable[tuple[JobState, str]]) -> dict[str, JobState]:
-        named = ((wanted.get(state.job_id), state, name) for state, name in jobs)
+    def of_the_run(jobs: Iterable[tuple[JobState, str]]) -> dict[str, JobState]:
+        named = ((keys.get(state.job_id), state, name) for state, name in jobs)
         return {key: state for key, state, name in named if key and name == job_name(run, key)}
 
-    found = ours(_from_squeue())
-    if missing := [job_id for job_id, key in wanted.items() if key not in found]:
-        found |= ours(_from_sacct(missing))
-    return found
+    states = of_the_run(_from_squeue())
+    if forgotten := [job_id for job_id, key in keys.items() if key not in states]:
+        states |= of_the_run(_from_sacct(forgotten))
+    return states
 
 
 def cancel(job_ids: Iterable[str]) -> None:
-    """Cancel jobs, those that wait for others first."""
+    """Cancel jobs, children before the parents that they wait for."""
     call("scancel", *sorted(job_ids, key=int, reverse=True))
 
 
@@ -142,7 +144,7 @@ def _from_sacct(job_ids: list[str]) -> Iterable[tuple[JobState, str]]:
     try:
         lines = call("sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,JobName", "-j", ",".join(job_ids))
     except SlurmError:
-        return  # no accounting on this cluster: what squeue has forgotten is over
+        return  # no accounting on this cluster: a job that squeue does not list is over
     for line in lines.splitlines():
         job_id, state, nodes, name = line.split("|", 3)
         yield JobState(job_id, state.split(" ")[0], nodes="" if nodes == "None assigned" else nodes), name

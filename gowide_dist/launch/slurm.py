@@ -1,4 +1,4 @@
-"""Chains of Slurm jobs through submitit: one job per stage instance, one task per process."""
+"""One Slurm job through submitit: its sbatch script (`sbatch_script`), what its processes execute, its files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gowide_dist.errors import RunError
-from gowide_dist.files import try_lock
-from gowide_dist.launch.local import ERROR_FILE_VARIABLE, read_error
+from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, read_error
 from gowide_dist.launch.profile import Profile, Resources
-from gowide_dist.launch.queue import SlurmError, call, cancel, complaint, read_jobs, write_job
+from gowide_dist.launch.queue import SlurmError, complaint
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -28,30 +26,33 @@ if TYPE_CHECKING:
 
 MANY_TIMEOUTS = 10_000  # a stage goes on over as many allocations as it needs
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that Linux gives to outgoing connections
-LEFT_FOR_SLURM_S = 60
+LEFT_FOR_SLURM_S = 60  # longer than Slurm takes to end a process after SIGTERM (KillWait, 30 s by default)
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What every process of a job executes: `main(arguments)` of a module, in the process group of the job."""
+    """What every process of a job executes: `main(arguments)` of a module. submitit pickles it for the job."""
 
     module: str
     arguments: tuple[str, ...]
 
     def __call__(self) -> None:
-        """Enter the process group and train. When told to stop, save, and let Slurm queue the job again."""
+        """Describe the process group to torch.distributed and run. After SIGUSR2 the job is queued again."""
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
 
         queue_again = signal.getsignal(signal.SIGUSR2)  # submitit's: dumps `checkpoint()` and requeues, on rank 0
         environment = JobEnvironment()
         start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        port = FIRST_PORT + (int(environment.raw_job_id) + 7919 * start) % NUM_PORTS  # jobs on one node don't meet
+        # Jobs that share a node have different ids and so different ports. A job that starts again takes another port,
+        # for its last one may still be closing, and one that is far from its neighbours': 7919 is a prime, so that
+        # multiples of it modulo NUM_PORTS repeat only after NUM_PORTS starts.
+        port = FIRST_PORT + (int(environment.raw_job_id) + 7919 * start) % NUM_PORTS
         os.environ["MASTER_PORT"] = str(port)
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ[ERROR_FILE_VARIABLE] = str(error_file(environment.paths.folder, environment.raw_job_id, start))
         status = importlib.import_module(self.module).main(self.arguments)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a warning that comes while Python winds up would kill it
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # during interpreter shutdown it would kill this process
         if status == 128 + signal.SIGUSR2:
             assert callable(queue_again)
             with contextlib.suppress(SystemExit):
@@ -60,13 +61,13 @@ class Worker:
         elif status == 2:
             sys.stderr.write(f"{read_error(Path(os.environ[ERROR_FILE_VARIABLE])) or 'full disk'}\n")
         elif status == 128 + signal.SIGTERM:
-            # Sent before a job is cancelled, preempted or requeued: Slurm knows which, and ends this process itself.
+            # SIGTERM comes before a job is cancelled, preempted or requeued: Slurm knows which, and ends this process.
             time.sleep(LEFT_FOR_SLURM_S)
         if status:
-            sys.exit(status)
+            leave(status)
 
     def checkpoint(self) -> DelayedSubmission:
-        """The same again: training finds its own checkpoint."""
+        """What submitit submits again before the time limit: the same, for training finds its own checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -78,23 +79,24 @@ class Job:
 
     key: str
     name: str
-    parents: tuple[str, ...]  # keys of the instances whose success it needs
     worker: Worker
     resources: Resources
+    parents: tuple[str, ...] = ()  # keys of the instances whose success it needs
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def error_file(folder: Path, job_id: str, start: int) -> Path:
-    """Where the processes of a job's n-th start leave the line that the user can mend."""
+    """Where the processes of a job's n-th start write the line of a UserError."""
     return folder / f"{job_id}_{start}_error.json"
 
 
 def start_of(path: Path) -> int:
-    """Which start of its job an error file is of."""
+    """The number of the start that wrote an error file."""
     return int(path.name.split("_")[-2])
 
 
 def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
-    """What a process of a job prints, over all its starts."""
+    """The output of a process of a job, over all its starts."""
     return folder / f"{job_id}_{rank}_log.out"
 
 
@@ -102,87 +104,26 @@ def check_folder(folder: Path, profile: Profile) -> None:
     """Raises RunError if other nodes cannot see `folder`."""
     for local in profile.node_local:
         if folder.is_relative_to(local):
-            raise RunError(
-                f"{folder}: {local} is each node's own; take a folder on a file system that all nodes share with --runs"
-            )
+            raise RunError(f"{folder}: {local} is local to each node; take a folder that all nodes share with --runs")
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The jobs of a run that are to be submitted, parents first.
-
-    queued: ids of jobs, by instance, that Slurm has already. leaving: ids of jobs that are just being ended; another
-    job of the same instance begins after that. stale: ids of jobs that wait for one which has failed: they are
-    cancelled. known: what jobs the run had when all this was found out.
-    """
-
-    folder: Path
-    jobs: tuple[Job, ...]
-    queued: Mapping[str, str]
-    leaving: Mapping[str, str]
-    stale: Mapping[str, str] = field(default_factory=dict)
-    known: Mapping[str, Sequence[str]] | None = None
-
-    def scripts(self) -> list[str]:
-        """The sbatch scripts as they would be submitted; ids that are not known yet read `ID_OF_stage/network`."""
-        ids = {**self.queued, **{job.key: f"ID_OF_{job.key}" for job in self.jobs}}
-        return [f"{_script(self._executor(job, ids))}\n" for job in self.jobs]
-
-    def try_out(self) -> list[str]:
-        """When and where Slurm would start the jobs, had they no parents. Raises SlurmError if it refuses one."""
-        answers = []
-        for job in self.jobs:
-            with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-                file.write(_script(self._executor(job, {})))
-                file.flush()
-                try:
-                    answer = call("sbatch", "--test-only", file.name, stderr=True)
-                except SlurmError as error:
-                    raise SlurmError(f"{job.key}: {error}") from error
-            answers.append(f"{job.key}: {' '.join(answer.split())}")
-        return answers
-
-    def submit(self) -> dict[str, str]:
-        """Submit the jobs and note their ids.
-
-        Raises SlurmError, with nothing submitted, if one is refused or another command submits jobs of the same run.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with try_lock(self.folder / "lock") as mine:
-            if not mine or (self.known is not None and read_jobs(self.folder) != self.known):
-                raise SlurmError(f"{self.folder}: another command has just submitted jobs of this run; try again")
-            if self.stale:
-                cancel(self.stale.values())
-            return self._submit()
-
-    def _submit(self) -> dict[str, str]:
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-        ids: dict[str, str] = {}
-        try:
-            for job in self.jobs:
-                executor = self._executor(job, {**self.queued, **ids})
-                with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
-                    ids[job.key] = executor.submit(job.worker).job_id
-                write_job(self.folder, job.key, ids[job.key])
-        except BaseException as error:
-            if ids:
-                cancel(ids.values())
-            if isinstance(error, FailedJobError | FailedSubmissionError):
-                raise SlurmError(f"{job.key}: {complaint('sbatch', str(error))}; nothing was submitted") from error
-            raise
-        return ids
-
-    def _executor(self, job: Job, ids: Mapping[str, str]) -> SlurmExecutor:
-        parents = [ids[parent] for parent in job.parents if parent in ids]
-        conditions = [f"afterok:{':'.join(parents)}"] if parents else []
-        conditions += [f"afterany:{self.leaving[job.key]}"] if job.key in self.leaving else []
-        return _executor(job, self.folder, ",".join(conditions))
-
-
-def _script(executor: SlurmExecutor) -> str:
+def sbatch_script(job: Job, folder: Path, dependency: str) -> str:
+    """The script that sbatch gets; `folder` is for submitit's files and the logs, `dependency` as sbatch has it."""
+    executor = _executor(job, folder, dependency)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
+
+
+def submit_job(job: Job, folder: Path, dependency: str) -> str:
+    """Submit a job; its id. Raises SlurmError if Slurm refuses it."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
+            job_id: str = _executor(job, folder, dependency).submit(job.worker).job_id
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SlurmError(complaint("sbatch", str(error))) from error
+    return job_id
 
 
 def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
@@ -191,7 +132,7 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
     class Executor(SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
-            return 1  # scripts can be written without Slurm
+            return 1  # submitit asks whether Slurm is there: scripts can be written without
 
     resources = job.resources
     ranged = {"nodes": resources.nodes} if not resources.nodes.isdecimal() else {}
@@ -212,8 +153,8 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         "dependency": dependency or None,
         "wckey": None,
         "stderr_to_stdout": True,
-        "setup": _setup(resources),
-        # Current Slurm's srun does not take over sbatch's CPUs per task.
+        "setup": _setup(job),
+        # srun does not inherit sbatch's --cpus-per-task since Slurm 22.05.
         "srun_args": [
             "--kill-on-bad-exit=1",
             f"--cpus-per-task={resources.cpus_per_task}",
@@ -228,17 +169,19 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
     return executor
 
 
-def _setup(resources: Resources) -> list[str]:
+def _setup(job: Job) -> list[str]:
+    resources = job.resources
     environment = {
         "OMP_NUM_THREADS": str(resources.cpus_per_task),
         "GOWIDE_COLLECTIVE_TIMEOUT_S": str(resources.collective_timeout_s),
+        **job.environment,
         **resources.environment,
     }
     return [*resources.setup, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())]
 
 
 def _teardown(folder: Path, retries: int) -> list[str]:
-    """Queue the job again when a process crashed, hung or was killed, unless it left an error for the user to mend."""
+    """Requeue the job when a process crashed, hung or was killed, unless there is the line of a UserError."""
     return [
         "status=$?",
         f"# a process crashed, hung or was killed, with nothing for the user to mend: again, {retries} times at most",

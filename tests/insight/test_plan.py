@@ -233,7 +233,7 @@ def test_mistakes_are_one_line(job, tmp_path):
         ([job, "--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
         ([job, "--cluster", gpus], "does not say how fast its GPUs are"),
         ([job, "--cluster", wrong], "device.tflops: should be a valid number"),
-        ([job, "--nproc", 7], "batch_size: 60 cannot be shared equally by 7 processes"),
+        ([job, "--nproc", 7], "batch_size: 60 is not divisible by 7 processes"),
         ([job, "--measure", "--cluster", "slurm/clusters/cpu.yaml"], "cpu.yaml: no such file"),
         ([job, "--scale", "batch_size=4"], "batch_size: 4 images are fewer than the 8 devices of a node"),
     ]:

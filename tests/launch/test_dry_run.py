@@ -38,14 +38,14 @@ def test_the_scripts_of_a_chain(job, tmp_path, cluster):
 
 def test_a_folder_that_other_nodes_do_not_see(job, tmp_path):
     line = refused("submit", job, "--cluster", CLUSTERS / "gpu8.yaml", "--runs", "/tmp/runs")
-    assert "/tmp/runs/chain/slurm: /tmp is each node's own; take a folder on a file system that all nodes share" in line
+    assert "/tmp/runs/chain/slurm: /tmp is local to each node; take a folder that all nodes share" in line
 
 
 def test_processes_that_cannot_share_the_batch(job):
     profile = CLUSTERS / "gpu8.yaml"
     result = gowide("submit", job, "--cluster", profile, "--runs", "/shared", "--dry-run", "batch_size=36")
     assert result.returncode == 2
-    assert "batch_size: 36 cannot be shared equally by 8 processes" in result.stderr
+    assert "batch_size: 36 is not divisible by 8 processes" in result.stderr
 
 
 def test_synchronised_batch_norm_needs_gpus(job):
@@ -61,7 +61,7 @@ def test_without_slurm(job, tmp_path, monkeypatch):
     profile = CLUSTERS / "devcluster.yaml"
     result = gowide("submit", job, "--cluster", profile, "--runs", tmp_path / "runs", "--test-only")
     assert result.returncode == 2
-    line = "sbatch is not there: this is no machine of a Slurm cluster; `gowide run` trains here"
+    line = "sbatch not found: this machine belongs to no Slurm cluster; `gowide run` trains here"
     assert result.stderr.splitlines()[-1] == f"gowide: teacher/wide: {line}"
 
 

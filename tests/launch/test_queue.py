@@ -1,4 +1,4 @@
-"""What is made of Slurm's answers, said here by stand-ins; tests/slurm asks a real one."""
+"""What is made of Slurm's answers, which stand-ins for its commands give; tests/slurm asks a real Slurm."""
 
 import json
 import os
@@ -9,10 +9,10 @@ import pytest
 from gowide_dist import load_recipe
 from gowide_dist.files import try_lock
 from gowide_dist.insight.status import cancel_run, logs, status
-from gowide_dist.launch.chain import prepare_chain
+from gowide_dist.launch.chain import Action, prepare_chain
 from gowide_dist.launch.profile import load_profile
 from gowide_dist.launch.queue import SlurmError, newest_jobs, write_job
-from gowide_dist.prepare import write
+from gowide_dist.prepare import write_run
 from tests.command import refused
 from tests.fashion import chain, encode_part
 from tests.fashion import write_job as write_recipe
@@ -46,7 +46,7 @@ def slurm(tmp_path, monkeypatch):
 
 @pytest.fixture
 def prepared(data, tmp_path):
-    """Of a run whose teacher was job 101 and whose imitation is job 102; call it to prepare what is to be submitted."""
+    """A function that prepares the chain of a run whose teacher was job 101 and whose imitation is job 102."""
     job = write_recipe(tmp_path, chain(data, name="q"))
     (tmp_path / "profile.yaml").write_text(PROFILE)
     folder = tmp_path / "runs" / "q" / "slurm"
@@ -70,40 +70,60 @@ def test_names_may_hold_anything(tmp_path, slurm):
     }  # fmt: skip
 
 
+def actions(chain):
+    return {key: planned.action for key, planned in chain.planned.items()}
+
+
 def test_a_job_that_waits_for_one_that_failed_is_replaced(prepared, slurm):
     slurm(squeue="102|PENDING|Dependency||0|N/A|q:imitate/thin|\n", sacct="101|FAILED|n1|q:teacher/wide\n")
-    _, found = prepared()
-    assert found.stale == {"imitate/thin": "102"}
-    assert found.queued == {}
-    assert [job.key for job in found.jobs] == ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
+    _, chain = prepared()
+    assert actions(chain) == {
+        "teacher/wide": Action.SUBMIT, "imitate/thin": Action.REPLACE,
+        "distill/thin": Action.SUBMIT, "finetune/thin": Action.SUBMIT,
+    }  # fmt: skip
+    assert chain.planned["imitate/thin"].slurm_id == "102"
+    assert chain.in_jobs == set()
+    assert [job.key for job in chain.jobs] == ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
 
 
-def test_a_job_whose_parent_is_on_its_way_is_left(prepared, slurm):
+def test_a_job_whose_parent_has_a_job_is_left_alone(prepared, slurm):
     slurm(squeue="101|RUNNING||n1|0|N/A|q:teacher/wide|\n102|PENDING|Dependency||0|N/A|q:imitate/thin|\n")
-    _, found = prepared()
-    assert (found.stale, found.queued) == ({}, {"teacher/wide": "101", "imitate/thin": "102"})
-    assert [job.key for job in found.jobs] == ["distill/thin", "finetune/thin"]
+    _, chain = prepared()
+    assert chain.in_jobs == {"teacher/wide", "imitate/thin"}
+    assert [job.key for job in chain.jobs] == ["distill/thin", "finetune/thin"]
+    assert ["#SBATCH --dependency=afterok:102:101" in script for script in chain.scripts()] == [True, False]
+
+
+def test_a_job_that_is_being_ended_is_followed_by_another(prepared, slurm):
+    slurm(squeue="101|COMPLETING||n1|0|N/A|q:teacher/wide|\n102|PENDING|Dependency||0|N/A|q:imitate/thin|\n")
+    _, chain = prepared()
+    found = actions(chain)
+    assert (found["teacher/wide"], found["imitate/thin"]) == (Action.FOLLOW, Action.REPLACE)
+    assert chain.in_jobs == {"teacher/wide"}
+    scripts = chain.scripts()
+    assert "#SBATCH --dependency=afterany:101\n" in scripts[0]
+    assert "#SBATCH --dependency=afterok:ID_OF_teacher/wide\n" in scripts[1]
 
 
 def test_two_commands_do_not_submit_the_same_jobs(prepared, slurm):
-    _, found = prepared()
-    with try_lock(found.folder / "lock"), pytest.raises(SlurmError, match="has just submitted jobs of this run"):
-        found.submit()
-    write_job(found.folder, "teacher/wide", "103")  # by the other, which was faster
+    _, chain = prepared()
+    with try_lock(chain.folder / "lock"), pytest.raises(SlurmError, match="has just submitted jobs of this run"):
+        chain.submit()
+    write_job(chain.folder, "teacher/wide", "103")  # by another command, which was faster
     with pytest.raises(SlurmError, match="has just submitted jobs of this run"):
-        found.submit()
+        chain.submit()
 
 
-def test_jobs_of_a_stage_that_is_no_more(prepared, slurm, tmp_path):
-    here, _ = prepared()
-    write(here)
-    write_job(here.run.slurm, "old/thin", "104")
+def test_jobs_of_a_stage_that_the_recipe_no_longer_has(prepared, slurm, tmp_path):
+    plan, _ = prepared()
+    write_run(plan)
+    write_job(plan.run.slurm, "old/thin", "104")
     folder = slurm(squeue="104|PENDING|Priority||0|N/A|q:old/thin|\n")
-    row = status(here.run)[-1]
+    row = status(plan.run)[-1]
     assert (row.stage, row.state, row.job, row.note) == ("old/thin", "queued", "104", "the recipe no longer has it")
-    (here.run.slurm / "104_0_log.out").write_text("said\n")
-    assert list(logs(here.run, "old")) == ["said\n"]
-    assert cancel_run(here.run) == ["old/thin  job 104"]
+    (plan.run.slurm / "104_0_log.out").write_text("printed\n")
+    assert list(logs(plan.run, "old")) == ["printed\n"]
+    assert cancel_run(plan.run) == ["old/thin  job 104"]
     assert (folder / "scancel.asked").read_text() == "104\n"
 
 
@@ -112,15 +132,15 @@ def test_without_slurm_nothing_is_written(data, tmp_path, monkeypatch):
     job = write_recipe(tmp_path, chain(data, name="q"))
     (tmp_path / "profile.yaml").write_text(PROFILE)
     line = refused("submit", job, "--cluster", tmp_path / "profile.yaml", "--runs", tmp_path / "runs")
-    assert line.startswith("sbatch is not there: this is no machine of a Slurm cluster")
+    assert line.startswith("sbatch not found: this machine belongs to no Slurm cluster")
     assert not Path(tmp_path / "runs").exists()
 
 
-def test_the_newest_error_is_told_however_often_it_began(prepared, slurm):
+def test_the_error_of_the_newest_start_is_told(prepared, slurm):
     """Accounting does not say how often a job was started."""
-    here, _ = prepared()
-    write(here)
+    plan, _ = prepared()
+    write_run(plan)
     for start, line in ((0, "an old one"), (2, "out of memory"), (10, "the loss is not finite")):
-        (here.run.slurm / f"101_{start}_error.json").write_text(json.dumps({"message": line}))
+        (plan.run.slurm / f"101_{start}_error.json").write_text(json.dumps({"message": line}))
     slurm(sacct="101|FAILED|n1|q:teacher/wide\n")
-    assert (status(here.run)[0].state, status(here.run)[0].note) == ("failed", "the loss is not finite")
+    assert (status(plan.run)[0].state, status(plan.run)[0].note) == ("failed", "the loss is not finite")

@@ -1,4 +1,4 @@
-"""Training processes on their own: what they check, and how they stop."""
+"""Training processes: what they check, and how they stop."""
 
 import os
 import signal
@@ -34,16 +34,21 @@ def test_a_stage_whose_parent_is_not_finished(job, tmp_path):
     assert not run.stage("imitate/thin").path.exists()
 
 
-def test_a_run_on_this_machine_saves_before_it_stops(job, tmp_path):
+def test_ctrl_c_saves(job, tmp_path):
+    """As a terminal sends it: to all processes of the command."""
     metrics = tmp_path / "runs" / "chain" / "stages" / "teacher" / "wide" / "metrics.jsonl"
     command = ["run", job, "--nproc", "2", "--runs", tmp_path / "runs", "--only", "teacher"]
-    with subprocess.Popen([GOWIDE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with_sigint = ["env", "--default-signal=INT"]  # a shell's background processes, as these tests may be, ignore it
+    with subprocess.Popen(
+        [*with_sigint, GOWIDE, *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
         deadline = time.monotonic() + 120
         while len(read_metrics(metrics)) < 5:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         printed, complaints = process.communicate(timeout=60)
     assert process.returncode == 130
     assert complaints == "gowide: stopped; the same command continues\n"

@@ -17,6 +17,8 @@
 # setup
 export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export MALLOC_TRIM_THRESHOLD_=-1
+export MALLOC_MMAP_MAX_=0
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -54,6 +56,8 @@ exit $status
 # setup
 export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export MALLOC_TRIM_THRESHOLD_=-1
+export MALLOC_MMAP_MAX_=0
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -91,6 +95,8 @@ exit $status
 # setup
 export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export MALLOC_TRIM_THRESHOLD_=-1
+export MALLOC_MMAP_MAX_=0
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -128,6 +134,8 @@ exit $status
 # setup
 export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export MALLOC_TRIM_THRESHOLD_=-1
+export MALLOC_MMAP_MAX_=0
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -164,6 +172,8 @@ exit $status
 # setup
 export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export MALLOC_TRIM_THRESHOLD_=-1
+export MALLOC_MMAP_MAX_=0
 
 # command
 export SUBMITIT_EXECUTOR=slurm

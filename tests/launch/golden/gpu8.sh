@@ -20,6 +20,7 @@
 ulimit -n 65536
 export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 
 # command
@@ -61,6 +62,7 @@ exit $status
 ulimit -n 65536
 export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 
 # command
@@ -102,6 +104,7 @@ exit $status
 ulimit -n 65536
 export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 
 # command
@@ -143,6 +146,7 @@ exit $status
 ulimit -n 65536
 export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 
 # command
@@ -183,6 +187,7 @@ exit $status
 ulimit -n 65536
 export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
+export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 
 # command

@@ -1,0 +1,47 @@
+"""What a run was made with: code, packages, machine and command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
+
+
+def describe_environment(devices: list[str], world_size: int) -> dict[str, Any]:
+    """The content of a run's environment.json."""
+    return {
+        **code_version(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "devices": devices,
+        "world_size": world_size,
+        "command": sys.argv,
+    }
+
+
+def code_version() -> dict[str, Any]:
+    """The version of this package, its git commit and whether the files differ from it."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        if not shutil.which("git"):
+            return None
+        result = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--", ".")
+    return {
+        "gowide_dist": metadata.version("gowide_dist"),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }

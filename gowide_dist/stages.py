@@ -1,0 +1,196 @@
+"""What a recipe says of a stage: objective, teacher, start, optimizer and schedule. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, NonNegative, Positive, Seed
+
+
+class Optim(Frozen):
+    """Stochastic gradient descent. `lr` is the peak of the schedule."""
+
+    lr: Positive
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 0.0
+    decay_norms: bool = True  # whether weight decay applies to batch norms and biases too
+    clip_norm: Positive | None = None  # largest norm of the gradient of all parameters together
+    accumulate: Count = 1  # micro-batches of a process's local batch, one forward and backward pass each: less memory
+    ema: Fraction | None = None  # decay per step of the moving average of weights that is evaluated and kept
+
+    @model_validator(mode="after")
+    def _check(self) -> Optim:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum")
+        for name in ("momentum", "ema"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name}: should be less than 1, with which nothing would ever change")
+        return self
+
+
+class Schedule(Frozen):
+    """The learning rate over a stage: a linear warm-up, then a decay. `cosine` is short for `{decay: cosine}`.
+
+    In a bottom-up imitation the schedule begins anew with each block.
+    """
+
+    decay: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    warmup_epochs: NonNegative = 0.0
+    milestones: tuple[Positive, ...] = ()  # epochs: with decay: step, the rate is multiplied by `factor` at each
+    factor: Fraction = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            return {"decay": values}
+        if isinstance(values, Mapping) and "milestones" in values and "decay" not in values:
+            return {"decay": "step", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        if bool(self.milestones) != (self.decay == "step"):
+            raise ValueError("decay: step and milestones need each other")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("milestones should increase")
+        return self
+
+
+class File(Frozen):
+    """Weights in a file: a .safetensors, or a state dict as torchvision publishes them (.pth)."""
+
+    file: Path
+
+
+Reference = Annotated[str, Field(strict=True)]  # `stage` or `stage/network`
+Start = Annotated[
+    Annotated[Reference, Tag("stage")] | Annotated[File, Tag("file")],
+    Discriminator(lambda value: "file" if isinstance(value, File | Mapping) else "stage"),
+]
+
+
+class Ramp(Frozen):
+    """Training images that grow, from `start_px` to the data's resolution, which they first have in `until_epoch`.
+
+    In between the side grows linearly, in steps of 32 px. Validation images always have the full resolution.
+    """
+
+    start_px: Count
+    until_epoch: Count
+
+    def side(self, epoch: int, resolution: int) -> int:
+        """Side in px of the training images of an epoch."""
+        if epoch >= self.until_epoch:
+            return resolution
+        growth = (resolution - self.start_px) * epoch / self.until_epoch
+        return min(resolution, self.start_px + 32 * round(growth / 32))
+
+
+class StageBase(Frozen):
+    """Settings of every stage. Each network in `train` is an instance of the stage."""
+
+    train: Annotated[
+        tuple[Name, ...],
+        BeforeValidator(lambda names: [names] if isinstance(names, str) else names),
+        Field(min_length=1),
+    ]
+    init: Start | None = None  # a stage, whose weights of the same network this one starts from, or a file
+    epochs: Natural  # 0 takes the weights of `init` as they are
+    optim: Optim | None = None  # required unless epochs is 0
+    schedule: Schedule = Schedule()
+    ramp: Ramp | None = None  # progressive resizing; needs data.augment.crop
+    seed: Seed | None = None  # default: the recipe's; set, several recipes of other seeds can share one teacher
+
+    @model_validator(mode="after")
+    def _check_epochs(self) -> StageBase:
+        if self.epochs and self.optim is None:
+            raise ValueError("optim is required to train")
+        if not self.epochs and self.init is None:
+            raise ValueError("epochs: 0 takes the weights of init, which is missing")
+        return self
+
+
+class LabelsStage(StageBase):
+    """Cross-entropy on the labels."""
+
+    objective: Literal["labels"]
+    label_smoothing: Fraction = 0.0
+    mixup: NonNegative = 0.0  # alpha of the Beta distribution that mixes pairs of images; 0: no mixup
+
+
+class TaughtStage(StageBase):
+    """Settings of every stage with a teacher."""
+
+    teacher: Reference
+    start: Literal["teacher", "fresh"] = "fresh"  # teacher: its weights, where name and shape are the same
+
+    @model_validator(mode="after")
+    def _check_start(self) -> TaughtStage:
+        if self.start == "teacher" and self.init is not None:
+            raise ValueError("start: teacher and init both say which weights the stage starts from; keep one of them")
+        return self
+
+
+class Phase(NamedTuple):
+    """Blocks of the student that a phase of an imitation runs and trains; the stem belongs to block 0."""
+
+    runs: range  # forward pass: lower blocks too, unless the teacher's outputs replace theirs
+    trains: range  # backward pass
+    targets: range  # whose outputs are compared with the teacher's
+
+
+class BlocksStage(TaughtStage):
+    """Imitation of the teacher's block outputs: mean squared errors, one for each block.
+
+    The options are what the paper leaves open; see docs/method.md.
+    """
+
+    objective: Literal["blocks"]
+    order: Literal["bottom-up", "joint"] = "bottom-up"  # bottom-up: one block after the other, for equally many epochs
+    inputs: Literal["student", "teacher"] = "student"  # whose outputs of the block below are the input of a block
+    prefix: Literal["frozen", "trained"] = "frozen"  # whether a block's error also trains the blocks below it
+    classifier: Literal["teacher", "fresh"] = "teacher"
+
+    def phases(self, num_blocks: int) -> list[Phase]:
+        """The phases of the stage, equally long: bottom-up one for each block, jointly one for all blocks."""
+        if self.order == "joint":
+            return [Phase(*[range(num_blocks)] * 3)]
+        return [
+            Phase(
+                range(index if self.inputs == "teacher" else 0, index + 1),
+                range(0 if self.prefix == "trained" else index, index + 1),
+                range(index, index + 1),
+            )
+            for index in range(num_blocks)
+        ]
+
+    @model_validator(mode="after")
+    def _check_prefix(self) -> BlocksStage:
+        if self.prefix == "trained" and self.inputs == "teacher":
+            raise ValueError("prefix: trained needs inputs: student; no gradient passes through the teacher's outputs")
+        return self
+
+
+class KlStage(TaughtStage):
+    """Distillation of the teacher's logits: KL divergence at a temperature, mixed with cross-entropy on the labels."""
+
+    objective: Literal["kl"]
+    temperature: Positive = 1.0
+    labels_weight: Fraction = 0.0  # weight of the cross-entropy; the KL divergence has the rest
+    teacher_logits: Literal["live", "stored"] = "live"  # stored: computed once for all stages of one teacher and stream
+    top_k: Count | None = None  # stored logits: this many classes, and one number for all others; default: all classes
+
+    @model_validator(mode="after")
+    def _check_top_k(self) -> KlStage:
+        if self.top_k and self.teacher_logits == "live":
+            raise ValueError("top_k: needs teacher_logits: stored; a live teacher gives all classes")
+        return self
+
+
+Stage = Annotated[LabelsStage | BlocksStage | KlStage, Field(discriminator="objective")]

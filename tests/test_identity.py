@@ -1,0 +1,46 @@
+"""What determines a stage's weights, and that a change of it cannot go unnoticed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gowide_dist.networks import architecture
+from gowide_dist.recipe import Recipe
+from gowide_dist.schema import Frozen
+
+DEFAULTS = Path(__file__).parent / "defaults.json"
+
+
+def recipe_models(base=Frozen):
+    for model in base.__subclasses__():
+        if model.__module__ in ("gowide_dist.recipe", "gowide_dist.stages", architecture.__name__):
+            yield model
+            yield from recipe_models(model)
+
+
+def defaults():
+    """Of every option of a recipe that has one, as JSON."""
+    return {
+        model.__name__: {
+            name: model.__pydantic_serializer__.to_python(model.model_construct(), mode="json", include={name})[name]
+            for name, field in model.model_fields.items()
+            if not field.is_required()
+        }
+        for model in sorted({*recipe_models()}, key=lambda model: model.__name__)
+        if not all(field.is_required() for field in model.model_fields.values())
+    }
+
+
+def test_a_changed_default_changes_the_fingerprint():
+    """Fingerprints leave out what has its default. Delete the file, and it is written anew."""
+    assert Recipe.__name__ in defaults()
+    if not DEFAULTS.exists():
+        DEFAULTS.write_text(json.dumps(defaults(), indent=1) + "\n")
+        pytest.fail(f"{DEFAULTS} was written: look at what has changed and run the test again")
+    frozen = json.loads(DEFAULTS.read_text())
+    assert defaults() == frozen, (
+        "the defaults of a recipe are not those in tests/defaults.json. A new option: delete the file, and this test "
+        "writes it anew. A changed default: raise IDENTITY_FORMAT in gowide_dist/identity.py as well, or stages that were "
+        "trained with the old default would pass for finished"
+    )
