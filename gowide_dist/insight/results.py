@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from gowide_dist.errors import RunError
-from gowide_dist.insight.costs import spent
+from gowide_dist.insight.costs import network_cost, spent
 from gowide_dist.insight.measured import Measured, read_measured, teacher_of
 from gowide_dist.progress import clock
 from gowide_dist.recipe import Instance, Recipe, load_recipe
@@ -175,14 +175,15 @@ class View:
         assert num_classes is not None, "a run's recipe is resolved"
         cost = spent(key, self.recipe, num_classes, done.images // done.epochs if done.epochs else 0)
         teacher = teacher_of(instance, self.recipe)
+        network = network_cost(instance.architecture, num_classes, self.recipe.data.resolution)
         taught_by = self.standings[teacher].done if teacher else None
         latency = self.measured.latency.get(done.model_sha256)
         agreement = self.measured.agreement_of(done, taught_by) if taught_by else None
         return Result(
             instance.stage_name,
             instance.network_name,
-            instance.architecture.num_parameters(num_classes),
-            instance.architecture.macs(num_classes, self.recipe.data.resolution) / 1e6,
+            network.parameters,
+            network.macs / 1e6,
             done.epochs,
             done.top1,
             done.top5,
