@@ -267,8 +267,6 @@ def plan(
     Example: `gowide plan jobs/imagenet_rn50.yaml --cluster slurm/clusters/gpu8.yaml`
     """
     from gowide_dist.insight import plan as plans
-    from gowide_dist.insight import scale as scales
-    from gowide_dist.insight.assumed import data_size
     from gowide_dist.launch.local import default_num_processes
     from gowide_dist.launch.profile import load_profile
     from gowide_dist.recipe import load_recipe
@@ -277,19 +275,21 @@ def plan(
     if measure and (profile or scale):
         raise UserError("plan: --measure times this machine; leave out --cluster and --scale, or run it in a job there")
     if scale:
-        assumptions, rows = scales.scale(recipe, data_size(recipe, images, classes), profile)
+        from gowide_dist.insight import scale as scales
+
+        assumptions, rows = scales.scale(recipe, plans.data_size(recipe, images, classes), profile)
         if as_json:
-            simulated = [row._asdict() for row in rows]
-            print_line(json.dumps({"assumptions": assumptions, "nodes": simulated}, indent=2))
+            nodes = [row._asdict() for row in rows]
+            print_line(json.dumps({"assumptions": assumptions, "nodes": nodes}, indent=2))
         else:
             print_line(scales.table(assumptions, rows))
         return
     num_processes = nproc or default_num_processes()
     measured = None
     if measure:
-        from gowide_dist.insight.measure import measure as time_stages
+        from gowide_dist.insight.timing import measure as time_stages
 
-        measured = time_stages(recipe, list(recipe.instances.values()), num_processes)
+        measured = time_stages(recipe, num_processes)
     result = plans.plan(
         recipe, runs, profile=profile, num_processes=num_processes, images=images, classes=classes, measured=measured
     )

@@ -1,19 +1,42 @@
-"""What stages cost, from arithmetic alone. Multiply-adds are counted once, as torchvision's tables do."""
+"""What stages cost, as PyTorch counts it: their real objectives take a step on the meta device.
+
+Tensors have shapes there and no values, so that a step of any network takes a second and no memory, and whatever runs is
+counted: linear transforms, frozen blocks, the teacher. Multiply-adds are counted once, as torchvision's tables do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import cache
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gowide_dist.networks.architecture import Architecture, Conv
-from gowide_dist.recipe import BlocksStage, Instance, KlStage, LabelsStage, Recipe, StageBase
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
-BACKWARD = 2  # a backward pass costs two forward passes: gradients of inputs, and of weights
+from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.resnet import ResNet, build_network
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.recipe import Instance, Recipe, StageBase
+from gowide_dist.timeline import Batching
+from gowide_dist.train.objectives import Objective, build_objective
+
+_IMAGES = 8  # of a batch where only multiply-adds are wanted
+_BUFFERS_AHEAD = 3  # of a loader, beside one for each thread
+# On CPUs, where glibc keeps freed blocks for the next step: bytes that no tensor has, for each that one has. A block is
+# aligned anew each time and seldom fits where one of its size was. Measured: 0.4 to 0.9.
+HEAP_WASTE = 0.65
+# PyTorch once it is loaded; and what it still loads for the first step, threads and logs.
+_LIBRARIES, _WARM_UP = 500_000_000, 115_000_000
 
 
 class MacsPerImage(NamedTuple):
-    """Multiply-adds for one training image: of the student, forward and backward, and of the teacher."""
+    """Multiply-adds for one image: of the student, forward and backward, and of the teacher."""
 
     forward: float
     backward: float
@@ -21,114 +44,208 @@ class MacsPerImage(NamedTuple):
 
     @property
     def student(self) -> float:
-        """Without the teacher's."""
         return self.forward + self.backward
 
     @property
     def total(self) -> float:
-        """Of both."""
         return self.student + self.teacher
 
 
-def training_macs(instance: Instance, recipe: Recipe, num_classes: int) -> MacsPerImage:
-    """The cost of training on one image, averaged over the phases and, if images grow, the epochs of the stage."""
+class NetworkCost(NamedTuple):
+    """Trainable parameters, and multiply-adds of one image's forward pass."""
+
+    parameters: int
+    macs: float
+
+
+class StageCost(NamedTuple):
+    """What it costs to train a stage's objective, with a live teacher where it has one.
+
+    phases: multiply-adds in each, equally long. validation: for one validation image. weights: parameters of the student and of what
+    is trained with it; trained: the most of them that a phase trains. Of the phase that takes most memory, float32
+    bytes for all images of a batch: activations, which the backward pass needs; transient, what lives beside them for a
+    moment, as layers of the teacher and gradients of activations do.
+    """
+
+    phases: tuple[MacsPerImage, ...]
+    validation: MacsPerImage
+    weights: int
+    trained: int
+    teacher_weights: int
+    activations: int
+    transient: int
+
+    @property
+    def macs(self) -> MacsPerImage:
+        """Averaged over the phases."""
+        return _mean(self.phases)
+
+
+@cache
+def network_cost(architecture: Architecture, num_classes: int, resolution: int) -> NetworkCost:
+    """Parameters and multiply-adds of a network for square images of side `resolution` px."""
+    network = _on_meta(architecture, num_classes).eval()
+    images, _ = _batch(1, resolution)
+    return NetworkCost(_num_parameters(network), _flops(lambda: network(images)) / 2)
+
+
+def stage_cost(
+    instance: Instance, recipe: Recipe, num_classes: int, *, side: int | None = None, num_images: int = _IMAGES
+) -> StageCost:
+    """The cost of training an instance on `num_images` images at once. side: px; default: the data's resolution."""
+    teacher = recipe.instances[instance.teacher].architecture if instance.teacher else None
+    side = side or recipe.data.resolution
+    num_images = max(2, num_images)  # batch norms refuse a single value
+    key = (*kind(instance, recipe), num_classes, side, num_images)
+    if key not in _stage_costs:
+        _stage_costs[key] = _count(instance, teacher, num_classes, side, num_images)
+    return _stage_costs[key]
+
+
+_stage_costs: dict[Any, StageCost] = {}
+_NO_COST = {*StageBase.model_fields, "teacher", "start", "teacher_logits", "top_k"}  # options of a stage
+
+
+def kind(instance: Instance, recipe: Recipe) -> tuple[Any, ...]:
+    """Equal for instances whose steps cost the same."""
+    optim = instance.stage.optim
+    return (
+        instance.architecture,
+        recipe.instances[instance.teacher].architecture if instance.teacher else None,
+        *instance.stage.model_dump(exclude=_NO_COST).items(),
+        *((optim.accumulate, bool(optim.ema)) if optim else ()),
+    )
+
+
+def training_macs(
+    instance: Instance, recipe: Recipe, num_classes: int, *, num_images: int = _IMAGES, teacher_runs: bool = True
+) -> MacsPerImage:
+    """The cost of training on one image, averaged over the phases and, if images grow, the epochs of the stage.
+
+    teacher_runs: False where its outputs are known: they are stored, or another student has asked.
+    """
     stage, resolution = instance.stage, recipe.data.resolution
-    sides = [stage.ramp.side(epoch, resolution) for epoch in range(stage.epochs)] if stage.ramp else [resolution]
-    costs = [_training_macs_at(side, instance, recipe, num_classes) for side in sides or [resolution]]
+    sides = [stage.ramp.side(epoch, resolution) for epoch in range(stage.epochs)] if stage.ramp else []
+    macs = _mean(
+        stage_cost(instance, recipe, num_classes, side=side, num_images=num_images).macs
+        for side in sides or [resolution]
+    )
+    return macs if teacher_runs else macs._replace(teacher=0.0)
+
+
+def _count(
+    instance: Instance, teacher_architecture: Architecture | None, num_classes: int, side: int, num_images: int
+) -> StageCost:
+    network = _on_meta(teacher_architecture, num_classes) if teacher_architecture else None
+    with torch.device("meta"):
+        teacher = Teacher(network) if network else None
+        objective = build_objective(instance.stage, _on_meta(instance.architecture, num_classes), teacher, seed=0)
+    images, labels = _batch(num_images, side)
+    phases = [_count_phase(objective, teacher, phase, images, labels) for phase in range(objective.num_phases)]
+    largest = max(phases, key=lambda phase: 8 * phase.trained + phase.activations + phase.transient)
+    objective.eval()
+    with teacher.cached() if teacher else nullcontext():
+        both = _flops(lambda: objective.evaluate(images, labels))
+        student = _flops(lambda: objective.evaluate(images, labels)) if teacher else both
+    return StageCost(
+        phases=tuple(phase.macs for phase in phases),
+        validation=MacsPerImage(*(flops / 2 / num_images for flops in (student, 0, both - student))),
+        weights=_num_parameters(objective),
+        trained=max(phase.trained for phase in phases),
+        teacher_weights=_num_parameters(network) if network else 0,
+        activations=largest.activations,
+        transient=largest.transient,
+    )
+
+
+class _PhaseCost(NamedTuple):
+    macs: MacsPerImage
+    trained: int
+    activations: int
+    transient: int
+
+
+def _count_phase(
+    objective: Objective, teacher: Teacher | None, phase: int, images: Tensor, labels: Tensor
+) -> _PhaseCost:
+    objective.begin_phase(phase)
+    objective.train()
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    for parameter in trained:  # counted by itself: here only what a step takes beside it
+        parameter.grad = torch.empty_like(parameter)
+    with teacher.cached() if teacher else nullcontext():
+        with FlopCounterMode(display=False) as step, _LiveBytes() as live:
+            loss = objective(images, labels)["loss"]
+            forward, activations = step.get_total_flops(), live.bytes
+            loss.backward()
+        # the teacher's outputs are known now
+        student = _flops(lambda: objective(images, labels)) if teacher else forward
+    macs = (student, step.get_total_flops() - forward, forward - student)
+    return _PhaseCost(
+        MacsPerImage(*(flops / 2 / len(images) for flops in macs)),
+        sum(parameter.numel() for parameter in trained),
+        activations,
+        live.peak - activations,
+    )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside and still live, each storage once, and the most at any time.
+
+    Right after a forward pass these are what autograd has saved for the backward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._live.values())
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = function(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)):
+            self._live[storage] = storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        return outputs
+
+
+def _on_meta(architecture: Architecture, num_classes: int) -> ResNet:
+    with torch.device("meta"):
+        return build_network(architecture, num_classes)
+
+
+def _batch(num_images: int, side: int) -> tuple[Tensor, Tensor]:
+    images = torch.empty(num_images, 3, side, side, device="meta").to(memory_format=torch.channels_last)
+    return images, torch.zeros(num_images, dtype=torch.long, device="meta")
+
+
+def _flops(forward: Callable[[], Any]) -> int:
+    """Operations: a multiply and an add are two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return counter.get_total_flops()
+
+
+def _mean(costs: Iterable[MacsPerImage]) -> MacsPerImage:
     return MacsPerImage(*(fmean(values) for values in zip(*costs, strict=True)))
 
 
-def _training_macs_at(resolution: int, instance: Instance, recipe: Recipe, num_classes: int) -> MacsPerImage:
-    student, stage = instance.architecture, instance.stage
-    teacher = recipe.instances[instance.teacher].architecture if instance.teacher else None
-    if not isinstance(stage, BlocksStage):
-        whole = student.macs(num_classes, resolution)
-        return MacsPerImage(whole, BACKWARD * whole, teacher.macs(num_classes, resolution) if teacher else 0)
-    assert teacher is not None
-    between = [sum(conv.macs for conv in convs) for convs in _transforms(student, teacher, resolution)]
-    forward, trained, theirs = [], [], []
-    for phase in phases(stage, student):
-        upto = [
-            student.macs(num_classes, resolution, index) for index in (phase.runs_from, phase.trains_from, phase.stop)
-        ]
-        bottom, first, top = (0 if index == 0 else macs for index, macs in zip(phase[:3], upto, strict=True))
-        forward.append(top - bottom + sum(between[phase.runs_from : phase.stop]))
-        trained.append(top - first + sum(between[phase.trains_from : phase.stop]))
-        theirs.append(teacher.macs(num_classes, resolution, phase.stop))
-    return MacsPerImage(fmean(forward), BACKWARD * fmean(trained), fmean(theirs))
-
-
-def _transforms(student: Architecture, teacher: Architecture, resolution: int) -> list[list[Conv]]:
-    """The linear transforms around each block (see `gowide_dist.transforms`): none where the channels are equal."""
-    down: list[Conv] = []
-    found = []
-    sizes = zip(student.block_channels, teacher.block_channels, student.block_sides(resolution), strict=True)
-    for mine, theirs, side in sizes:
-        up = [Conv(mine, theirs, 1, 1, side)] if mine != theirs else []
-        found.append([*down, *up])
-        down = [Conv(theirs, mine, 1, 1, side) for _ in up]
-    return found
-
-
-def with_teacher(instance: Instance) -> Instance:
-    """The costs of the first student that needs answers which are then stored: those with a live teacher."""
-    if not isinstance(instance.stage, KlStage):
-        return instance
-    return instance._replace(stage=instance.stage.model_copy(update={"teacher_logits": "live", "top_k": None}))
-
-
-def without_teacher(instance: Instance) -> Instance:
-    """The costs of a student for whom the answers are stored: those of training on labels."""
-    kept = instance.stage.model_dump(include=set(StageBase.model_fields))
-    stage = LabelsStage.model_validate({**kept, "objective": "labels", "init": None})
-    return instance._replace(stage=stage, teacher=None)
-
-
-class Phase(NamedTuple):
-    """What a phase of imitation runs: the blocks from `runs_from` to before `stop`; it trains those from `trains_from`.
-
-    The stem belongs to block 0.
-    """
-
-    runs_from: int
-    trains_from: int
-    stop: int
-
-
-def phases(stage: BlocksStage, student: Architecture) -> list[Phase]:
-    """The phases of an imitation, equally long."""
-    if stage.order == "joint":
-        return [Phase(0, 0, student.num_blocks)]
-    return [
-        Phase(
-            index if stage.inputs == "teacher" else 0,
-            0 if stage.prefix == "trained" else index,
-            index + 1,
-        )
-        for index in range(student.num_blocks)
-    ]
-
-
-def validation_macs(instance: Instance, recipe: Recipe, num_classes: int) -> int:
-    """Multiply-adds for one validation image, which student and teacher answer as a whole."""
-    student, resolution = instance.architecture, recipe.data.resolution
-    if instance.teacher is None:
-        return student.macs(num_classes, resolution)
-    teacher = recipe.instances[instance.teacher].architecture
-    transforms = _transforms(student, teacher, resolution) if isinstance(instance.stage, BlocksStage) else []
-    between = sum(conv.macs for convs in transforms for conv in convs)
-    return student.macs(num_classes, resolution) + between + teacher.macs(num_classes, resolution)
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class Memory(NamedTuple):
     """Bytes that a training process needs, by what needs them.
 
     weights: 4 bytes a parameter. gradients and momentum: 4 each, of the parameters that a phase trains. average: 4, if
-    there is a moving average. activations: what the backward pass needs of the images that a process takes at a time
-    (`Architecture.num_activations`), 4 bytes each or 2 in bf16 and fp16. teacher: its weights, three times its largest
-    output, and the block outputs that are imitated. images: as bytes, and as the numbers that the network takes.
-    loader: decoded batches that wait, in the host's memory. libraries: what PyTorch takes once it is loaded, about; its
-    files, half a GB in memory that all processes of a machine share, come on top.
+    there is a moving average. activations and transient: as in `StageCost`, of the images that a process takes at a
+    time, half of it in bf16 and fp16. teacher: its weights. images: as bytes, and as the numbers that the network
+    takes. loader: decoded batches that wait. checkpoint: the copy that is written while training goes on, and its file.
+    heap: what malloc wastes on CPUs. libraries: PyTorch, about; its files, half a GB that all processes of a machine
+    share, come on top, and so do the pages of the dataset that the system caches.
     """
 
     weights: int
@@ -136,59 +253,57 @@ class Memory(NamedTuple):
     momentum: int
     average: int
     activations: int
+    transient: int
     teacher: int
     images: int
     loader: int
-    libraries: int = 500_000_000
+    checkpoint: int
+    heap: int
+    libraries: int = _LIBRARIES + _WARM_UP
 
     @property
     def device(self) -> int:
-        """On the device: all but what the loader holds."""
-        return sum(self) - self.loader
+        """On a GPU: all but what lies in the host's memory."""
+        return sum(self) - self.loader - self.checkpoint - self.heap
 
 
-def memory_per_process(instance: Instance, recipe: Recipe, num_classes: int, share: int, num_threads: int) -> Memory:
-    """The memory of one process, which takes `share` images of each batch and decodes them in `num_threads` threads."""
-    student, stage, side = instance.architecture, instance.stage, recipe.data.resolution
-    size = 4 if recipe.precision == "float32" else 2
-    optim = stage.optim
-    at_once = share // (optim.accumulate if optim else 1)
-    weights = student.num_parameters(num_classes)
-    trained, kept, targets = weights, student.num_activations(side), 0
-    teacher = recipe.instances[instance.teacher].architecture if instance.teacher else None
-    if teacher and isinstance(stage, BlocksStage):
-        between = _transforms(student, teacher, side)
-        theirs = [sum(conv.in_channels * conv.out_channels for conv in convs) for convs in between]
-        written = [sum(conv.num_outputs for conv in convs) for convs in between]
-        parts = phases(stage, student)
-        trained = max(
-            _of_blocks(phase, lambda count: student.num_parameters(num_classes, count) + sum(theirs[:count]))
-            for phase in parts
-        )
-        kept = max(
-            _of_blocks(phase, lambda count: student.num_activations(side, count) + sum(written[:count]))
-            for phase in parts
-        )
-        weights += sum(theirs)
-        outputs = zip(teacher.block_channels, teacher.block_sides(side), strict=True)
-        targets = sum(channels * block_side**2 for channels, block_side in outputs)
-    answers = at_once * size * (3 * teacher.largest_activation(side) + targets) if teacher else 0
-    pixels = 3 * side**2
-    return Memory(
-        weights=4 * weights,
-        gradients=4 * trained if stage.epochs else 0,
-        momentum=4 * trained if optim and optim.momentum else 0,
-        average=4 * weights if optim and optim.ema else 0,
-        activations=size * at_once * kept if stage.epochs else 0,
-        teacher=(4 * teacher.num_parameters(num_classes) if teacher else 0) + answers,
-        images=share * pixels * (1 + 4),
-        loader=2 * (num_threads + 3) * share * pixels,  # of training and of validation
+def memory_per_process(
+    instance: Instance,
+    recipe: Recipe,
+    num_classes: int,
+    batching: Batching,
+    num_threads: int,
+    *,
+    on_gpu: bool = False,
+    teacher_runs: bool = True,
+) -> Memory:
+    """The memory of one process, which decodes its images in `num_threads` threads."""
+    stage, optim = instance.stage, instance.stage.optim
+    cost = stage_cost(instance, recipe, num_classes, num_images=batching.micro_batch)
+    halves = 1 if recipe.precision == "float32" else 2
+    pixels = batching.local_batch * 3 * recipe.data.resolution**2
+    trained = 4 * cost.trained if stage.epochs else 0
+    tensors = Memory(
+        weights=4 * cost.weights,
+        gradients=trained,
+        momentum=trained if optim and optim.momentum else 0,
+        average=4 * cost.weights if optim and optim.ema else 0,
+        activations=cost.activations // halves if stage.epochs else 0,
+        transient=cost.transient // halves if stage.epochs else 0,
+        teacher=4 * cost.teacher_weights if teacher_runs else 0,
+        images=pixels * (1 + 4),
+        loader=0,
+        checkpoint=0,
+        heap=0,
+        libraries=0,
     )
-
-
-def _of_blocks(phase: Phase, upto: Callable[[int], int]) -> int:
-    """Of the blocks that a phase trains; `upto` counts the stem and the first so many blocks."""
-    return upto(phase.stop) - (upto(phase.trains_from) if phase.trains_from else 0)
+    saved = tensors.weights + tensors.momentum + tensors.average
+    return tensors._replace(
+        loader=2 * (num_threads + _BUFFERS_AHEAD) * pixels,  # of training and of validation
+        checkpoint=2 * saved if stage.epochs else 0,
+        heap=0 if on_gpu else round(HEAP_WASTE * sum(tensors)),
+        libraries=_LIBRARIES + _WARM_UP,
+    )
 
 
 class Spent(NamedTuple):
@@ -200,9 +315,9 @@ class Spent(NamedTuple):
 
 
 def spent(key: str, recipe: Recipe, num_classes: int, images_per_epoch: int) -> Spent:
-    """Student epochs, images and multiply-adds up to the end of instance `key`, teacher's answers included.
+    """Student epochs, images and multiply-adds up to the end of instance `key`, the teacher's included.
 
-    Also where these were stored: they are counted for every student, as if it had asked.
+    Also where its outputs were stored: they are counted for every student, as if it had asked.
     """
     instance = recipe.instances[key]
     images = instance.stage.epochs * images_per_epoch

@@ -1,4 +1,4 @@
-"""What a recipe will cost, before anything is spent. Imports no torch: it runs on a login node.
+"""What a recipe will cost, before anything is spent, and what looks wrong with it.
 
 FLOPs here are multiply-adds counted once, as in torchvision's tables and in all our reports. A device's TFLOP/s, as its
 maker states them, count the multiply and the add: a stage takes 2 x multiply-adds / (TFLOP/s x efficiency) seconds.
@@ -8,32 +8,57 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gowide_dist.errors import DataError
+from gowide_dist.data.info import check_split, read_dataset_info
+from gowide_dist.data.memory import available_memory_bytes
+from gowide_dist.errors import DataError, UserError
 from gowide_dist.identity import fingerprint, identities
-from gowide_dist.insight.advice import notes_on_stored_logits, stream_of, warnings_of
-from gowide_dist.insight.assumed import DataSize, cores_here, data_size, decoded_per_s, device_of
 from gowide_dist.insight.costs import (
+    HEAP_WASTE,
     MacsPerImage,
     Memory,
     memory_per_process,
+    network_cost,
+    stage_cost,
     training_macs,
-    validation_macs,
-    with_teacher,
-    without_teacher,
 )
-from gowide_dist.insight.simulate import longest_path, restarts
-from gowide_dist.insight.text import columns, duration, listed
-from gowide_dist.launch.profile import Device, Profile, Resources
+from gowide_dist.insight.text import duration, gigabytes, listed
+from gowide_dist.insight.text import table as text_table
+from gowide_dist.launch.profile import Device, Profile, Resources, this_machine
 from gowide_dist.prepare import Prepared, check_data, sibling
 from gowide_dist.recipe import Instance, KlStage, Recipe
 from gowide_dist.run import Run, StageDir
+from gowide_dist.timeline import Batching, Timeline
 
 if TYPE_CHECKING:
-    from gowide_dist.insight.measure import Measured
+    from gowide_dist.insight.timing import Measured
+
+# Training and validation images and classes, by the usual name of the folder.
+KNOWN = {
+    "fashion-mnist": (60_000, 10_000, 10),
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+    "imagenet": (1_281_167, 50_000, 1000),
+}
+JPEGS_PER_S_PER_CPU = 800.0  # of 500 px, decoded, cropped to 224 px: README, `gowide bench --only loader`
+FEW_IMAGES_PER_GPU = 32  # below, GPUs idle and batch norms see few images
+_NO_LIMIT = 10**9  # minutes, or seconds
+STORED_TOP_K = 10  # suggested where there are more than a hundred classes
+
+
+class DataSize(NamedTuple):
+    """How many images there are, and whether they are JPEGs. `source`: where the numbers are from."""
+
+    train: int
+    val: int
+    classes: int
+    jpegs: bool
+    source: str
 
 
 @dataclass(frozen=True)
@@ -47,20 +72,18 @@ class StagePlan:
     steps: int
     steps_left: int
     macs: MacsPerImage
+    total_macs: float  # of the whole stage's training
     validation_macs: float  # of all validation passes that are left
+    validation_s: float  # of one pass
     parameters: int
     memory: Memory
     num_processes: int
     batch_per_process: int
+    micro_batch: int  # images at a time, with optim.accumulate
     hours: float
     device_hours: float
     requeues: float
     parents: tuple[str, ...]
-
-    @property
-    def total_macs(self) -> float:
-        """Of the whole stage's training."""
-        return self.images * self.macs.total
 
 
 @dataclass(frozen=True)
@@ -84,7 +107,6 @@ class Plan:
 
     @property
     def device_hours(self) -> float:
-        """Of all stages."""
         return sum(stage.device_hours for stage in self.stages)
 
     def as_json(self) -> dict[str, Any]:
@@ -93,23 +115,18 @@ class Plan:
             {
                 **asdict(stage),
                 "macs": stage.macs._asdict(),
-                "total_macs": stage.total_macs,
                 "memory": {**stage.memory._asdict(), "total": sum(stage.memory)},
                 "requeues": stage.requeues if math.isfinite(stage.requeues) else None,
             }
             for stage in self.stages
         ]
         return {
-            "recipe": self.recipe,
+            **asdict(self),
             "data": self.data._asdict(),
-            "assumptions": self.assumptions,
             "stages": stages,
             "hours": self.hours,
-            "start_hours": self.start_hours,
             "device_hours": self.device_hours,
             "longest_path": {"stages": self.longest_path, "hours": self.longest_hours},
-            "warnings": self.warnings,
-            "notes": self.notes,
         }
 
 
@@ -132,75 +149,167 @@ def plan(
     if size.train < recipe.batch_size:
         raise DataError(f"batch_size: {recipe.batch_size} is more than the {size.train:,} training images")
     progress = _progress(recipe, runs) if images is None else {}
-    here = cores_here(num_processes)
-    fed: set[str] = set() if profile else _fed_along(recipe, progress)
-    stages = []
-    warnings: list[str] = []
-    stored = {stream_of(recipe.instances[key]) for key, state in progress.items() if isinstance(state, str)}
-    for instance in recipe.instances.values():
-        if isinstance(instance.stage, KlStage) and instance.stage.teacher_logits == "stored":
-            stream = stream_of(instance)
-            instance = without_teacher(instance) if stream in stored else with_teacher(instance)
-            stored.add(stream)
-        resources = profile.resources(instance) if profile else here
-        device = device_of(resources, profile is not None)
-        state = progress.get(instance.key)
-        stage = _plan_stage(instance, recipe, size, resources, device, state, measured, is_fed=instance.key in fed)
+    known = _known_outputs(recipe, progress, together=profile is None)
+    profile = profile or this_machines_cores(num_processes)
+    stages, warnings = [], []
+    for key, instance in recipe.instances.items():
+        resources = profile.resources(instance)
+        device = measured.device(instance, recipe, device_of(resources)) if measured else device_of(resources)
+        stage = _plan_stage(instance, recipe, size, resources, device, progress.get(key, 0), key not in known)
         stages.append(stage)
         if stage.steps_left:
-            validation_s = _validation_seconds(instance, recipe, size, stage, device, measured)
-            warnings += warnings_of(stage, recipe, size, resources, device, validation_s, is_here=profile is None)
-    parents = {stage.stage: stage.parents for stage in stages}
-    path, hours = longest_path({stage.stage: stage.hours for stage in stages}, parents)
+            warnings += _warnings(stage, recipe, resources, device, decoded_per_s(size, device))
+    path, hours = longest_path(
+        {stage.stage: stage.hours for stage in stages}, {stage.stage: stage.parents for stage in stages}
+    )
     return Plan(
-        recipe.name,
-        size,
-        _assumptions(recipe, size, profile, here, measured),
-        stages,
-        measured.start_seconds / 3600 if measured else 0.0,
-        path,
-        hours,
-        warnings,
-        notes_on_stored_logits(recipe, stages, size, profile, here),
+        recipe=recipe.name,
+        data=size,
+        assumptions=_assumptions(recipe, size, profile, is_measured=measured is not None),
+        stages=stages,
+        start_hours=measured.start_seconds / 3600 if measured else 0.0,
+        longest_path=path,
+        longest_hours=hours,
+        warnings=warnings,
+        notes=list(_notes(recipe, stages, size, profile)),
     )
 
 
+def data_size(recipe: Recipe, images: int | None = None, classes: int | None = None) -> DataSize:
+    """Of the encoded data; of what is given; or of a dataset that is known by its folder's name.
+
+    Raises DataError if none of them says it.
+    """
+    data = recipe.data
+    known = KNOWN.get(data.train.parent.name)
+    try:
+        info = read_dataset_info(data.train)
+        train, val = (check_split(path).samples for path in (data.train, data.val))
+        size = DataSize(train, val, len(info.classes), bool(info.encoding.get("jpg_share")), f"{data.train.parent}")
+    except DataError as error:
+        jpegs = data.augment.crop is not None
+        classes = classes or data.classes or (known and known[2])
+        if classes is None or (images is None and known is None):
+            raise DataError(f"{error}; or tell the plan how large it will be with --images N --classes K") from None
+        if known is None:
+            return DataSize(images or 0, 0, classes, jpegs, "--images; without validation")
+        train, val, _ = known
+        size = DataSize(train, val, classes, jpegs, f"{data.train.parent.name} as it is known; it is not encoded yet")
+    if images:
+        size = size._replace(train=images, source=f"--images; else {size.source}")
+    return size._replace(classes=classes or size.classes)
+
+
+def this_machines_cores(num_processes: int) -> Profile:
+    """A profile of this machine: its cores, divided among the processes; no time limit."""
+    num_threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    memory = available_memory_bytes() / num_processes / 1e9
+    return Profile(
+        processes_per_node=num_processes,
+        cpus_per_task=num_threads,
+        timeout_min=_NO_LIMIT,
+        signal_delay_s=_NO_LIMIT,
+        device=this_machine(num_threads, memory_gb=memory).model_copy(update={"start_s": 0.0}),
+    )
+
+
+def device_of(resources: Resources) -> Device:
+    """What a process computes with. Raises UserError if a profile with GPUs does not say it."""
+    if resources.device:
+        return resources.device
+    if resources.gpus_per_node:
+        raise UserError(
+            "the cluster profile does not say how fast its GPUs are; "
+            "add for example device: {name: H100, tflops: 400, efficiency: 0.3, memory_gb: 80}"
+        )
+    memory = resources.mem_gb / resources.tasks_per_node if resources.mem_gb else None
+    return this_machine(resources.cpus_per_task, memory_gb=memory)
+
+
+def decoded_per_s(size: DataSize, device: Device) -> float:
+    """Images a second and CPU. Raw images cost next to nothing."""
+    return device.images_per_s_per_cpu or (JPEGS_PER_S_PER_CPU if size.jpegs else math.inf)
+
+
+def restarts(work_s: float, timeout_s: float, lost_s: float) -> float:
+    """How often a job of `work_s` is queued again when each allocation ends after `timeout_s` and each restart loses
+    `lost_s`: the smallest r with work + r lost <= (r + 1) timeout. Infinite where a restart loses the whole allocation.
+    """
+    if work_s <= timeout_s:
+        return 0
+    if lost_s >= timeout_s:
+        return math.inf
+    return math.ceil((work_s - timeout_s) / (timeout_s - lost_s))
+
+
+def longest_path(lengths: Mapping[str, float], parents: Mapping[str, Sequence[str]]) -> tuple[list[str], float]:
+    """The path through the graph that takes longest, and its length. Keys: parents before children."""
+    best: dict[str, tuple[list[str], float]] = {}
+    for key, length in lengths.items():
+        before = [best[parent] for parent in parents[key] if parent in best]
+        path, so_far = max(before, key=lambda entry: entry[1], default=([], 0.0))
+        best[key] = [*path, key], so_far + length
+    return max(best.values(), key=lambda entry: entry[1], default=([], 0.0))
+
+
 def _progress(recipe: Recipe, runs: Path) -> dict[str, str | int]:
-    """Of stages of this recipe that have begun: where they are done, or the step of their newest checkpoint."""
+    """Of instances of this recipe that have begun: where they are done, or the step of their newest checkpoint."""
     try:
         checked, checksums = check_data(recipe)
     except DataError:
         return {}
     run = Run(runs / recipe.name)
     prepared = Prepared(checked, run, recipe.instances, identities(checked, checksums))
-    found: dict[str, str | int] = {}
+    progress: dict[str, str | int] = {}
     for key, instance in recipe.instances.items():
-        mine = fingerprint(prepared.identities[key])
-        if run.stage(key).is_done(mine):
-            found[key] = "done"
-        elif there := sibling(instance, prepared):
-            found[key] = f"done in {there.path.parents[2]}"
-        elif step := _saved_step(run.stage(key), mine):
-            found[key] = step
-    return found
+        own = fingerprint(prepared.identities[key])
+        if run.stage(key).is_done(own):
+            progress[key] = "done"
+        elif other := sibling(instance, prepared):
+            progress[key] = f"done in {other.path.parents[2]}"
+        elif step := _saved_step(run.stage(key), own):
+            progress[key] = step
+    return progress
 
 
-def _fed_along(recipe: Recipe, progress: dict[str, str | int]) -> set[str]:
-    """Instances that `gowide run` trains in one pass with another of their stage, which has asked the teacher."""
-    to_do = [instance for instance in recipe.instances.values() if not isinstance(progress.get(instance.key), str)]
-    first = {instance.stage_name: instance.key for instance in reversed(to_do)}
-    return {instance.key for instance in to_do if first[instance.stage_name] != instance.key}
-
-
-def _saved_step(place: StageDir, mine: str) -> int:
-    """The step of the newest checkpoint of this very training, else 0."""
-    for about in sorted(place.checkpoints.glob("step-*.json"), reverse=True):
+def _saved_step(stage_dir: StageDir, own: str) -> int:
+    """The step of the newest checkpoint of the training with this fingerprint, else 0."""
+    for path in sorted(stage_dir.checkpoints.glob("step-*.json"), reverse=True):
         try:
-            said = json.loads(about.read_text())
-            return int(said["step"]) if said["fingerprint"] == mine else 0
+            metadata = json.loads(path.read_text())
+            return int(metadata["step"]) if metadata["fingerprint"] == own else 0
         except (OSError, ValueError, KeyError):
             continue
     return 0
+
+
+def _known_outputs(recipe: Recipe, progress: Mapping[str, str | int], *, together: bool) -> set[str]:
+    """Instances that find their teacher's outputs stored, or computed for another instance of their stage.
+
+    together: instances of a stage train in one pass, as under `gowide run`.
+    """
+    known: set[str] = set()
+    asked: set[object] = set()
+    ordered = sorted(recipe.instances, key=lambda key: not isinstance(progress.get(key), str))  # done ones first
+    for key in ordered:
+        instance, is_done = recipe.instances[key], isinstance(progress.get(key), str)
+        if isinstance(instance.stage, KlStage) and instance.stage.teacher_logits == "stored":
+            stream: object = _stream(instance)
+        elif together and not is_done:
+            stream = instance.stage_name
+        else:
+            continue
+        if stream in asked or is_done:
+            known.add(key)
+        asked.add(stream)
+    return known
+
+
+def _stream(instance: Instance) -> tuple[Any, ...]:
+    """Equal for stages that ask one teacher about the same images, and keep as much of its outputs."""
+    stage = instance.stage
+    kept = (stage.top_k, stage.temperature if stage.top_k else None) if isinstance(stage, KlStage) else ()
+    return (stage.objective, instance.teacher, instance.data_seed, stage.epochs, stage.ramp, *kept)
 
 
 def _plan_stage(
@@ -209,131 +318,179 @@ def _plan_stage(
     size: DataSize,
     resources: Resources,
     device: Device,
-    progress: str | int | None,
-    measured: Measured | None,
-    *,
-    is_fed: bool,
+    progress: str | int,
+    teacher_runs: bool,
 ) -> StagePlan:
-    """is_fed: the teacher answers another student of the stage anyway."""
-    num_processes = resources.num_processes[0]
+    num_processes, epochs, optim = resources.num_processes[0], instance.stage.epochs, instance.stage.optim
     recipe.check_processes(num_processes)
-    share = recipe.batch_size // num_processes
-    epochs = instance.stage.epochs
-    steps = size.train // recipe.batch_size * epochs
-    is_done = isinstance(progress, str)
-    left = 0 if is_done else steps - (progress if isinstance(progress, int) else 0)
-    evaluations = (
-        0 if is_done else math.ceil((epochs // recipe.eval_every_epochs or 1) * (left / steps if steps else 1))
-    )
-    macs = training_macs(instance, recipe, size.classes)
-    if is_fed:
-        macs = macs._replace(teacher=0.0)
-    one_pass = size.val * validation_macs(instance, recipe, size.classes)
-    if measured and not is_done:
-        seconds = _measured_seconds(instance, recipe, size, num_processes, left, evaluations, measured)
-    else:
-        images = left * recipe.batch_size
-        seconds = _seconds(images, macs.total, size, resources, device) + _seconds(
-            evaluations * size.val, one_pass / max(1, size.val), size, resources, device
-        )
-    start = 0.0 if is_done or measured else device.start_s
-    timeout = 60 * resources.timeout_min
-    again = 0.0 if is_done else restarts(start + seconds, timeout, resources.signal_delay_s + device.start_s)
-    hours = (start + seconds + (again and again * device.start_s)) / 3600
+    batching = Batching(recipe.batch_size, num_processes, accumulate=optim.accumulate if optim else 1)
+    timeline = Timeline(batching, size.train // recipe.batch_size, epochs)
+    steps, is_done = timeline.total_steps, isinstance(progress, str)
+    steps_left = steps - progress if isinstance(progress, int) else 0
+    passes = math.ceil((epochs // recipe.eval_every_epochs or 1) * (steps_left / steps if steps else not is_done))
+    micro_batch = batching.micro_batch
+    macs = training_macs(instance, recipe, size.classes, num_images=micro_batch, teacher_runs=teacher_runs)
+    validation = stage_cost(instance, recipe, size.classes, num_images=micro_batch).validation
+    one_pass = size.val * (validation.total if teacher_runs else validation.student)
+    validation_s = _seconds(size.val, one_pass, size, resources, device)
+    seconds = _seconds(timeline.images(steps_left), timeline.images(steps_left) * macs.total, size, resources, device)
+    work_s = 0.0 if is_done else device.start_s + seconds + passes * validation_s
+    requeues = restarts(work_s, 60 * resources.timeout_min, resources.signal_delay_s + device.start_s)
+    hours = (work_s + (requeues and requeues * device.start_s)) / 3600
     return StagePlan(
         stage=instance.key,
         state=progress if isinstance(progress, str) else f"from step {progress:,}" if progress else "to do",
         epochs=epochs,
-        images=steps * recipe.batch_size,
+        images=timeline.images(steps),
         steps=steps,
-        steps_left=left,
+        steps_left=steps_left,
         macs=macs,
-        validation_macs=evaluations * one_pass,
-        parameters=instance.architecture.num_parameters(size.classes),
-        memory=memory_per_process(instance, recipe, size.classes, share, resources.cpus_per_task),
+        total_macs=timeline.images(steps) * macs.total,
+        validation_macs=passes * one_pass,
+        validation_s=validation_s,
+        parameters=network_cost(instance.architecture, size.classes, recipe.data.resolution).parameters,
+        memory=memory_per_process(
+            instance, recipe, size.classes, batching, resources.cpus_per_task,
+            on_gpu=resources.gpus_per_node > 0, teacher_runs=teacher_runs,
+        ),
         num_processes=num_processes,
-        batch_per_process=share,
+        batch_per_process=batching.local_batch,
+        micro_batch=micro_batch,
         hours=hours,
         device_hours=hours * num_processes,
-        requeues=again,
-        parents=recipe.instances[instance.key].parents,
-    )
+        requeues=requeues,
+        parents=instance.parents,
+    )  # fmt: skip
 
 
 def _seconds(images: float, macs: float, size: DataSize, resources: Resources, device: Device) -> float:
-    """To run the processes' networks over so many images at so many multiply-adds each.
-
-    GPUs compute while CPUs decode; on CPUs the two add up.
-    """
+    """To decode `images` images and compute `macs` multiply-adds. GPUs compute meanwhile, on CPUs the two add up."""
     num_processes = resources.num_processes[0]
-    computing = images * 2 * macs / (num_processes * device.flops)
+    computing = 2 * macs / (num_processes * device.flops)
     decoding = images / (num_processes * resources.cpus_per_task * decoded_per_s(size, device))
     return max(computing, decoding) if resources.gpus_per_node else computing + decoding
 
 
-def _measured_seconds(
-    instance: Instance,
-    recipe: Recipe,
-    size: DataSize,
-    num_processes: int,
-    steps: int,
-    evaluations: int,
-    measured: Measured,
-) -> float:
-    """What `done.json` will say: training, validation passes, checkpoints, and what comes once."""
-    if not instance.stage.epochs:
-        return 0.0
-    timing = measured.timing(instance, recipe)
-    step = timing.step
-    if instance.stage.ramp:  # measured at full size
-        plain = instance._replace(stage=instance.stage.model_copy(update={"ramp": None}))
-        step *= training_macs(instance, recipe, size.classes).total / training_macs(plain, recipe, size.classes).total
-    share = recipe.batch_size // num_processes
-    batches = math.ceil(math.ceil(size.val / num_processes) / share)
-    seconds = timing.fixed + steps * step + evaluations * batches * timing.validation
-    every = recipe.checkpoints
-    saves = seconds // (60 * every.every_minutes) if every.every_minutes else 0
-    saves += steps // every.every_steps if every.every_steps else 0
-    return seconds + saves * timing.save
+def _warnings(
+    stage: StagePlan, recipe: Recipe, resources: Resources, device: Device, decoded_per_cpu: float
+) -> Iterator[str]:
+    """What looks wrong with a stage: too small a batch, too little memory, slow data, no checkpoints, short notice."""
+    key, saves = stage.stage, recipe.checkpoints
+    if resources.gpus_per_node:
+        yield from _gpu_warnings(stage, recipe, resources, device.flops / (2 * stage.macs.total), decoded_per_cpu)
+    yield from _memory_warnings(stage, device, on_gpu=resources.gpus_per_node > 0)
+    if stage.requeues and not saves.every_steps and (saves.every_minutes or math.inf) > resources.timeout_min:
+        yield (
+            f"{key}: takes {duration(stage.hours)}, longer than timeout_min ({resources.timeout_min}), "
+            "without checkpoints in between: a node that fails loses all of it; set checkpoints.every_minutes"
+        )
+    if math.isinf(stage.requeues):
+        yield f"{key}: timeout_min is hardly longer than it takes to start: it will never end"
+    if stage.validation_s > resources.signal_delay_s:
+        yield (
+            f"{key}: a validation pass takes {stage.validation_s:,.0f} s, longer than signal_delay_s "
+            f"({resources.signal_delay_s}): a time limit in it loses what is not saved; raise signal_delay_s"
+        )
 
 
-def _validation_seconds(
-    instance: Instance, recipe: Recipe, size: DataSize, stage: StagePlan, device: Device, measured: Measured | None
-) -> float:
-    """Of one validation pass."""
-    if measured:
-        batches = math.ceil(size.val / recipe.batch_size)
-        return batches * measured.timing(instance, recipe).validation
-    macs = size.val * validation_macs(instance, recipe, size.classes)
-    return 2 * macs / (stage.num_processes * device.flops)
+def _gpu_warnings(
+    stage: StagePlan, recipe: Recipe, resources: Resources, images_per_s: float, decoded_per_cpu: float
+) -> Iterator[str]:
+    cpus = resources.cpus_per_task
+    if stage.batch_per_process < FEW_IMAGES_PER_GPU:
+        yield (
+            f"{stage.stage}: {recipe.batch_size} images on {stage.num_processes} GPUs are {stage.batch_per_process} "
+            f"each, fewer than {FEW_IMAGES_PER_GPU}: they idle, and batch norms see few images; take fewer GPUs or a "
+            "larger batch"
+        )
+    if images_per_s > cpus * decoded_per_cpu:
+        yield (
+            f"{stage.stage}: a GPU could take {images_per_s:,.0f} images/s, its {cpus} CPUs decode "
+            f"{cpus * decoded_per_cpu:,.0f}: it will wait for data; ask for more cpus_per_task or encode smaller "
+            "images (--max-side-px)"
+        )
 
 
-def _assumptions(
-    recipe: Recipe, size: DataSize, profile: Profile | None, here: Resources, measured: Measured | None
-) -> dict[str, str]:
-    resources = profile or here
-    device = device_of(resources, profile is not None)
+def _memory_warnings(stage: StagePlan, device: Device, *, on_gpu: bool) -> Iterator[str]:
+    memory, limit = stage.memory, (device.memory_gb or math.inf) * 1e9
+    needed = memory.device if on_gpu else sum(memory)
+    if needed <= limit:
+        return
+    of_micro_batch = (memory.activations + memory.transient) * (1 if on_gpu else 1 + HEAP_WASTE)
+    left = limit - needed + of_micro_batch
+    remedy = "even one image at a time does not fit: take a smaller network or other devices"
+    if left > 0:
+        parts = math.ceil(of_micro_batch / left)
+        remedy = f"stages.{stage.stage.partition('/')[0]}.optim.accumulate={parts} would do"
+    teacher = f", {gigabytes(memory.teacher)} of it the teacher's" if memory.teacher else ""
+    yield (
+        f"{stage.stage}: needs about {gigabytes(needed)} a process{teacher}, but {device.name} has "
+        f"{device.memory_gb:,.0f} GB; {remedy}"
+    )
+
+
+def _notes(recipe: Recipe, stages: Sequence[StagePlan], size: DataSize, profile: Profile) -> Iterator[str]:
+    """Where students ask one teacher about the same images: what storing its outputs saves, or would save."""
+    groups: dict[object, list[StagePlan]] = {}
+    for planned in stages:
+        instance = recipe.instances[planned.stage]
+        if isinstance(instance.stage, KlStage) and planned.epochs:
+            groups.setdefault(_stream(instance), []).append(planned)
+    for students in groups.values():
+        instance, images, count = recipe.instances[students[0].stage], students[0].images, len(students)
+        stage = instance.stage
+        assert isinstance(stage, KlStage)
+        macs = training_macs(instance, recipe, size.classes, num_images=students[0].micro_batch)
+        once = images * 2 * macs.teacher / device_of(profile.resources(instance)).flops / 3600
+        saved, asked = duration((count - 1) * once), duration(count * once)
+        top_k = stage.top_k or (STORED_TOP_K if stage.teacher_logits == "live" and size.classes > 100 else None)
+        row = 2 * (top_k + 1) + (2 if size.classes <= 2**15 else 4) * top_k if top_k else 2 * size.classes
+        kept = f"{top_k} best" if top_k else f"all {size.classes}"
+        rows = f"{stage.epochs} epochs x {images // stage.epochs:,} images x {row} bytes"
+        file = f"{gigabytes(images * row)} ({rows}, {kept} classes)"
+        names = ", ".join(student.stage for student in students)
+        if stage.teacher_logits == "stored":
+            yield (
+                f"{names}: {instance.teacher}'s outputs are stored once, {file}; that saves {saved} of {asked} on all "
+                "devices"
+            )
+        else:
+            yield (
+                f"{names}: {macs.teacher / macs.total:.0%} of a step is {instance.teacher}'s outputs; "
+                f"teacher_logits: stored would save "
+                f"{f'{saved} of {asked} on all devices' if count > 1 else 'nothing yet'}, {duration(once)} for each "
+                f"further student or seed of the same stream, for {file}"
+            )
+
+
+def _assumptions(recipe: Recipe, size: DataSize, profile: Profile, *, is_measured: bool) -> dict[str, str]:
+    device, is_cluster = device_of(profile), profile.timeout_min < _NO_LIMIT
     data = f"{size.train:,} training and {size.val:,} validation images in {size.classes} classes ({size.source})"
-    lines = {"data": data, "FLOPs": "multiply-adds counted once; backward = 2 x forward; a device's TFLOP/s count both"}
-    if measured:
-        lines["time"] = f"measured here just now, in {here.tasks_per_node} processes; start of the run included once"
+    lines = {"data": data, "FLOPs": "multiply-adds counted once, by PyTorch; a device's TFLOP/s count both"}
+    if is_measured:
+        lines["time"] = (
+            f"FLOP/s of a few steps of each stage, measured now in {profile.tasks_per_node} processes; other phases, "
+            "image sizes and validation by their FLOPs; start of the run and of its stages included once"
+        )
     else:
-        whence = "cluster profile" if profile and profile.device else "assumed; small networks reach less"
+        whence = "cluster profile" if is_cluster and profile.device else "assumed; small networks reach less"
         lines["time"] = (
             f"{device.name}: {device.tflops:g} TFLOP/s x {device.efficiency:g} reached = {device.flops / 1e12:.3g} "
             f"TFLOP/s a process ({whence}); validation passes included"
         )
         if math.isfinite(decoded_per_s(size, device)):
             lines["data loading"] = f"{decoded_per_s(size, device):,.0f} images/s and CPU"
-        if profile:
+        if is_cluster:
             lines["jobs"] = (
                 f"{device.start_s:g} s to start; limit {profile.timeout_min / 60:g} hours; a job that meets it saves, "
                 "is queued again and goes on; waiting in the queue is not counted"
             )
-    size_of = "4" if recipe.precision == "float32" else "2"
+    halves = "" if recipe.precision == "float32" else f", half of it in {recipe.precision}"
+    waste = "" if profile.gpus_per_node else f"; {HEAP_WASTE:.0%} more, which malloc wastes"
     lines["memory"] = (
-        f"4 bytes a weight, gradient, momentum and average; activations {size_of} bytes x 2 x outputs of the "
-        "convolutions x images at a time; teacher's weights and largest outputs; loader's batches; 0.5 GB of libraries"
+        f"4 bytes a weight, gradient, momentum and average; what a step keeps and takes for a moment{halves}; the "
+        f"teacher's weights{waste}; loader's batches; a checkpoint being written; 0.6 GB of libraries; without the "
+        "dataset's pages that the system caches"
     )
     return lines
 
@@ -342,22 +499,25 @@ def table(plan: Plan) -> str:
     """The plan as lines of text."""
     head = ("stage", "state", "epochs", "steps", "forward", "backward", "teacher", "TFLOPs", "parameters", "GB/process",
             "processes", "batch", "time", "device time", "requeues")  # fmt: skip
-    lines: list[tuple[str, ...]] = [head]
-    for stage in plan.stages:
-        flops = (f"{macs / 1e6:,.3f}".rstrip("0").rstrip(".") for macs in stage.macs)
-        lines.append(
-            (
-                stage.stage, stage.state, str(stage.epochs), f"{stage.steps:,}", *flops,
-                f"{stage.total_macs / 1e12:,.2f}", f"{stage.parameters:,}", f"{sum(stage.memory) / 1e9:.2f}",
-                str(stage.num_processes), str(stage.batch_per_process), duration(stage.hours),
-                duration(stage.device_hours), f"{stage.requeues:g}",
-            )
-        )  # fmt: skip
-    text = f"{plan.recipe}: forward, backward and teacher in MFLOPs for a training image; time of what is left\n"
-    text += f"{columns(lines, left=(0, 1))}\n\n"
+    rows = [
+        (
+            stage.stage, stage.state, str(stage.epochs), f"{stage.steps:,}",
+            *(f"{macs / 1e6:,.3f}".rstrip("0").rstrip(".") for macs in stage.macs),
+            f"{stage.total_macs / 1e12:,.2f}", f"{stage.parameters:,}", f"{sum(stage.memory) / 1e9:.2f}",
+            str(stage.num_processes), str(stage.batch_per_process), duration(stage.hours),
+            duration(stage.device_hours), f"{stage.requeues:g}",
+        )
+        for stage in plan.stages
+    ]  # fmt: skip
     start = ", the start of the run included" if plan.start_hours else ""
-    text += f"one after the other: {duration(plan.hours)}{start}; on all devices: {duration(plan.device_hours)}\n"
-    text += f"longest path: {duration(plan.longest_hours)}, {' -> '.join(plan.longest_path)}\n"
-    text += listed(plan.assumptions)
-    text += "".join(f"\nwarning: {line}" for line in plan.warnings)
-    return text + "".join(f"\nnote: {line}" for line in plan.notes)
+    return "\n".join(
+        [
+            f"{plan.recipe}: forward, backward and teacher in MFLOPs for a training image; time of what is left",
+            f"{text_table(head, rows, left=(0, 1))}\n",
+            f"one after the other: {duration(plan.hours)}{start}; on all devices: {duration(plan.device_hours)}",
+            f"longest path: {duration(plan.longest_hours)}, {' -> '.join(plan.longest_path)}",
+            listed(plan.assumptions),
+            *(f"warning: {line}" for line in plan.warnings),
+            *(f"note: {line}" for line in plan.notes),
+        ]
+    )

@@ -105,17 +105,18 @@ class RunResults:
         return f"epoch {self.metrics[key][-1]['epoch']:.2f} of {self.recipe.instances[key].stage.epochs}{last}"
 
     def _row(self, instance: Instance, done: Done) -> Result:
-        from gowide_dist.insight.costs import spent
+        from gowide_dist.insight.costs import network_cost, spent
 
         num_classes = self.recipe.data.classes
         assert num_classes is not None, "a run's recipe is resolved"
         cost = spent(instance.key, self.recipe, num_classes, done.images // done.epochs if done.epochs else 0)
         teacher = teacher_of(instance, self.recipe)
+        network = network_cost(instance.architecture, num_classes, self.recipe.data.resolution)
         latency = self.measurements.latency.get(done.model_sha256)
         return Result(
             **done.model_dump(include={"stage", "network", "epochs", "top1", "top5", "seconds"}),
-            parameters=instance.architecture.num_parameters(num_classes),
-            mflops=instance.architecture.macs(num_classes, self.recipe.data.resolution) / 1e6,
+            parameters=network.parameters,
+            mflops=network.macs / 1e6,
             student_epochs=cost.epochs,
             images=cost.images,
             train_tflops=cost.macs / 1e12,

@@ -1,103 +1,159 @@
-"""A recipe's chain simulated on 1 to 64 nodes: what `simulate` is told, and its table."""
+"""A recipe's chain on 1 to 64 nodes, by arithmetic on stated assumptions. Bytes, seconds and operations throughout."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from gowide_dist.errors import UserError
-from gowide_dist.insight.advice import FEW_IMAGES_PER_GPU
-from gowide_dist.insight.assumed import DataSize, decoded_per_s, device_of
-from gowide_dist.insight.costs import training_macs, validation_macs
-from gowide_dist.insight.simulate import Cluster, Simulated, Work, simulate
-from gowide_dist.insight.text import columns, duration, listed
+from gowide_dist.insight.costs import network_cost, stage_cost, training_macs
+from gowide_dist.insight.plan import FEW_IMAGES_PER_GPU, DataSize, decoded_per_s, device_of, longest_path, restarts
+from gowide_dist.insight.text import duration, listed
+from gowide_dist.insight.text import table as text_table
 from gowide_dist.launch.profile import Device, Profile, Resources
-from gowide_dist.recipe import BlocksStage, Instance, Recipe
+from gowide_dist.recipe import Instance, Recipe
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 SCALED = Profile(gpus_per_node=8, cpus_per_task=12, timeout_min=1440,
                  device=Device(name="GPU", tflops=312, efficiency=0.2, memory_gb=80))  # fmt: skip
 
 
-def scale(recipe: Recipe, size: DataSize, profile: Profile | None = None) -> tuple[dict[str, str], list[Simulated]]:
-    """The chain simulated on 1 to 64 nodes of the profile's kind (default: 8 GPUs), and what was assumed."""
-    profile = profile or SCALED
-    device = device_of(profile, is_cluster=True)
-    cluster = cluster_of(profile, device, size, recipe)
-    work = {key: work_of(instance, recipe, size) for key, instance in recipe.instances.items()}
-    most = recipe.batch_size // cluster.devices_per_node
-    rows = [simulate(work, cluster, nodes, recipe.batch_size) for nodes in NODES if nodes <= most]
-    if not rows:
-        raise UserError(
-            f"batch_size: {recipe.batch_size} images are fewer than the {cluster.devices_per_node} devices of a node"
-        )
-    every = cluster.checkpoint_every_s
+class Work(NamedTuple):
+    """What a stage has to do, wherever it runs: images to train on, operations for each, forward and backward."""
+
+    images: float
+    student_flops: float
+    teacher_flops: float
+    validation_flops: float  # of all validation passes
+    gradient_bytes: float  # averaged over the processes in every step
+    checkpoint_bytes: float
+
+
+class Times(NamedTuple):
+    """Seconds of a stage."""
+
+    compute: float
+    communication: float  # not hidden behind the backward pass
+    data: float  # waiting for images
+    checkpoints: float
+    restarts: float
+
+
+class Row(NamedTuple):
+    """The chain with every job on `num_nodes` nodes, independent jobs at the same time."""
+
+    num_nodes: int
+    batch_per_device: float
+    hours: float  # along the longest path
+    device_hours: float  # of all jobs together
+    efficiency: float  # the computing in these device hours
+    bound: str  # what takes the most of the time
+
+
+def stage_times(
+    work: Work,
+    nodes: Resources,
+    device: Device,
+    num_nodes: int,
+    batch_size: int,
+    images_per_s: float,
+    save_every_s: float,
+) -> Times:
+    """A whole stage. images_per_s: decoded on a node.
+
+    One ring goes through all devices, so its slowest link counts: each device sends and takes 2 (n - 1) / n of the bytes
+    (Patarasu and Yuan 2009). At most `device.overlap` of that hides behind the backward pass, two thirds of the
+    student's operations. A restart loses half a checkpoint interval and the start-up; the first start counts as well.
+    """
+    num_devices = num_nodes * nodes.tasks_per_node
+    local_batch, steps = batch_size / num_devices, work.images / batch_size
+    compute = local_batch * (work.student_flops + work.teacher_flops) / device.flops
+    backward = local_batch * 2 / 3 * work.student_flops / device.flops
+    links = [device.within_node_gb_s, device.between_nodes_gb_s][: 1 if num_nodes == 1 else 2]
+    ring = 2 * (num_devices - 1) / num_devices * work.gradient_bytes / (1e9 * min(links))
+    exposed = ring - min(device.overlap * ring, backward)
+    data = max(0.0, batch_size / (num_nodes * images_per_s) - compute - exposed)
+    computing = steps * compute + work.validation_flops / (num_devices * device.flops)
+    training = computing + steps * (exposed + data)
+    saving = training // save_every_s * work.checkpoint_bytes / (1e9 * device.write_gb_s)
+    timeout_s = 60 * nodes.timeout_min
+    lost = min(save_every_s, timeout_s) / 2 + device.start_s
+    again = restarts(device.start_s + training + saving, timeout_s, lost)
+    return Times(computing, steps * exposed, steps * data, saving, device.start_s + (again and again * lost))
+
+
+def row(
+    times: Mapping[str, Times], parents: Mapping[str, Sequence[str]], num_nodes: int, num_devices: int, batch_size: int
+) -> Row:
+    """The stages of a chain together."""
+    total = sum(map(sum, times.values()))
+    parts = {name: sum(getattr(stage, name) for stage in times.values()) for name in Times._fields}
+    return Row(
+        num_nodes,
+        batch_size / num_devices,
+        longest_path({key: sum(stage) for key, stage in times.items()}, parents)[1] / 3600,
+        total * num_devices / 3600,
+        parts["compute"] / total if total else 1.0,
+        max(parts, key=parts.__getitem__),
+    )
+
+
+def scale(recipe: Recipe, size: DataSize, profile: Profile | None = None) -> tuple[dict[str, str], list[Row]]:
+    """The chain on 1 to 64 nodes of the profile's kind (default: 8 GPUs), and what was assumed."""
+    nodes = profile or SCALED
+    device = device_of(nodes)
+    num_devices, batch_size = nodes.tasks_per_node, recipe.batch_size
+    if batch_size < num_devices:
+        raise UserError(f"batch_size: {batch_size} images are fewer than the {num_devices} devices of a node")
+    images_per_s = decoded_per_s(size, device) * nodes.cpus_per_task * num_devices
+    save_every_s = 60 * (recipe.checkpoints.every_minutes or nodes.timeout_min)
+    work = {key: _work(instance, recipe, size) for key, instance in recipe.instances.items()}
+    parents = {key: instance.parents for key, instance in recipe.instances.items()}
+    rows = []
+    for n in (n for n in NODES if n * num_devices <= batch_size):
+        times = {
+            key: stage_times(job, nodes, device, n, batch_size, images_per_s, save_every_s) for key, job in work.items()
+        }
+        rows.append(row(times, parents, n, n * num_devices, batch_size))
+    most = rows[-1].num_nodes
     assumptions = {
         "data": f"{size.train:,} training and {size.val:,} validation images ({size.source})",
-        "batch": f"{recipe.batch_size} images on all devices together"
-        + (f", so that {rows[-1].num_nodes} nodes are the most" if rows[-1].num_nodes < NODES[-1] else ""),
+        "batch": f"{batch_size} images on all devices together"
+        + (f", so that {most} nodes are the most" if most < NODES[-1] else ""),
         "device": f"{device.name}, {device.tflops:g} TFLOP/s x {device.efficiency:g} reached, whatever its batch",
-        "node": f"{cluster.devices_per_node} devices; decodes "
-        + (f"{cluster.images_s_per_node:,.0f} images/s" if math.isfinite(cluster.images_s_per_node) else "fast enough"),
+        "node": f"{num_devices} devices; decodes "
+        + (f"{images_per_s:,.0f} images/s" if math.isfinite(images_per_s) else "fast enough"),
         "gradients": "4 bytes a trained parameter; one ring, 2 (n - 1) / n x bytes / slowest link",
         "links": f"{device.within_node_gb_s:g} GB/s in a node, {device.between_nodes_gb_s:g} GB/s between nodes",
         "overlap": f"{device.overlap:.0%} of the ring's time at most, no longer than the backward pass",
-        "checkpoints": f"every {every / 60:,.0f} minutes, {device.write_gb_s:g} GB/s, training waits",
-        "restarts": f"every {cluster.timeout_s / 3600:g} hours; each loses half a checkpoint interval and "
-        f"{device.start_s:g} s",
+        "checkpoints": f"every {save_every_s / 60:,.0f} minutes, {device.write_gb_s:g} GB/s, training waits",
+        "restarts": f"every {nodes.timeout_min / 60:g} hours; each loses half a checkpoint interval and {device.start_s:g} s",
         "jobs": "each on all the nodes of its row; independent ones at the same time; no waiting in the queue",
     }
     return assumptions, rows
 
 
-def cluster_of(profile: Resources, device: Device, size: DataSize, recipe: Recipe) -> Cluster:
-    """The profile's nodes as the simulation takes them."""
-    every = recipe.checkpoints.every_minutes
-    timeout_s = 60.0 * profile.timeout_min
-    return Cluster(
-        devices_per_node=profile.tasks_per_node,
-        device_flops=device.flops,
-        within_node_bytes_s=1e9 * device.within_node_gb_s,
-        between_nodes_bytes_s=1e9 * device.between_nodes_gb_s,
-        overlap=device.overlap,
-        images_s_per_node=decoded_per_s(size, device) * profile.cpus_per_task * profile.tasks_per_node,
-        write_bytes_s=1e9 * device.write_gb_s,
-        start_s=device.start_s,
-        timeout_s=timeout_s,
-        checkpoint_every_s=60 * every if every else timeout_s,
-    )
-
-
-def work_of(instance: Instance, recipe: Recipe, size: DataSize) -> Work:
-    """A stage as the simulation takes it. Bottom-up imitation averages the gradients of one block at a time."""
-    macs = training_macs(instance, recipe, size.classes)
+def _work(instance: Instance, recipe: Recipe, size: DataSize) -> Work:
+    macs, cost = training_macs(instance, recipe, size.classes), stage_cost(instance, recipe, size.classes)
     epochs = instance.stage.epochs
-    images = size.train // recipe.batch_size * recipe.batch_size * epochs
-    parameters = instance.architecture.num_parameters(size.classes)
-    trained = parameters
-    if isinstance(instance.stage, BlocksStage) and instance.stage.order == "bottom-up":
-        trained //= instance.architecture.num_blocks
-    evaluations = epochs // recipe.eval_every_epochs or 1
     return Work(
-        images=images,
+        images=size.train // recipe.batch_size * recipe.batch_size * epochs,
         student_flops=2 * macs.student,
         teacher_flops=2 * macs.teacher,
-        validation_flops=2.0 * evaluations * size.val * validation_macs(instance, recipe, size.classes),
-        gradient_bytes=4 * trained,
-        checkpoint_bytes=8 * parameters,
-        parents=instance.parents,
+        validation_flops=2 * (epochs // recipe.eval_every_epochs or 1) * size.val * cost.validation.total,
+        gradient_bytes=4 * cost.trained,
+        checkpoint_bytes=8 * cost.weights,
     )
 
 
-def table(assumptions: dict[str, str], rows: Sequence[Simulated]) -> str:
-    """The simulation as lines of text."""
-    lines = [("nodes", "batch/device", "time", "device time", "efficiency", "bound by", "")]
-    for row in rows:
-        note = f"fewer than {FEW_IMAGES_PER_GPU} images a device" if row.batch_per_device < FEW_IMAGES_PER_GPU else ""
-        lines.append(
-            (
-                str(row.num_nodes), f"{row.batch_per_device:g}", duration(row.hours), duration(row.device_hours),
-                f"{row.efficiency:.0%}", row.bound, note,
-            )
-        )  # fmt: skip
-    return f"assumed, not measured\n{listed(assumptions)}\n\n{columns(lines, left=(5, 6))}"
+def table(assumptions: dict[str, str], rows: Sequence[Row]) -> str:
+    """The rows as lines of text."""
+    head = ("nodes", "batch/device", "time", "device time", "efficiency", "bound by", "")
+    lines = [
+        (f"{row.num_nodes}", f"{row.batch_per_device:g}", duration(row.hours), duration(row.device_hours),
+         f"{row.efficiency:.0%}", row.bound,
+         f"fewer than {FEW_IMAGES_PER_GPU} images a device" if row.batch_per_device < FEW_IMAGES_PER_GPU else "")
+        for row in rows
+    ]  # fmt: skip
+    return f"assumed, not measured\n{listed(assumptions)}\n\n{text_table(head, lines, left=(5, 6))}"

@@ -1,14 +1,13 @@
-"""The arithmetic of a residual network: channels, parameters and multiply-adds, without building it.
+"""The structure of a residual network: blocks and channels. Imports no torch, so that a login node can check recipes.
 
 A *block* here is one stage of the ResNet (`layer1` to `layer4` in torchvision's names), as in the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -25,31 +24,6 @@ ARCHITECTURES: dict[str, tuple[str, tuple[int, ...]]] = {
 Stem = Literal["small", "strided", "imagenet"]
 # kernel, stride and whether a 3x3 max pool of stride 2 follows
 STEMS: dict[Stem, tuple[int, int, bool]] = {"small": (3, 1, False), "strided": (3, 2, False), "imagenet": (7, 2, True)}
-
-
-class Conv(NamedTuple):
-    """One convolution and the side of the square image that it writes."""
-
-    in_channels: int
-    out_channels: int
-    kernel: int
-    stride: int
-    side_px: int
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds for one image."""
-        return self.in_channels * self.out_channels * self.kernel**2 * self.side_px**2
-
-    @property
-    def num_outputs(self) -> int:
-        """Numbers that it writes for one image."""
-        return self.out_channels * self.side_px**2
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights, with the scale and shift of the batch norm that follows."""
-        return self.in_channels * self.out_channels * self.kernel**2 + 2 * self.out_channels
 
 
 class Architecture(Frozen):
@@ -114,78 +88,6 @@ class Architecture(Frozen):
         """Channels of the 3x3 filters in each block."""
         return tuple(max(1, int(planes * self.width)) for planes in self.planes)
 
-    def block_sides(self, resolution: int) -> tuple[int, ...]:
-        """Side in px of each block's output for square images of side `resolution`."""
-        side = self._stem_side(resolution)
-        sides = []
-        for index in range(self.num_blocks):
-            side = side if index == 0 else _halved(side)
-            sides.append(side)
-        return tuple(sides)
-
     def widened(self, by: float) -> Architecture:
         """The same network with `by` times as wide 3x3 filters."""
         return self.model_copy(update={"width": self.width * by})
-
-    def macs(self, num_classes: int, resolution: int, num_blocks: int | None = None) -> int:
-        """Multiply-adds of one image's forward pass, counted as torchvision's tables do (ResNet-50: 4,089 million).
-
-        Convolutions and the classifier count; batch norms, additions and pooling do not. With `num_blocks` only the
-        stem and the first so many blocks count.
-        """
-        blocks = [sum(conv.macs for conv in convs) for convs in self._convs(resolution)]
-        if num_blocks is not None:
-            return sum(blocks[: num_blocks + 1])
-        return sum(blocks) + self.block_channels[-1] * num_classes
-
-    def num_parameters(self, num_classes: int, num_blocks: int | None = None) -> int:
-        """Trainable parameters. With `num_blocks` only the stem and the first so many blocks count."""
-        blocks = [sum(conv.num_parameters for conv in convs) for convs in self._convs(resolution=32)]
-        if num_blocks is not None:
-            return sum(blocks[: num_blocks + 1])
-        return sum(blocks) + (self.block_channels[-1] + 1) * num_classes
-
-    def num_activations(self, resolution: int, num_blocks: int | None = None) -> int:
-        """Numbers that a training step keeps of one image for its backward pass, about: two for each that a convolution
-        writes, its own and that of the batch norm and activation after it. With `num_blocks` as in `macs`.
-        """
-        blocks = [sum(2 * conv.num_outputs for conv in convs) for convs in self._convs(resolution)]
-        return sum(blocks if num_blocks is None else blocks[: num_blocks + 1])
-
-    def largest_activation(self, resolution: int) -> int:
-        """Numbers in the largest output of a convolution, of one image."""
-        return max(conv.num_outputs for convs in self._convs(resolution) for conv in convs)
-
-    def _stem_side(self, resolution: int) -> int:
-        _, stride, pool = STEMS[self.stem]
-        side = resolution if stride == 1 else _halved(resolution)
-        return _halved(side) if pool else side
-
-    def _convs(self, resolution: int) -> Iterator[list[Conv]]:
-        """The convolutions of the stem, then those of each block."""
-        kernel, stride, _ = STEMS[self.stem]
-        yield [Conv(3, self.stem_channels, kernel, stride, resolution if stride == 1 else _halved(resolution))]
-        sides = (self._stem_side(resolution), *self.block_sides(resolution))
-        in_channels = self.stem_channels
-        for index, (in_side, side) in enumerate(pairwise(sides)):
-            convs: list[Conv] = []
-            inner, out_channels = self.inner_channels[index], self.block_channels[index]
-            for unit in range(self.depths[index]):
-                stride = 2 if unit == 0 and index > 0 else 1
-                if self.block == "bottleneck":
-                    convs += [
-                        Conv(in_channels, inner, 1, 1, in_side if unit == 0 else side),
-                        Conv(inner, inner, 3, stride, side),
-                        Conv(inner, out_channels, 1, 1, side),
-                    ]
-                else:
-                    convs += [Conv(in_channels, inner, 3, stride, side), Conv(inner, out_channels, 3, 1, side)]
-                if stride != 1 or in_channels != out_channels:
-                    convs.append(Conv(in_channels, out_channels, 1, stride, side))
-                in_channels = out_channels
-            yield convs
-
-
-def _halved(side: int) -> int:
-    """The side of what a padded convolution or pooling of stride 2 writes."""
-    return (side + 1) // 2
