@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gowide_dist.errors import UserError
-from gowide_dist.insight.costs import network_cost, stage_cost, training_macs
+from gowide_dist.insight.costs import stage_cost, training_macs
 from gowide_dist.insight.plan import FEW_IMAGES_PER_GPU, DataSize, decoded_per_s, device_of, longest_path, restarts
 from gowide_dist.insight.text import duration, listed
 from gowide_dist.insight.text import table as text_table

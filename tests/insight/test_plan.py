@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gowide_dist.insight.assumed import data_size
 
 from gowide_dist import build_network, load_recipe
 from gowide_dist.data.encode import encode
 from gowide_dist.errors import DataError
 from gowide_dist.files import sha256
 from gowide_dist.identity import fingerprint, identities
-from gowide_dist.insight.assumed import data_size
 from gowide_dist.insight.costs import memory_per_process
 from gowide_dist.insight.plan import plan, table
 from gowide_dist.insight.scale import scale
