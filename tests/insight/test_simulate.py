@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from gowide_dist.insight.simulate import (
     Cluster,
     Work,
