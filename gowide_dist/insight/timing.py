@@ -1,8 +1,7 @@
 """Stages timed on this machine: a few real steps of each kind, by a run's own processes, loader and loop.
 
 `python -m gowide_dist.insight.timing RUN STAGE/NETWORK ...` is what every process of a measurement executes, in a
-temporary folder. Teachers are untrained there, and each stage is told to stop after some steps. What is read is the
-`metrics.jsonl` that the loop writes.
+temporary folder. Teachers are untrained, each stage stops after some steps, and the loop's `metrics.jsonl` is read.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from gowide_dist.identity import identities
 from gowide_dist.insight.costs import kind, stage_cost
@@ -30,14 +31,15 @@ from gowide_dist.networks.weights import save_weights
 from gowide_dist.pipeline import open_images, work
 from gowide_dist.prepare import check_data
 from gowide_dist.progress import say
-from gowide_dist.recipe import Checkpoints, Instance, KlStage, Recipe, load_recipe
+from gowide_dist.recipe import Checkpoints, Instance, Recipe, load_recipe
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.stop import Stopped
 from gowide_dist.train.loop import TrainContext, train_stage
 from gowide_dist.world import StopVote, join
 
-ROWS, STEPS = 4, 40  # of each stage; the first row of metrics, in which the machine warms up, does not count
+ROWS, STEPS = 4, 40  # of a stage; the first row of metrics, in which the machine warms up, does not count
 TRAINING_S = 20.0  # fewer steps where these would take longer, but one for each row
+_ENDLESS = 10**6  # epochs
 
 
 @dataclass(frozen=True)
@@ -57,78 +59,62 @@ def measure(recipe: Recipe, num_processes: int) -> Measured:
     """Time each kind of stage. Raises UserError if the data does not fit or a network cannot be trained."""
     recipe.check_processes(num_processes)
     recipe, _ = check_data(recipe)
-    kinds = {kind(instance, recipe): instance for instance in recipe.instances.values() if instance.stage.epochs}
-    flops, started, steps_s = {}, time.monotonic(), 0.0
+    keys = {kind(one, recipe): key for key, one in recipe.instances.items() if one.stage.epochs}
+    say(f"timing a few steps of {', '.join(keys.values()) or 'nothing'} in {num_processes} processes")
+    flops, started, all_steps_s = {}, time.monotonic(), 0.0
     with tempfile.TemporaryDirectory(prefix="gowide-measure-") as folder:
         run = Run(Path(folder) / "run")
         run.write_recipe(recipe)
-        keys = [instance.key for instance in kinds.values()]
-        say(f"timing a few steps of {', '.join(keys) or 'nothing'} in {num_processes} processes")
-        torchrun("gowide_dist.insight.timing", [str(run.path), *keys], num_processes)
+        torchrun("gowide_dist.insight.timing", [str(run.path), *keys.values()], num_processes)
         total_s = time.monotonic() - started
-        for each, instance in kinds.items():
-            rows = read_metrics(run.stage(instance.key).metrics)
-            starts = [0, *(row["step"] for row in rows)]
-            seconds = [
-                (row["step"] - start) * recipe.batch_size / row["images_per_s"] for start, row in zip(starts, rows)
-            ]
-            step_s = sum(seconds[1:]) / (starts[-1] - starts[1])
-            waiting = sum(row["data_wait"] * s for row, s in zip(rows[1:], seconds[1:], strict=True)) / sum(seconds[1:])
-            say(f"{instance.key}: {step_s:.4f} s a step, {waiting:.0%} of it waiting for data")
-            flops[each] = _step_flops(instance, recipe) / num_processes / step_s
-            steps_s += sum(seconds)
-    return Measured(flops, total_s - steps_s)
-
-
-def _step_flops(instance: Instance, recipe: Recipe) -> float:
-    """Operations of a step in a stage's first phase."""
-    assert recipe.data.classes is not None, "a checked recipe"
-    return 2 * recipe.batch_size * stage_cost(instance, recipe, recipe.data.classes).phases[0].total
+        for name, key in keys.items():
+            rows = read_metrics(run.stage(key).metrics)
+            steps = np.diff([0, *(row["step"] for row in rows)])
+            seconds = steps * recipe.batch_size / [row["images_per_s"] for row in rows]
+            step_s = seconds[1:].sum() / steps[1:].sum()
+            waiting = np.average([row["data_wait"] for row in rows[1:]], weights=seconds[1:])
+            say(f"{key}: {step_s:.4f} s a step, {waiting:.0%} of it waiting for data")
+            flops[name] = float(_step_flops(recipe.instances[key], recipe) / step_s / num_processes)
+            all_steps_s += seconds.sum()
+    return Measured(flops, total_s - float(all_steps_s))
 
 
 def time_stages(run: Run, keys: Sequence[str]) -> None:
     """Train each instance for a few steps; every process of the group calls this."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what stopped stages say would confuse
     recipe, checksums = check_data(load_recipe(run.recipe_path))
+    quiet = {"eval_every_epochs": _ENDLESS, "checkpoints": Checkpoints(every_minutes=None)}
     with join() as world, open_images(recipe, world) as images:
         for instance in (recipe.instances[key] for key in keys):
+            if instance.teacher and world.is_main:
+                network = build_network(recipe.instances[instance.teacher].architecture, images.num_classes)
+                save_weights(run.stage(instance.teacher).model, network)
+            world.broadcast(None)  # the teacher is on disk
             likely_s = _step_flops(instance, recipe) / this_machine(world.num_threads * world.size).flops
             row_steps = max(1, min(STEPS, int(TRAINING_S / likely_s)) // ROWS)
-            quiet = {
-                "log_every_steps": row_steps,
-                "eval_every_epochs": _ENDLESS,
-                "checkpoints": Checkpoints(every_minutes=None),
-            }
-            calls = count(1)
-            vote = cast(StopVote, lambda: signal.SIGTERM if next(calls) == ROWS * row_steps else 0)
+            votes = iter([*repeat(0, ROWS * row_steps - 1), signal.SIGTERM])  # one for each step
             ctx = TrainContext(
-                recipe.model_copy(update=quiet),
-                run,
-                replace(world, stop_vote=vote),
-                images,
-                identities(recipe, checksums),
-            )
-            if world.is_main and instance.teacher:
-                save_weights(
-                    run.stage(instance.teacher).model,
-                    build_network(recipe.instances[instance.teacher].architecture, images.num_classes),
-                )
-            world.broadcast(None)  # the teacher is on disk
+                recipe.model_copy(update={**quiet, "log_every_steps": row_steps}),
+                run, replace(world, stop_vote=cast(StopVote, votes.__next__)), images, identities(recipe, checksums),
+            )  # fmt: skip
             with suppress(Stopped):
                 train_stage(_endless(instance), ctx)
 
 
 def _endless(instance: Instance) -> Instance:
-    """From scratch, at full size, with a live teacher, at a rate that spoils no untrained network."""
+    """The instance from scratch, at full size, with a live teacher, at a rate that spoils no untrained network."""
     stage = instance.stage
     assert stage.optim is not None, "a stage that trains has an optim"
-    changes = {"epochs": _ENDLESS, "optim": stage.optim.model_copy(update={"lr": 1e-6}), "ramp": None}
-    if isinstance(stage, KlStage):
-        changes |= {"teacher_logits": "live", "top_k": None}
+    optim = stage.optim.model_copy(update={"lr": 1e-6})
+    changes = {"epochs": _ENDLESS, "optim": optim, "ramp": None, "teacher_logits": "live", "top_k": None}
+    changes = {name: value for name, value in changes.items() if name in type(stage).model_fields}
     return instance._replace(stage=stage.model_copy(update=changes), init=None, init_file=None)
 
 
-_ENDLESS = 10**6  # epochs
+def _step_flops(instance: Instance, recipe: Recipe) -> float:
+    """Operations of a step in a stage's first phase."""
+    assert recipe.data.classes is not None, "a checked recipe"
+    return 2 * recipe.batch_size * stage_cost(instance, recipe, recipe.data.classes).phases[0].total
 
 
 def main() -> int:
