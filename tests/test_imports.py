@@ -61,7 +61,7 @@ def test_every_room_has_its_floor():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "pipeline", "prepare", "recipe", "run", "identity", "networks.architecture", "insight.report", "launch.local", "launch.slurm", "launch.chain", "launch.queue", "launch.profile", "insight.status", "insight.plan", "insight.simulate", "data.info"]
+    "module", ["cli", "pipeline", "prepare", "recipe", "run", "identity", "networks.architecture", "launch.local", "launch.slurm", "launch.chain", "launch.queue", "launch.profile", "insight.status", "data.info"]
 )  # fmt: skip
 def test_login_nodes_import_no_torch(module):
     code = (

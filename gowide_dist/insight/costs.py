@@ -27,7 +27,8 @@ from gowide_dist.timeline import Batching
 from gowide_dist.train.objectives import Objective, build_objective
 
 _IMAGES = 8  # of a batch where only multiply-adds are wanted
-LIBRARIES = 615_000_000  # PyTorch once it is loaded, and 115 MB that come with the first step: kernels, threads, logs
+IMPORTS = 500_000_000  # bytes of PyTorch once it is loaded, about
+FIRST_STEP = 115_000_000  # what comes with the first step: kernels, threads, logs
 # On CPUs: bytes of heap without a tensor, for each byte of activations. glibc keeps freed blocks for the next step, and
 # since each is aligned anew, few fit where one of their size was. Measured: 0.4 to 0.75, once 1.1.
 HEAP_WASTE = 0.65
@@ -299,7 +300,7 @@ def memory_per_process(
         loader=2 * (num_threads + 3) * pixels,  # of training and of validation
         checkpoint=3 * (weights + momentum + average) // 2 if saves else 0,  # the copy, and its file in free blocks
         heap=0 if on_gpu else round(HEAP_WASTE * (activations + transient)),
-        libraries=LIBRARIES,
+        libraries=IMPORTS + FIRST_STEP,
     )
 
 
