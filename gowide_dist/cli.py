@@ -252,6 +252,7 @@ def plan(
     Example: `gowide plan jobs/imagenet_rn50.yaml --cluster slurm/clusters/gpu8.yaml`
     """
     from gowide_dist.insight import plan as plans
+    from gowide_dist.insight.assumed import data_size
     from gowide_dist.launch.local import default_num_processes
     from gowide_dist.launch.profile import load_profile
 
@@ -261,7 +262,7 @@ def plan(
     if scale:
         from gowide_dist.insight import scale as scales
 
-        assumptions, rows = scales.scale(recipe, plans.data_size(recipe, images, classes), profile)
+        assumptions, rows = scales.scale(recipe, data_size(recipe, images, classes), profile)
         if as_json:
             print_line(to_json({"assumptions": assumptions, "nodes": [row._asdict() for row in rows]}))
         else:

@@ -161,7 +161,8 @@ class Recipe(Frozen):
     batch_size: Count  # the global batch, for any number of processes
     networks: dict[Name, Network] = Field(min_length=1)
     stages: dict[Name, Stage] = Field(min_length=1)
-    precision: Literal["float32", "bf16", "fp16"] = "float32"  # autocast to it; weights stay float32
+    # Of convolutions and matrix products; weights stay float32. tf32: on GPUs, on CPUs as float32.
+    precision: Literal["float32", "tf32", "bf16", "fp16"] = "float32"
     compile: bool = False  # by torch.compile
     sync_batch_norm: bool = False  # batch statistics over all processes; more than one need GPUs
     log_every_steps: Count = 50

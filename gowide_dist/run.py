@@ -23,7 +23,9 @@ from gowide_dist.files import flock, sha256, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
 from gowide_dist.recipe import Recipe
 
-LOCK_WAIT_S = 150  # a file server frees a dead node's locks only after a while
+LOCK_WAIT_S = float(
+    os.environ.get("GOWIDE_LOCK_WAIT_S", "150")
+)  # a file server frees a dead node's locks only after a while
 
 
 class Done(BaseModel):

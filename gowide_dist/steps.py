@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -27,7 +26,7 @@ from gowide_dist.pipeline import open_data, work
 from gowide_dist.prepare import check_data, check_group
 from gowide_dist.recipe import BlocksStage, Checkpoints, Instance, Recipe, Schedule, load_recipe
 from gowide_dist.run import Run, read_metrics
-from gowide_dist.stop import Stopped
+from gowide_dist.stop import WARNING_SIGNAL, Stopped
 from gowide_dist.timeline import Batching, Timeline
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ def _train(run: Run, keys: Sequence[str], num_steps: int, limit_s: float) -> Non
 
         ctx = TrainContext(recipe, run, world, replace(data, train=shortened), identities(recipe, checksums))
         began = time.monotonic()
-        limit = threading.Timer(limit_s, os.kill, (os.getpid(), signal.SIGUSR2))  # as Slurm does when time is up
+        limit = threading.Timer(limit_s, os.kill, (os.getpid(), WARNING_SIGNAL))  # as Slurm does when time is up
         limit.daemon = True
         limit.start()
         with suppress(Stopped):

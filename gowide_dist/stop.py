@@ -6,9 +6,12 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
+# Slurm's warning before the end of an allocation; a site may have another one, by submitit's variable.
+WARNING_SIGNAL = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", signal.SIGUSR2)
 _received = 0  # the greatest number so far: SIGTERM (15, the end) outweighs SIGUSR2 (12, a warning) and SIGINT (2)
 
 
@@ -21,11 +24,22 @@ class Stopped(Exception):  # noqa: N818 -- no error
 
 
 def listen() -> None:
-    """Install handlers that record SIGUSR2 (Slurm's warning), SIGTERM, SIGINT and SIGHUP (a closed terminal)."""
-    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+    """Record Slurm's warning, SIGTERM, SIGINT and SIGHUP (a closed terminal) from now on, instead of ending.
+
+    Slurm sends its warning to every process of a job, also to those that torch.compile starts to compile in, which
+    would die of it. A process inherits which signals are blocked: so the warning is blocked, and a thread waits for it.
+    """
+    for number in (WARNING_SIGNAL, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _record)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, _record)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {WARNING_SIGNAL})
+    threading.Thread(target=_wait_for_warnings, name="warnings", daemon=True).start()
+
+
+def _wait_for_warnings() -> None:
+    while True:
+        _record(signal.sigwait({WARNING_SIGNAL}), None)
 
 
 def end_with(parent: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from gowide_dist import load_recipe
 from gowide_dist.bench import loader, loader_table
-from gowide_dist.data.encode import Options, encode_image_folder
+from gowide_dist.data.encode import Options, encode
 from gowide_dist.errors import DataError, UserError
 from gowide_dist.steps import _step_times, run_steps
 from gowide_dist.timeline import Batching, Timeline
@@ -23,7 +23,7 @@ def job(tmp_path_factory):
 
 def test_loader_against_the_usual_ways(tmp_path):
     write_image_folder(tmp_path / "images", 64, 4)
-    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, workers=1))
+    encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, workers=1))
     result = loader(tmp_path / "out", tmp_path / "images", batch_size=16, resolution=32)
     rates = result["images_per_s"]
     assert set(rates) == {"gowide_dist", "ffcv", "torchvision", "decode_only"} == set(result["memory_mib"])
@@ -41,7 +41,7 @@ def test_missing_folders_are_errors(tmp_path):
     with pytest.raises(DataError, match=r"dataset\.json: not found"):
         loader(tmp_path, batch_size=4)
     write_image_folder(tmp_path / "images", 4, 4)
-    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(workers=1))
+    encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(workers=1))
     with pytest.raises(DataError, match="--images"):
         loader(tmp_path / "out", tmp_path / "nowhere", batch_size=4)
 

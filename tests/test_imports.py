@@ -15,7 +15,6 @@ FLOORS = [
     ["insight"],
     ["bench"],
     ["steps"],
-    ["steps"],
     ["pipeline"],
     ["launch"],
     ["prepare"],
@@ -24,9 +23,10 @@ FLOORS = [
     ["run"],
     ["identity"],
     ["recipe"],
-    ["networks", "stages"],
-    ["schema", "world", "progress", "timeline"],
-    ["files", "stop", "environment"],
+    ["stages"],
+    ["networks"],
+    ["schema", "world", "progress", "timeline", "environment"],
+    ["files", "stop"],
     ["errors"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -64,7 +64,7 @@ def test_every_room_has_its_floor():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "pipeline", "bench", "prepare", "recipe", "run", "identity", "networks.architecture", "insight.report", "launch.local", "launch.slurm", "launch.chain", "launch.queue", "launch.profile", "insight.status", "insight.plan", "insight.simulate", "data.info"]
+    "module", ["cli", "pipeline", "bench", "prepare", "recipe", "run", "identity", "networks.architecture", "launch.local", "launch.slurm", "launch.chain", "launch.queue", "launch.profile", "insight.status", "data.info"]
 )  # fmt: skip
 def test_login_nodes_import_no_torch(module):
     code = (

@@ -8,7 +8,7 @@ from PIL import Image
 
 from gowide_dist import load_model, load_recipe
 from gowide_dist.data.encode import encode
-from gowide_dist.insight.costs import spent
+from gowide_dist.insight.costs import network_cost, spent
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
 from gowide_dist.run import read_metrics
@@ -57,7 +57,7 @@ def test_the_readings_of_the_paper():
     assert [stage.epochs for stage in a.stages.values()] == [90, 40, 50, 90, 90]
     assert [stage.epochs for stage in b.stages.values()] == [90, 10, 50, 30, 90, 90]
     for recipe in (a, b):
-        assert recipe.architectures["wide"].num_parameters(1000) == 223_439_144
+        assert network_cost(recipe.architectures["wide"], 1000, 224).parameters == 223_439_144
         assert recipe.batch_size == 256
 
 
@@ -86,6 +86,8 @@ def test_imagenets_networks_train_on_synthetic_jpegs(tmp_path, monkeypatch):
         assert len(read_metrics(prepared.run.stage(key).metrics)) >= 3
     teacher = load_model(prepared.run.path, "teacher")
     assert (
-        sum(parameter.numel() for parameter in teacher.parameters()) == teacher.architecture.num_parameters(2) > 219e6
+        sum(parameter.numel() for parameter in teacher.parameters())
+        == network_cost(teacher.architecture, 2, 64).parameters
+        > 219e6
     )
     assert load_model(prepared.run.path, "distill").architecture.width == 0.5

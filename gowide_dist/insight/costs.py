@@ -1,6 +1,6 @@
 """What stages cost, as PyTorch counts it: their real objectives take a step on the meta device.
 
-Tensors have shapes there and no values, so that a step of any network takes a second and no memory, and whatever runs is
+Tensors have shapes there and no values, so that a step of any network takes a second and no memory. Whatever runs is
 counted: linear transforms, frozen blocks, the teacher. Multiply-adds are counted once, as torchvision's tables do.
 """
 
@@ -11,13 +11,13 @@ from contextlib import nullcontext
 from functools import cache
 from statistics import fmean
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gowide_dist.networks.architecture import Architecture
 from gowide_dist.networks.resnet import ResNet, build_network
@@ -27,12 +27,11 @@ from gowide_dist.timeline import Batching
 from gowide_dist.train.objectives import Objective, build_objective
 
 _IMAGES = 8  # of a batch where only multiply-adds are wanted
-_BUFFERS_AHEAD = 3  # of a loader, beside one for each thread
-# On CPUs, where glibc keeps freed blocks for the next step: bytes that no tensor has, for each that one has. A block is
-# aligned anew each time and seldom fits where one of its size was. Measured: 0.4 to 0.9.
+IMPORTS = 500_000_000  # bytes of PyTorch once it is loaded, about
+FIRST_STEP = 115_000_000  # what comes with the first step: kernels, threads, logs
+# On CPUs: bytes of heap without a tensor, for each byte of activations. glibc keeps freed blocks for the next step, and
+# since each is aligned anew, few fit where one of their size was. Measured: 0.4 to 0.75, once 1.1.
 HEAP_WASTE = 0.65
-# PyTorch once it is loaded; and what it still loads for the first step, threads and logs.
-_LIBRARIES, _WARM_UP = 500_000_000, 115_000_000
 
 
 class MacsPerImage(NamedTuple):
@@ -61,10 +60,10 @@ class NetworkCost(NamedTuple):
 class StageCost(NamedTuple):
     """What it costs to train a stage's objective, with a live teacher where it has one.
 
-    phases: multiply-adds in each, equally long. validation: for one validation image. weights: parameters of the student and of what
-    is trained with it; trained: the most of them that a phase trains. Of the phase that takes most memory, float32
-    bytes for all images of a batch: activations, which the backward pass needs; transient, what lives beside them for a
-    moment, as layers of the teacher and gradients of activations do.
+    phases: multiply-adds in each, equally long. validation: for one validation image. weights: parameters of the
+    student and of what is trained with it. trained: the most of them that a phase trains. Of the phase that takes most
+    memory, bytes of a batch in float32: activations, which the backward pass needs; transient, what lives beside them
+    for a moment, as layers of the teacher and gradients of activations do.
     """
 
     phases: tuple[MacsPerImage, ...]
@@ -189,16 +188,16 @@ def _count_phase(
     )
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that were made inside and still live, each storage once, and the most at any time.
 
     Right after a forward pass these are what autograd has saved for the backward pass.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
-        self._live = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        self._live: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
 
     @property
     def bytes(self) -> int:
@@ -222,11 +221,11 @@ def _batch(num_images: int, side: int) -> tuple[Tensor, Tensor]:
     return images, torch.zeros(num_images, dtype=torch.long, device="meta")
 
 
-def _flops(forward: Callable[[], Any]) -> int:
+def _flops(forward: Callable[[], Any]) -> float:
     """Operations: a multiply and an add are two."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward()
-    return counter.get_total_flops()
+    return float(counter.get_total_flops())
 
 
 def _mean(costs: Iterable[MacsPerImage]) -> MacsPerImage:
@@ -242,10 +241,10 @@ class Memory(NamedTuple):
 
     weights: 4 bytes a parameter. gradients and momentum: 4 each, of the parameters that a phase trains. average: 4, if
     there is a moving average. activations and transient: as in `StageCost`, of the images that a process takes at a
-    time, half of it in bf16 and fp16. teacher: its weights. images: as bytes, and as the numbers that the network
-    takes. loader: decoded batches that wait. checkpoint: the copy that is written while training goes on, and its file.
-    heap: what malloc wastes on CPUs. libraries: PyTorch, about; its files, half a GB that all processes of a machine
-    share, come on top, and so do the pages of the dataset that the system caches.
+    time, half of it in bf16 and fp16. teacher: its weights. images: as bytes, and as the network's input. The rest lies
+    in the host's memory: loader, decoded batches that wait; checkpoint, a copy that is written in the background; heap,
+    on CPUs alone, what malloc keeps beside activations. libraries: PyTorch, about; its files, half a GB that all
+    processes of a machine share, come on top, and so do the pages of the dataset that the system caches.
     """
 
     weights: int
@@ -259,11 +258,11 @@ class Memory(NamedTuple):
     loader: int
     checkpoint: int
     heap: int
-    libraries: int = _LIBRARIES + _WARM_UP
+    libraries: int
 
     @property
     def device(self) -> int:
-        """On a GPU: all but what lies in the host's memory."""
+        """On a GPU."""
         return sum(self) - self.loader - self.checkpoint - self.heap
 
 
@@ -276,33 +275,32 @@ def memory_per_process(
     *,
     on_gpu: bool = False,
     teacher_runs: bool = True,
+    saves: bool = False,
 ) -> Memory:
-    """The memory of one process, which decodes its images in `num_threads` threads."""
+    """The memory of one process, which decodes its images in `num_threads` threads. saves: checkpoints on the way."""
     stage, optim = instance.stage, instance.stage.optim
     cost = stage_cost(instance, recipe, num_classes, num_images=batching.micro_batch)
-    halves = 1 if recipe.precision == "float32" else 2
     pixels = batching.local_batch * 3 * recipe.data.resolution**2
-    trained = 4 * cost.trained if stage.epochs else 0
-    tensors = Memory(
-        weights=4 * cost.weights,
+    size = 4 if recipe.precision == "float32" else 2
+    activations, transient = (
+        size * number // 4 if stage.epochs else 0 for number in (cost.activations, cost.transient)
+    )
+    weights, trained = 4 * cost.weights, 4 * cost.trained if stage.epochs else 0
+    momentum = trained if optim and optim.momentum else 0
+    average = weights if optim and optim.ema else 0
+    return Memory(
+        weights=weights,
         gradients=trained,
-        momentum=trained if optim and optim.momentum else 0,
-        average=4 * cost.weights if optim and optim.ema else 0,
-        activations=cost.activations // halves if stage.epochs else 0,
-        transient=cost.transient // halves if stage.epochs else 0,
+        momentum=momentum,
+        average=average,
+        activations=activations,
+        transient=transient,
         teacher=4 * cost.teacher_weights if teacher_runs else 0,
         images=pixels * (1 + 4),
-        loader=0,
-        checkpoint=0,
-        heap=0,
-        libraries=0,
-    )
-    saved = tensors.weights + tensors.momentum + tensors.average
-    return tensors._replace(
-        loader=2 * (num_threads + _BUFFERS_AHEAD) * pixels,  # of training and of validation
-        checkpoint=2 * saved if stage.epochs else 0,
-        heap=0 if on_gpu else round(HEAP_WASTE * sum(tensors)),
-        libraries=_LIBRARIES + _WARM_UP,
+        loader=2 * (num_threads + 3) * pixels,  # of training and of validation
+        checkpoint=3 * (weights + momentum + average) // 2 if saves else 0,  # the copy, and its file in free blocks
+        heap=0 if on_gpu else round(HEAP_WASTE * (activations + transient)),
+        libraries=IMPORTS + FIRST_STEP,
     )
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from gowide_dist.data.info import check_split, read_dataset_info
-from gowide_dist.data.memory import available_memory_bytes
-from gowide_dist.errors import DataError, UserError
+from gowide_dist.errors import DataError
 from gowide_dist.identity import fingerprint, identities
+from gowide_dist.insight.assumed import NO_LIMIT, DataSize, data_size, decoded_per_s, device_of, this_machines_cores
 from gowide_dist.insight.costs import (
     HEAP_WASTE,
     MacsPerImage,
@@ -27,38 +25,19 @@ from gowide_dist.insight.costs import (
     stage_cost,
     training_macs,
 )
+from gowide_dist.insight.stored import known_outputs, notes
 from gowide_dist.insight.text import duration, gigabytes, listed
 from gowide_dist.insight.text import table as text_table
-from gowide_dist.launch.profile import Device, Profile, Resources, this_machine
+from gowide_dist.launch.profile import Device, Profile, Resources
 from gowide_dist.prepare import Prepared, check_data, sibling
-from gowide_dist.recipe import Instance, KlStage, Recipe
+from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run, StageDir
 from gowide_dist.timeline import Batching, Timeline
 
 if TYPE_CHECKING:
     from gowide_dist.insight.timing import Measured
 
-# Training and validation images and classes, by the usual name of the folder.
-KNOWN = {
-    "fashion-mnist": (60_000, 10_000, 10),
-    "cifar10": (50_000, 10_000, 10),
-    "cifar100": (50_000, 10_000, 100),
-    "imagenet": (1_281_167, 50_000, 1000),
-}
-JPEGS_PER_S_PER_CPU = 800.0  # of 500 px, decoded, cropped to 224 px: README, `gowide bench --only loader`
 FEW_IMAGES_PER_GPU = 32  # below, GPUs idle and batch norms see few images
-_NO_LIMIT = 10**9  # minutes, or seconds
-STORED_TOP_K = 10  # suggested where there are more than a hundred classes
-
-
-class DataSize(NamedTuple):
-    """How many images there are, and whether they are JPEGs. `source`: where the numbers are from."""
-
-    train: int
-    val: int
-    classes: int
-    jpegs: bool
-    source: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +58,6 @@ class StagePlan:
     memory: Memory
     num_processes: int
     batch_per_process: int
-    micro_batch: int  # images at a time, with optim.accumulate
     hours: float
     device_hours: float
     requeues: float
@@ -149,9 +127,10 @@ def plan(
     if size.train < recipe.batch_size:
         raise DataError(f"batch_size: {recipe.batch_size} is more than the {size.train:,} training images")
     progress = _progress(recipe, runs) if images is None else {}
-    known = _known_outputs(recipe, progress, together=profile is None)
+    known = known_outputs(recipe, progress, together=profile is None)
     profile = profile or this_machines_cores(num_processes)
-    stages, warnings = [], []
+    stages: list[StagePlan] = []
+    warnings: list[str] = []
     for key, instance in recipe.instances.items():
         resources = profile.resources(instance)
         device = measured.device(instance, recipe, device_of(resources)) if measured else device_of(resources)
@@ -171,64 +150,8 @@ def plan(
         longest_path=path,
         longest_hours=hours,
         warnings=warnings,
-        notes=list(_notes(recipe, stages, size, profile)),
+        notes=list(notes(recipe, size, profile)),
     )
-
-
-def data_size(recipe: Recipe, images: int | None = None, classes: int | None = None) -> DataSize:
-    """Of the encoded data; of what is given; or of a dataset that is known by its folder's name.
-
-    Raises DataError if none of them says it.
-    """
-    data = recipe.data
-    known = KNOWN.get(data.train.parent.name)
-    try:
-        info = read_dataset_info(data.train)
-        train, val = (check_split(path).samples for path in (data.train, data.val))
-        size = DataSize(train, val, len(info.classes), bool(info.encoding.get("jpg_share")), f"{data.train.parent}")
-    except DataError as error:
-        jpegs = data.augment.crop is not None
-        classes = classes or data.classes or (known and known[2])
-        if classes is None or (images is None and known is None):
-            raise DataError(f"{error}; or tell the plan how large it will be with --images N --classes K") from None
-        if known is None:
-            return DataSize(images or 0, 0, classes, jpegs, "--images; without validation")
-        train, val, _ = known
-        size = DataSize(train, val, classes, jpegs, f"{data.train.parent.name} as it is known; it is not encoded yet")
-    if images:
-        size = size._replace(train=images, source=f"--images; else {size.source}")
-    return size._replace(classes=classes or size.classes)
-
-
-def this_machines_cores(num_processes: int) -> Profile:
-    """A profile of this machine: its cores, divided among the processes; no time limit."""
-    num_threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
-    memory = available_memory_bytes() / num_processes / 1e9
-    return Profile(
-        processes_per_node=num_processes,
-        cpus_per_task=num_threads,
-        timeout_min=_NO_LIMIT,
-        signal_delay_s=_NO_LIMIT,
-        device=this_machine(num_threads, memory_gb=memory).model_copy(update={"start_s": 0.0}),
-    )
-
-
-def device_of(resources: Resources) -> Device:
-    """What a process computes with. Raises UserError if a profile with GPUs does not say it."""
-    if resources.device:
-        return resources.device
-    if resources.gpus_per_node:
-        raise UserError(
-            "the cluster profile does not say how fast its GPUs are; "
-            "add for example device: {name: H100, tflops: 400, efficiency: 0.3, memory_gb: 80}"
-        )
-    memory = resources.mem_gb / resources.tasks_per_node if resources.mem_gb else None
-    return this_machine(resources.cpus_per_task, memory_gb=memory)
-
-
-def decoded_per_s(size: DataSize, device: Device) -> float:
-    """Images a second and CPU. Raw images cost next to nothing."""
-    return device.images_per_s_per_cpu or (JPEGS_PER_S_PER_CPU if size.jpegs else math.inf)
 
 
 def restarts(work_s: float, timeout_s: float, lost_s: float) -> float:
@@ -283,35 +206,6 @@ def _saved_step(stage_dir: StageDir, own: str) -> int:
     return 0
 
 
-def _known_outputs(recipe: Recipe, progress: Mapping[str, str | int], *, together: bool) -> set[str]:
-    """Instances that find their teacher's outputs stored, or computed for another instance of their stage.
-
-    together: instances of a stage train in one pass, as under `gowide run`.
-    """
-    known: set[str] = set()
-    asked: set[object] = set()
-    ordered = sorted(recipe.instances, key=lambda key: not isinstance(progress.get(key), str))  # done ones first
-    for key in ordered:
-        instance, is_done = recipe.instances[key], isinstance(progress.get(key), str)
-        if isinstance(instance.stage, KlStage) and instance.stage.teacher_logits == "stored":
-            stream: object = _stream(instance)
-        elif together and not is_done:
-            stream = instance.stage_name
-        else:
-            continue
-        if stream in asked or is_done:
-            known.add(key)
-        asked.add(stream)
-    return known
-
-
-def _stream(instance: Instance) -> tuple[Any, ...]:
-    """Equal for stages that ask one teacher about the same images, and keep as much of its outputs."""
-    stage = instance.stage
-    kept = (stage.top_k, stage.temperature if stage.top_k else None) if isinstance(stage, KlStage) else ()
-    return (stage.objective, instance.teacher, instance.data_seed, stage.epochs, stage.ramp, *kept)
-
-
 def _plan_stage(
     instance: Instance,
     recipe: Recipe,
@@ -335,6 +229,8 @@ def _plan_stage(
     validation_s = _seconds(size.val, one_pass, size, resources, device)
     seconds = _seconds(timeline.images(steps_left), timeline.images(steps_left) * macs.total, size, resources, device)
     work_s = 0.0 if is_done else device.start_s + seconds + passes * validation_s
+    every = recipe.checkpoints
+    saves = steps_left > (every.every_steps or math.inf) or work_s > 60 * (every.every_minutes or math.inf)
     requeues = restarts(work_s, 60 * resources.timeout_min, resources.signal_delay_s + device.start_s)
     hours = (work_s + (requeues and requeues * device.start_s)) / 3600
     return StagePlan(
@@ -351,11 +247,10 @@ def _plan_stage(
         parameters=network_cost(instance.architecture, size.classes, recipe.data.resolution).parameters,
         memory=memory_per_process(
             instance, recipe, size.classes, batching, resources.cpus_per_task,
-            on_gpu=resources.gpus_per_node > 0, teacher_runs=teacher_runs,
+            on_gpu=resources.gpus_per_node > 0, teacher_runs=teacher_runs, saves=saves,
         ),
         num_processes=num_processes,
         batch_per_process=batching.local_batch,
-        micro_batch=micro_batch,
         hours=hours,
         device_hours=hours * num_processes,
         requeues=requeues,
@@ -429,42 +324,8 @@ def _memory_warnings(stage: StagePlan, device: Device, *, on_gpu: bool) -> Itera
     )
 
 
-def _notes(recipe: Recipe, stages: Sequence[StagePlan], size: DataSize, profile: Profile) -> Iterator[str]:
-    """Where students ask one teacher about the same images: what storing its outputs saves, or would save."""
-    groups: dict[object, list[StagePlan]] = {}
-    for planned in stages:
-        instance = recipe.instances[planned.stage]
-        if isinstance(instance.stage, KlStage) and planned.epochs:
-            groups.setdefault(_stream(instance), []).append(planned)
-    for students in groups.values():
-        instance, images, count = recipe.instances[students[0].stage], students[0].images, len(students)
-        stage = instance.stage
-        assert isinstance(stage, KlStage)
-        macs = training_macs(instance, recipe, size.classes, num_images=students[0].micro_batch)
-        once = images * 2 * macs.teacher / device_of(profile.resources(instance)).flops / 3600
-        saved, asked = duration((count - 1) * once), duration(count * once)
-        top_k = stage.top_k or (STORED_TOP_K if stage.teacher_logits == "live" and size.classes > 100 else None)
-        row = 2 * (top_k + 1) + (2 if size.classes <= 2**15 else 4) * top_k if top_k else 2 * size.classes
-        kept = f"{top_k} best" if top_k else f"all {size.classes}"
-        rows = f"{stage.epochs} epochs x {images // stage.epochs:,} images x {row} bytes"
-        file = f"{gigabytes(images * row)} ({rows}, {kept} classes)"
-        names = ", ".join(student.stage for student in students)
-        if stage.teacher_logits == "stored":
-            yield (
-                f"{names}: {instance.teacher}'s outputs are stored once, {file}; that saves {saved} of {asked} on all "
-                "devices"
-            )
-        else:
-            yield (
-                f"{names}: {macs.teacher / macs.total:.0%} of a step is {instance.teacher}'s outputs; "
-                f"teacher_logits: stored would save "
-                f"{f'{saved} of {asked} on all devices' if count > 1 else 'nothing yet'}, {duration(once)} for each "
-                f"further student or seed of the same stream, for {file}"
-            )
-
-
 def _assumptions(recipe: Recipe, size: DataSize, profile: Profile, *, is_measured: bool) -> dict[str, str]:
-    device, is_cluster = device_of(profile), profile.timeout_min < _NO_LIMIT
+    device, is_cluster = device_of(profile), profile.timeout_min < NO_LIMIT
     data = f"{size.train:,} training and {size.val:,} validation images in {size.classes} classes ({size.source})"
     lines = {"data": data, "FLOPs": "multiply-adds counted once, by PyTorch; a device's TFLOP/s count both"}
     if is_measured:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gowide_dist.errors import UserError
+from gowide_dist.insight.assumed import DataSize, decoded_per_s, device_of
 from gowide_dist.insight.costs import stage_cost, training_macs
-from gowide_dist.insight.plan import FEW_IMAGES_PER_GPU, DataSize, decoded_per_s, device_of, longest_path, restarts
+from gowide_dist.insight.plan import FEW_IMAGES_PER_GPU, longest_path, restarts
 from gowide_dist.insight.text import duration, listed
 from gowide_dist.insight.text import table as text_table
 from gowide_dist.launch.profile import Device, Profile, Resources
@@ -20,7 +21,7 @@ SCALED = Profile(gpus_per_node=8, cpus_per_task=12, timeout_min=1440,
 
 
 class Work(NamedTuple):
-    """What a stage has to do, wherever it runs: images to train on, operations for each, forward and backward."""
+    """A stage, wherever it runs. Operations for a training image, the student's forward and backward."""
 
     images: float
     student_flops: float
@@ -31,24 +32,26 @@ class Work(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of a stage."""
+    """Seconds of a stage. communication: not hidden behind the backward pass. data: waiting for images."""
 
     compute: float
-    communication: float  # not hidden behind the backward pass
-    data: float  # waiting for images
+    communication: float
+    data: float
     checkpoints: float
     restarts: float
 
 
 class Row(NamedTuple):
-    """The chain with every job on `num_nodes` nodes, independent jobs at the same time."""
+    """The chain with every job on `num_nodes` nodes, independent jobs at the same time: hours along the longest path,
+    device hours of all jobs, the computing in these, and what takes the most of the time.
+    """
 
     num_nodes: int
     batch_per_device: float
-    hours: float  # along the longest path
-    device_hours: float  # of all jobs together
-    efficiency: float  # the computing in these device hours
-    bound: str  # what takes the most of the time
+    hours: float
+    device_hours: float
+    efficiency: float
+    bound: str
 
 
 def stage_times(
@@ -60,19 +63,18 @@ def stage_times(
     images_per_s: float,
     save_every_s: float,
 ) -> Times:
-    """A whole stage. images_per_s: decoded on a node.
+    """A whole stage. images_per_s: decoded on a node. A restart loses half a checkpoint interval and the start-up.
 
-    One ring goes through all devices, so its slowest link counts: each device sends and takes 2 (n - 1) / n of the bytes
-    (Patarasu and Yuan 2009). At most `device.overlap` of that hides behind the backward pass, two thirds of the
-    student's operations. A restart loses half a checkpoint interval and the start-up; the first start counts as well.
+    One ring goes through all devices at the speed of its slowest link; each device sends and takes 2 (n - 1) / n of the
+    bytes (Patarasu and Yuan 2009). At most `device.overlap` of that hides behind the backward pass, two thirds of the
+    student's operations.
     """
-    num_devices = num_nodes * nodes.tasks_per_node
-    local_batch, steps = batch_size / num_devices, work.images / batch_size
+    num_devices, steps = num_nodes * nodes.tasks_per_node, work.images / batch_size
+    local_batch = batch_size / num_devices
     compute = local_batch * (work.student_flops + work.teacher_flops) / device.flops
-    backward = local_batch * 2 / 3 * work.student_flops / device.flops
-    links = [device.within_node_gb_s, device.between_nodes_gb_s][: 1 if num_nodes == 1 else 2]
-    ring = 2 * (num_devices - 1) / num_devices * work.gradient_bytes / (1e9 * min(links))
-    exposed = ring - min(device.overlap * ring, backward)
+    slowest_gb_s = min(device.within_node_gb_s, device.between_nodes_gb_s if num_nodes > 1 else math.inf)
+    ring = 2 * (num_devices - 1) / num_devices * work.gradient_bytes / (1e9 * slowest_gb_s)
+    exposed = ring - min(device.overlap * ring, 2 / 3 * local_batch * work.student_flops / device.flops)
     data = max(0.0, batch_size / (num_nodes * images_per_s) - compute - exposed)
     computing = steps * compute + work.validation_flops / (num_devices * device.flops)
     training = computing + steps * (exposed + data)
@@ -83,27 +85,10 @@ def stage_times(
     return Times(computing, steps * exposed, steps * data, saving, device.start_s + (again and again * lost))
 
 
-def row(
-    times: Mapping[str, Times], parents: Mapping[str, Sequence[str]], num_nodes: int, num_devices: int, batch_size: int
-) -> Row:
-    """The stages of a chain together."""
-    total = sum(map(sum, times.values()))
-    parts = {name: sum(getattr(stage, name) for stage in times.values()) for name in Times._fields}
-    return Row(
-        num_nodes,
-        batch_size / num_devices,
-        longest_path({key: sum(stage) for key, stage in times.items()}, parents)[1] / 3600,
-        total * num_devices / 3600,
-        parts["compute"] / total if total else 1.0,
-        max(parts, key=parts.__getitem__),
-    )
-
-
 def scale(recipe: Recipe, size: DataSize, profile: Profile | None = None) -> tuple[dict[str, str], list[Row]]:
     """The chain on 1 to 64 nodes of the profile's kind (default: 8 GPUs), and what was assumed."""
     nodes = profile or SCALED
-    device = device_of(nodes)
-    num_devices, batch_size = nodes.tasks_per_node, recipe.batch_size
+    device, num_devices, batch_size = device_of(nodes), nodes.tasks_per_node, recipe.batch_size
     if batch_size < num_devices:
         raise UserError(f"batch_size: {batch_size} images are fewer than the {num_devices} devices of a node")
     images_per_s = decoded_per_s(size, device) * nodes.cpus_per_task * num_devices
@@ -115,23 +100,25 @@ def scale(recipe: Recipe, size: DataSize, profile: Profile | None = None) -> tup
         times = {
             key: stage_times(job, nodes, device, n, batch_size, images_per_s, save_every_s) for key, job in work.items()
         }
-        rows.append(row(times, parents, n, n * num_devices, batch_size))
-    most = rows[-1].num_nodes
-    assumptions = {
+        parts = Times(*map(sum, zip(*times.values(), strict=True)))
+        longest_s = longest_path({key: sum(stage) for key, stage in times.items()}, parents)[1]
+        bound = Times._fields[parts.index(max(parts))]
+        device_h = sum(parts) * n * num_devices / 3600
+        rows.append(Row(n, batch_size / n / num_devices, longest_s / 3600, device_h, parts.compute / sum(parts), bound))
+    most = f", so that {rows[-1].num_nodes} nodes are the most" if rows[-1].num_nodes < NODES[-1] else ""
+    decoded = f"{images_per_s:,.0f} images/s" if math.isfinite(images_per_s) else "fast enough"
+    return {
         "data": f"{size.train:,} training and {size.val:,} validation images ({size.source})",
-        "batch": f"{batch_size} images on all devices together"
-        + (f", so that {most} nodes are the most" if most < NODES[-1] else ""),
+        "batch": f"{batch_size} images on all devices together{most}",
         "device": f"{device.name}, {device.tflops:g} TFLOP/s x {device.efficiency:g} reached, whatever its batch",
-        "node": f"{num_devices} devices; decodes "
-        + (f"{images_per_s:,.0f} images/s" if math.isfinite(images_per_s) else "fast enough"),
+        "node": f"{num_devices} devices; decodes {decoded}",
         "gradients": "4 bytes a trained parameter; one ring, 2 (n - 1) / n x bytes / slowest link",
         "links": f"{device.within_node_gb_s:g} GB/s in a node, {device.between_nodes_gb_s:g} GB/s between nodes",
         "overlap": f"{device.overlap:.0%} of the ring's time at most, no longer than the backward pass",
         "checkpoints": f"every {save_every_s / 60:,.0f} minutes, {device.write_gb_s:g} GB/s, training waits",
-        "restarts": f"every {nodes.timeout_min / 60:g} hours; each loses half a checkpoint interval and {device.start_s:g} s",
+        "restarts": f"every {nodes.timeout_min / 60:g} hours; lose half a checkpoint interval and {device.start_s:g} s",
         "jobs": "each on all the nodes of its row; independent ones at the same time; no waiting in the queue",
-    }
-    return assumptions, rows
+    }, rows
 
 
 def _work(instance: Instance, recipe: Recipe, size: DataSize) -> Work:
@@ -149,11 +136,13 @@ def _work(instance: Instance, recipe: Recipe, size: DataSize) -> Work:
 
 def table(assumptions: dict[str, str], rows: Sequence[Row]) -> str:
     """The rows as lines of text."""
-    head = ("nodes", "batch/device", "time", "device time", "efficiency", "bound by", "")
     lines = [
-        (f"{row.num_nodes}", f"{row.batch_per_device:g}", duration(row.hours), duration(row.device_hours),
-         f"{row.efficiency:.0%}", row.bound,
-         f"fewer than {FEW_IMAGES_PER_GPU} images a device" if row.batch_per_device < FEW_IMAGES_PER_GPU else "")
+        (
+            f"{row.num_nodes}", f"{row.batch_per_device:g}", duration(row.hours), duration(row.device_hours),
+            f"{row.efficiency:.0%}", row.bound,
+            f"fewer than {FEW_IMAGES_PER_GPU} images a device" if row.batch_per_device < FEW_IMAGES_PER_GPU else "",
+        )
         for row in rows
     ]  # fmt: skip
+    head = ("nodes", "batch/device", "time", "device time", "efficiency", "bound by", "")
     return f"assumed, not measured\n{listed(assumptions)}\n\n{text_table(head, lines, left=(5, 6))}"

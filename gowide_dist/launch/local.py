@@ -26,6 +26,7 @@ GPUS_VARIABLE = "GOWIDE_GPUS_PER_NODE"  # `world` refuses to train on the CPU wh
 # large blocks go back to the kernel, which clears every page anew: up to a fifth of a step on CPUs.
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}
 
+SAVE_WITHIN_S = 120  # after a request to stop: a large state on a slow file system takes a while
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -63,6 +64,7 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
         error_file = Path(folder) / "error.json"
         options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
         options += ["--monitor-interval=0.1"]  # seconds: a failed worker ends the others at once
+        options += [f"--shutdown-timeout={SAVE_WITHIN_S}"]
         process = subprocess.Popen(
             [sys.executable, "-m", "gowide_dist.launch.torchrun", *options, "-m", module, *arguments],
             env=_environment(error_file, num_processes),

@@ -19,6 +19,7 @@ from gowide_dist.errors import RunError
 from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, read_error
 from gowide_dist.launch.profile import Profile, Resources
 from gowide_dist.launch.queue import SlurmError, complaint
+from gowide_dist.stop import WARNING_SIGNAL
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -37,11 +38,11 @@ class Worker:
     arguments: tuple[str, ...]
 
     def __call__(self) -> None:
-        """Describe the process group to torch.distributed and run. After SIGUSR2 the job is queued again."""
+        """Describe the process group to torch.distributed and run. After the warning the job is queued again."""
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
 
-        queue_again = signal.getsignal(signal.SIGUSR2)  # submitit's: dumps `checkpoint()` and requeues, on rank 0
+        queue_again = signal.getsignal(WARNING_SIGNAL)  # submitit's: dumps `checkpoint()` and requeues, on rank 0
         environment = JobEnvironment()
         start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         # Jobs that share a node have different ids and so different ports. A job that starts again takes another port,
@@ -52,11 +53,11 @@ class Worker:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ[ERROR_FILE_VARIABLE] = str(error_file(environment.paths.folder, environment.raw_job_id, start))
         status = importlib.import_module(self.module).main(self.arguments)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # during interpreter shutdown it would kill this process
-        if status == 128 + signal.SIGUSR2:
+        signal.signal(WARNING_SIGNAL, signal.SIG_IGN)  # during interpreter shutdown it would kill this process
+        if status == 128 + WARNING_SIGNAL:
             assert callable(queue_again)
             with contextlib.suppress(SystemExit):
-                queue_again(signal.SIGUSR2, None)
+                queue_again(WARNING_SIGNAL, None)
             status = 0
         elif status == 2:
             sys.stderr.write(f"{read_error(Path(os.environ[ERROR_FILE_VARIABLE])) or 'full disk'}\n")

@@ -8,10 +8,31 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gowide_dist import stop
 from gowide_dist.launch.local import ERROR_FILE_VARIABLE, LAUNCHER_VARIABLE, leave, leave_error
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+AFTER_FAILURE_S = 3
+MEANINGS = {
+    signal.SIGKILL: (
+        ", mostly for want of memory (see dmesg, or the container's limit): `gowide plan` estimates what a process "
+        "needs; fewer processes, or stages.STAGE.optim.accumulate, take less"
+    ),
+    signal.SIGBUS: ", mostly because shared memory or a disk is full: see df -h, /dev/shm included",
+    signal.SIGILL: ", mostly because the CPU is older than what PyTorch or FFCV was built for: see `gowide doctor`",
+    signal.SIGSEGV: ", a crash in compiled code: see `gowide doctor`; PYTHONFAULTHANDLER=1 shows where",
+    signal.SIGABRT: (
+        ", mostly because it waited for another process longer than the collective timeout "
+        "(GOWIDE_COLLECTIVE_TIMEOUT_S): see the errors above"
+    ),
+}
 
 
 def main() -> int:
@@ -19,21 +40,42 @@ def main() -> int:
     stop.end_with(int(os.environ[LAUNCHER_VARIABLE]))
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)
+    # After a failure torchrun gives the other workers 30 s to end, for which it has no option. They cannot: they wait
+    # in a collective for the one that has failed. A stop that the user asks for passes its own timeout.
+    PContext.close.__defaults__ = (None, AFTER_FAILURE_S)
     try:
         run.main()
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
         if Path(os.environ[ERROR_FILE_VARIABLE]).exists():
             return 2
-        leave_error(f"process {rank} ended with exit code {failure.exitcode}; see its error above")
+        leave_error(describe(error.failures.values()))
         return 1
     return 0
+
+
+def describe(failures: Iterable[ProcessFailure]) -> str:
+    """Which process failed first, and how: one that was killed, for the others then lost their connections to it.
+
+    Those that torchrun has killed afterwards are left out.
+    """
+    failures = sorted(failures, key=lambda failure: failure.timestamp)
+    first = [failure for failure in failures if failure.timestamp < failures[0].timestamp + AFTER_FAILURE_S - 1]
+    cause = min(first, key=lambda failure: failure.exitcode)  # a signal's is negative
+    return f"process {cause.local_rank} {explain(cause.exitcode)}"
+
+
+def explain(exitcode: int) -> str:
+    """What became of a process, what that mostly means and what to do."""
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}; see its error above"
+    signum = signal.Signals(-exitcode)
+    return f"was killed by {signum.name}{MEANINGS.get(signum, '')}"
 
 
 if __name__ == "__main__":

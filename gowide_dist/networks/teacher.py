@@ -19,12 +19,14 @@ Output = TypeVar("Output")
 class Teacher:
     """A network in eval mode and without gradients. No nn.Module, so that it is in no student and no checkpoint.
 
-    Its batch norms are folded, which changes its outputs by rounding alone.
+    Its batch norms are folded, which changes its outputs by rounding alone. dtype: that autocast computes in, to which
+    it would else cast the weights of a network without gradients anew in every step.
     """
 
-    def __init__(self, network: ResNet, *, compiled: bool = False) -> None:
+    def __init__(self, network: ResNet, *, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.block_channels = network.architecture.block_channels
-        self._network = fold_batch_norms(network).requires_grad_(False)
+        self._classifier = network.fc
+        self._network = fold_batch_norms(network).requires_grad_(False).to(dtype)
         if compiled:
             self._network.compile_blocks()
         self._cache: dict[tuple[int, int | None], tuple[Tensor, Any]] | None = None
@@ -60,7 +62,7 @@ class Teacher:
         return cast(Output, self._cache[key][1])
 
     def copy_of_classifier(self) -> nn.Linear:
-        return copy.deepcopy(self._network.fc)
+        return copy.deepcopy(self._classifier).requires_grad_(False)
 
 
 def fold_batch_norms(network: ResNet) -> ResNet:

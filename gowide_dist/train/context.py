@@ -14,10 +14,13 @@ from gowide_dist.identity import fingerprint
 from gowide_dist.networks.resnet import ResNet
 from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run
+from gowide_dist.stages import Stage
 from gowide_dist.train.teacher_logits import TeacherOutput
 from gowide_dist.world import World, to_device
 
-COMPUTE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPUTE_DTYPES = {
+    "float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
 
 
 class TrainBatch(NamedTuple):
@@ -82,6 +85,16 @@ class TrainContext:
 
     def autocast(self) -> torch.autocast:
         return autocast(self.recipe.precision, self.world.device)
+
+
+def configure_backends(recipe: Recipe, stage: Stage) -> None:
+    """What PyTorch leaves to global switches, for a stage.
+
+    By PyTorch's default float32 convolutions are TF32 on GPUs that have it, and matrix products are not: one word of
+    the recipe decides on both. cuDNN tries its algorithms out once for each shape, which pays where shapes stay.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = recipe.precision == "tf32"
+    torch.backends.cudnn.benchmark = stage.ramp is None
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

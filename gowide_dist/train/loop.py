@@ -21,7 +21,7 @@ from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance
 from gowide_dist.run import Done
 from gowide_dist.stop import Stopped
-from gowide_dist.train.context import TrainBatch, TrainContext
+from gowide_dist.train.context import TrainBatch, TrainContext, configure_backends
 from gowide_dist.train.metrics import mean_over_samples
 from gowide_dist.train.optim import learning_rate
 from gowide_dist.train.start import build_students, start_steps
@@ -42,6 +42,7 @@ def train_together(instances: Sequence[Instance], ctx: TrainContext) -> list[Don
     or when out of memory.
     """
     assert len({(instance.stage_name, instance.data_seed) for instance in instances}) == 1
+    configure_backends(ctx.recipe, instances[0].stage)
     with ExitStack() as stack:
         loader = stack.enter_context(closing(ctx.data.train(instances[0].data_seed)))
         ctx.world.on_main(lambda: _claim(instances, ctx, stack))

@@ -17,7 +17,7 @@ from gowide_dist.recipe import Instance, KlStage, TaughtStage
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.checkpoint import load_checkpoint, whole_checkpoints
-from gowide_dist.train.context import TrainContext
+from gowide_dist.train.context import COMPUTE_DTYPES, TrainContext
 from gowide_dist.train.metrics import StreamDigest
 from gowide_dist.train.objectives import Objective, build_objective
 from gowide_dist.train.stream import Stream
@@ -133,7 +133,7 @@ def load_teacher(instance: Instance, ctx: TrainContext) -> ResNet:
 
 
 def _build_teacher(network: ResNet, ctx: TrainContext) -> Teacher:
-    return Teacher(ctx.place(network), compiled=ctx.recipe.compile)
+    return Teacher(ctx.place(network), compiled=ctx.recipe.compile, dtype=COMPUTE_DTYPES[ctx.recipe.precision])
 
 
 def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: TrainContext, name: str) -> TeacherLogits:

@@ -6,6 +6,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
+from gowide_dist.insight.costs import network_cost
 from gowide_dist.recipe import BlocksStage
 from tests.bench import plain as plain_way
 from tests.bench.pairs import Figure, in_turns, milliseconds, seconds_of, spread
@@ -117,7 +118,7 @@ def distill_stored(subject: Subject) -> Figure:
         seconds["stored"],
         plain_in_memory=spread(seconds["plain_in_memory"], seconds["stored"]),
         our_live_over_stored=spread(seconds["live"], seconds["stored"]),
-        teacher_flops_over_students=round(teacher.macs(*shape) / student.macs(*shape), 1),
+        teacher_flops_over_students=round(network_cost(teacher, *shape).macs / network_cost(student, *shape).macs, 1),
         **{f"{name}_step_ms": milliseconds(taken) for name, taken in seconds.items()},
     )
 

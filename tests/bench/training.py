@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gowide_dist.data.loader import Batch
+from gowide_dist.insight.costs import network_cost
 from gowide_dist.progress import Track
 from gowide_dist.recipe import Checkpoints
 from tests.bench.pairs import Figure, clock, milliseconds, seconds_of
@@ -45,8 +46,10 @@ def checkpoint(subject: Subject) -> Figure:
 
     The ratio is that over the interval between two checkpoints. Of the network with the most parameters.
     """
-    num_classes = subject.data.num_classes
-    widest = max(subject.recipe.architectures.values(), key=lambda network: network.num_parameters(num_classes))
+    num_classes, side = subject.data.num_classes, subject.recipe.data.resolution
+    widest = max(
+        subject.recipe.architectures.values(), key=lambda network: network_cost(network, num_classes, side).parameters
+    )
     every = 2 * _STEPS_AROUND_SAVE
     stream = _Stream("checkpoint", subject, (subject.effort.pairs + 1) * every)
     subject.run_loop(widest, stream, checkpoints={"every_steps": every})
@@ -67,7 +70,7 @@ def checkpoint(subject: Subject) -> Figure:
         standstill_of_a_save_ms=milliseconds(stalls),
         save_in_the_foreground_ms=milliseconds(saves),
         step_ms=milliseconds(stream.seconds),
-        parameters=widest.num_parameters(num_classes),
+        parameters=network_cost(widest, num_classes, side).parameters,
     )
 
 
