@@ -6,7 +6,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
@@ -70,6 +70,7 @@ Only = Annotated[
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of run directories.")]
 Fresh = Annotated[bool, typer.Option(help="Delete what another recipe has left in this run's folder.")]
+Nproc = Annotated[int | None, typer.Option(help="Processes; default: one per GPU, else one per two cores.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -80,21 +81,12 @@ def load_job(job: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(job, overrides or [])
 
 
-class DatasetKind(StrEnum):
-    """What `gowide encode` reads."""
-
-    FASHION_MNIST = "fashion-mnist"
-    CIFAR10 = "cifar10"
-    CIFAR100 = "cifar100"
-    IMAGEFOLDER = "imagefolder"
-    FFCV = "ffcv"
+Dataset = Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "ffcv"]
 
 
 @app.command()
 def encode(
-    dataset: Annotated[
-        DatasetKind, typer.Argument(help="What to encode: torchvision's layouts on disk, or FFCV's files.")
-    ],
+    dataset: Annotated[Dataset, typer.Argument(help="What to encode: torchvision's layouts on disk, or FFCV's files.")],
     out: Annotated[Path, typer.Option(help="Folder for train.beton, val.beton and dataset.json.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
     write_mode: Annotated[
@@ -121,7 +113,7 @@ def encode(
     from gowide_dist.data import encode as encoders
     from gowide_dist.stop import raise_on_sigterm
 
-    jpg_share = encoders.jpg_share_of(dataset.value, write_mode)
+    jpg_share = encoders.jpg_share_of(dataset, write_mode)
     options = encoders.Options(jpg_share, quality, max_side_px, subset, held_out, skip_bad, workers)
     if dry_run and not cluster:
         raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
@@ -130,7 +122,7 @@ def encode(
         from gowide_dist.launch.profile import load_profile
         from gowide_dist.launch.slurm import log_file
 
-        chain = encode_job(dataset.value, out, root, options, load_profile(cluster), rehearse=dry_run)
+        chain = encode_job(dataset, out, root, options, load_profile(cluster), rehearse=dry_run)
         if dry_run:
             print_line("\n".join(chain.scripts()))
             return
@@ -138,9 +130,8 @@ def encode(
         print_line(f"{out}  job {job_id}{'' if chain.jobs else ' already'}  {log_file(chain.folder, job_id)}")
         return
     raise_on_sigterm()
-    info = encoders.encode(dataset.value, out, root, options)
-    counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
-    print_line(f"{out}: {info.source}, {counts} images in {len(info.classes)} classes")
+    info = encoders.encode(dataset, out, root, options)
+    print_line(f"{out}: {info.source}, {info.summary}")
 
 
 @data_app.command()
@@ -153,9 +144,7 @@ def verify(
     """
     from gowide_dist.data.verify import verify_dataset
 
-    info = verify_dataset(folder)
-    counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
-    print_line(f"{folder}: whole, {counts} images in {len(info.classes)} classes")
+    print_line(f"{folder}: whole, {verify_dataset(folder).summary}")
 
 
 class BenchPart(StrEnum):
@@ -169,11 +158,11 @@ class BenchPart(StrEnum):
 def bench(
     job: Job,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes that train; default as of run.", min=1)] = None,
+    nproc: Nproc = None,
     data: Annotated[Path | None, typer.Option(help="Another dataset than the recipe's, for the loader.")] = None,
     images: Annotated[Path | None, typer.Option(help="The same images as class folders, for torchvision.")] = None,
     only: Annotated[list[BenchPart] | None, typer.Option(help="Measure only this.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure whether this machine feeds and trains a recipe.
 
@@ -188,10 +177,8 @@ def bench(
     from gowide_dist.bench import loader, loader_table, machine, stages, stages_table
     from gowide_dist.insight.text import table
     from gowide_dist.launch.local import default_num_processes
-    from gowide_dist.recipe import load_recipe
 
-    recipe = load_recipe(job, overrides or [])
-    parts = only or list(BenchPart)
+    recipe, parts = load_job(job, overrides), only or list(BenchPart)
     if (data or images) and BenchPart.LOADER not in parts:
         raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
     results: dict[str, Any] = {"machine": machine()}
@@ -208,16 +195,14 @@ def bench(
         if not as_json:
             print_line(table(*stages_table(results["stages"])))
     if as_json:
-        print_line(json.dumps(results, indent=2))
+        print_line(to_json(results))
 
 
 @app.command()
 def run(
     job: Job,
     overrides: Overrides = None,
-    nproc: Annotated[
-        int | None, typer.Option(help="Processes; default: one per GPU, else one per two cores.", min=1)
-    ] = None,
+    nproc: Nproc = None,
     runs: Runs = Path("runs"),
     only: Only = None,
     fresh: Fresh = False,
@@ -251,14 +236,14 @@ def plan(
     overrides: Overrides = None,
     cluster: Annotated[Path | None, typer.Option(help="A cluster profile; default: the cores of this machine.")] = None,
     runs: Runs = Path("runs"),
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default as of run.", min=1)] = None,
+    nproc: Nproc = None,
     images: Annotated[int | None, typer.Option(help="Training images, where they are not encoded.", min=1)] = None,
     classes: Annotated[int | None, typer.Option(help="Classes, where the images are not encoded.", min=1)] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time a few real steps of each stage here.")] = False,
     scale: Annotated[
         bool, typer.Option("--scale", help="Simulate 1 to 64 nodes: the profile's, else of 8 GPUs.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a recipe costs before anything is spent: FLOPs, memory, hours, requeues, and what looks wrong.
 
@@ -270,9 +255,8 @@ def plan(
     from gowide_dist.insight.assumed import data_size
     from gowide_dist.launch.local import default_num_processes
     from gowide_dist.launch.profile import load_profile
-    from gowide_dist.recipe import load_recipe
 
-    recipe, profile = load_recipe(job, overrides or []), load_profile(cluster) if cluster else None
+    recipe, profile = load_job(job, overrides), load_profile(cluster) if cluster else None
     if measure and (profile or scale):
         raise UserError("plan: --measure times this machine; leave out --cluster and --scale, or run it in a job there")
     if scale:
@@ -280,8 +264,7 @@ def plan(
 
         assumptions, rows = scales.scale(recipe, data_size(recipe, images, classes), profile)
         if as_json:
-            nodes = [row._asdict() for row in rows]
-            print_line(json.dumps({"assumptions": assumptions, "nodes": nodes}, indent=2))
+            print_line(to_json({"assumptions": assumptions, "nodes": [row._asdict() for row in rows]}))
         else:
             print_line(scales.table(assumptions, rows))
         return
@@ -294,7 +277,7 @@ def plan(
     result = plans.plan(
         recipe, runs, profile=profile, num_processes=num_processes, images=images, classes=classes, measured=measured
     )
-    print_line(json.dumps(result.as_json(), indent=2) if as_json else plans.table(result))
+    print_line(to_json(result.as_json()) if as_json else plans.table(result))
 
 
 @app.command()
@@ -343,7 +326,7 @@ def status(run: RunDir, as_json: Json = False) -> None:
     from gowide_dist.run import Run
 
     rows = status(Run(run))
-    print_line(json.dumps([asdict(row) for row in rows], indent=2) if as_json else status_table(rows))
+    print_line(to_json([asdict(row) for row in rows]) if as_json else status_table(rows))
 
 
 @app.command()
@@ -411,7 +394,7 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder for the files: new, empty, or of an export of the same weights.")],
     int8: Annotated[bool, typer.Option(help="Also write model.int8.onnx.")] = True,
     images: Annotated[int | None, typer.Option(help="Compare on N validation images; default: all.", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print export.json.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX; compare and time each.
 
@@ -421,7 +404,7 @@ def export(
     from gowide_dist.insight.trained import open_trained
 
     report = export.export(open_trained(run, stage), to, int8=int8, images=images)
-    print_line(json.dumps(report, indent=2) if as_json else export.table(report))
+    print_line(to_json(report) if as_json else export.table(report))
 
 
 @app.command()
@@ -431,7 +414,7 @@ def report(
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure/--no-measure", help="Latency, dead channels and agreement with the teacher, once per network."
+            "--measure/--no-measure", help="Latency, dead channels, agreement with the teacher: once per network."
         ),
     ] = True,
     as_json: Json = False,
@@ -447,14 +430,14 @@ def report(
     from gowide_dist.run import Run
 
     text, data = report([Run(path) for path in runs], measure=measure, out=out)
-    print_line(json.dumps(data, indent=2) if as_json else text)
+    print_line(to_json(data) if as_json else text)
 
 
 @app.command()
 def doctor(
     runs: Runs = Path("runs"),
     cluster: Annotated[Path | None, typer.Option(help="A cluster profile to check.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check this machine, and say what mends each fault: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk.
 
@@ -470,7 +453,7 @@ def doctor(
         if not as_json:
             print_line(str(finding))
     if as_json:
-        print_line(json.dumps([finding._asdict() for finding in findings], indent=2))
+        print_line(to_json([finding._asdict() for finding in findings]))
     if any(finding.state == BAD for finding in findings):
         raise typer.Exit(1)
 
@@ -479,6 +462,11 @@ def print_line(text: str) -> None:
     """Print to stdout, without rich's markup and line breaks."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def to_json(data: object) -> str:
+    """As `--json` prints it."""
+    return json.dumps(data, indent=2)
 
 
 def main() -> None:

@@ -49,6 +49,12 @@ class DatasetInfo(_Model):
     std: Channels
     splits: dict[Literal["train", "val", "test"], Split]
 
+    @property
+    def summary(self) -> str:
+        """For example "60,000 train, 10,000 val images in 10 classes"."""
+        counts = ", ".join(f"{split.samples:,} {name}" for name, split in self.splits.items())
+        return f"{counts} images in {len(self.classes)} classes"
+
 
 def read_dataset_info(beton_path: Path) -> DatasetInfo:
     """Read the dataset.json beside an FFCV file. Raises DataError if it is absent or damaged."""
