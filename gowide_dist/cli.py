@@ -176,7 +176,7 @@ def bench(
     """
     from gowide_dist.bench import loader, loader_table, machine, stages, stages_table
     from gowide_dist.insight.text import table
-    from gowide_dist.launch.local import default_num_processes
+    from gowide_dist.launch.local import choose_num_processes
 
     recipe, parts = load_job(job, overrides), only or list(BenchPart)
     if (data or images) and BenchPart.LOADER not in parts:
@@ -191,7 +191,7 @@ def bench(
         if not as_json:
             print_line(table(*loader_table(results["loader"])))
     if BenchPart.STAGES in parts:
-        results["stages"] = dict(stages(recipe, nproc or default_num_processes()))
+        results["stages"] = dict(stages(recipe, choose_num_processes(recipe, nproc)))
         if not as_json:
             print_line(table(*stages_table(results["stages"])))
     if as_json:
@@ -218,10 +218,11 @@ def run(
     Example: `gowide run jobs/demo.yaml --nproc 2 stages.finetune.epochs=5`
     """
     from gowide_dist.insight.report import write_report
-    from gowide_dist.launch.local import default_num_processes, num_gpus, run_here
+    from gowide_dist.launch.local import choose_num_processes, num_gpus, run_here
     from gowide_dist.prepare import prepare
 
-    recipe, num_processes = load_job(job, overrides), nproc or default_num_processes()
+    recipe = load_job(job, overrides)
+    num_processes = choose_num_processes(recipe, nproc)
     prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=num_gpus() > 0, only=only or [], fresh=fresh)
     total, left = len(prepared.selected), len(prepared.unfinished)
     to_train = f"{total - left} of {total} stages done, {left} to train in {num_processes} processes"
@@ -253,7 +254,7 @@ def plan(
     """
     from gowide_dist.insight import plan as plans
     from gowide_dist.insight.assumed import data_size
-    from gowide_dist.launch.local import default_num_processes
+    from gowide_dist.launch.local import choose_num_processes
     from gowide_dist.launch.profile import load_profile
 
     recipe, profile = load_job(job, overrides), load_profile(cluster) if cluster else None
@@ -268,7 +269,7 @@ def plan(
         else:
             print_line(scales.table(assumptions, rows))
         return
-    num_processes = nproc or default_num_processes()
+    num_processes = choose_num_processes(recipe, nproc)
     measured = None
     if measure:
         from gowide_dist.insight.timing import measure as time_stages
