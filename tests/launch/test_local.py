@@ -151,7 +151,7 @@ def test_gpus_that_are_expected_and_not_seen_stop_the_run(monkeypatch):
     monkeypatch.delenv(world.GPUS_VARIABLE, raising=False)
     assert world.choose_device(0).type == "cpu"
     monkeypatch.setenv(world.GPUS_VARIABLE, "8")
-    with pytest.raises(UserError, match="8 GPUs are expected on this node, but PyTorch .* sees none"):
+    with pytest.raises(UserError, match=r"8 GPUs are expected on this node, but PyTorch .* sees none"):
         world.choose_device(0)
 
 
