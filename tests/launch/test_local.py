@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -27,6 +28,8 @@ def work(task):
             sys.exit(2)
         case "raise" if rank == 1:
             raise RuntimeError("the worker's own words")
+        case "raise":
+            time.sleep(60)  # torchrun ends it, which is not what went wrong
         case "die" if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -36,14 +39,14 @@ def work(task):
     [
         ("refuse", UserError, "refused by all 2"),
         ("raise", WorkerError, "process 1 ended with exit code 1; see its error above"),
-        ("die", WorkerError, "process 1 ended with exit code -9; see its error above"),
+        ("die", WorkerError, "process 1 was killed by SIGKILL, mostly for want of memory"),
     ],
 )
 def test_a_worker_that_fails(task, error, line):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with pytest.raises(error) as caught:
         torchrun(__name__, [task], 2)
-    assert str(caught.value) == line
+    assert str(caught.value).startswith(line)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
 
 
