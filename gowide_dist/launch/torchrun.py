@@ -66,6 +66,7 @@ def describe(failures: Iterable[ProcessFailure]) -> str:
     """
     failures = sorted(failures, key=lambda failure: (failure.exitcode == -signal.SIGTERM, failure.timestamp))
     first = [failure for failure in failures if failure.timestamp < failures[0].timestamp + AFTER_FAILURE_S - 1]
+    # a signal's exit code is negative
     cause = min(first, key=lambda failure: (failure.exitcode == -signal.SIGTERM, failure.exitcode))
     return f"process {cause.local_rank} {explain(cause.exitcode)}"
 

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ def work(task):
             sys.exit(2)
         case "raise" if rank == 1:
             raise RuntimeError("the worker's own words")
+        case "raise":
+            time.sleep(60)  # torchrun ends it, which is not what went wrong
         case "die" if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
