@@ -23,11 +23,9 @@ from gowide_dist.progress import say
 from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run
 
-LATENCY_S = 2.0  # at most, for one batch size
-
 
 def latency_ms(forward: Callable[[Tensor], Any], images: Tensor) -> float:
-    """Median ms of `forward(images)` after warm-up, over calls until their interquartile range is 10 % of it.
+    """Median ms of `forward(images)` after warm-up, of calls for 2 s or until their interquartile range is 10 % of it.
 
     The caller chooses eval and inference mode, threads, memory format.
     """
@@ -37,7 +35,7 @@ def latency_ms(forward: Callable[[Tensor], Any], images: Tensor) -> float:
         timer=timer if images.is_cuda else default_timer,  # the former makes a CUDA context wherever there is a GPU
         num_threads=torch.get_num_threads(),
     )
-    return 1000 * calls.adaptive_autorange(max_run_time=LATENCY_S).median
+    return 1000 * calls.adaptive_autorange(max_run_time=2.0).median
 
 
 def measure_networks(run: Run, recipe: Recipe) -> dict[str, Row]:

@@ -22,12 +22,19 @@ COLUMNS = {  # of results.csv; those of a run's table with their title and forma
     "latency_ms_64": ("ms at 64", ",.1f"),
 }  # fmt: skip
 SHOWN = {name: column for name, column in COLUMNS.items() if column}
+GROUP_KEY = ("stage", "network", "student_epochs")
+RANGE = ("n", "min", "max")
 GROUP_COLUMNS = (
-    "stage", "network", "student epochs", "top-1 %, mean ± sd", "n", "min", "max", "minus baseline, mean ± sd", "n",
-    "min", "max",
-)  # fmt: skip
+    "stage",
+    "network",
+    "student epochs",
+    "top-1 %, mean ± sd",
+    *RANGE,
+    "minus baseline, mean ± sd",
+    *RANGE,
+)
 SPREADS = [(name, key) for name in ("top1", "minus_baseline") for key in ("n", "mean", "sd", "min", "max")]
-GROUPS_CSV = ["recipe", "seeds", "stage", "network", "student_epochs", *(f"{name}_{key}" for name, key in SPREADS)]
+GROUPS_CSV = ["recipe", "seeds", *GROUP_KEY, *(f"{name}_{key}" for name, key in SPREADS)]
 CAPTION = (
     "Epochs and seconds are of the stage alone; student epochs and train TFLOPs include the stages that it started "
     "from and the teacher's forward passes. FLOPs are multiply-adds. Agrees: part of the validation images that "
@@ -85,7 +92,7 @@ def _report_groups(groups: list[Group], folder: Path) -> tuple[str, dict[str, An
 
     csv_rows = [
         {"recipe": group.name, "seeds": group.seeds}
-        | {name: row[name] for name in ("stage", "network", "student_epochs")}
+        | {name: row[name] for name in GROUP_KEY}
         | {f"{name}_{key}": row[name][key] for name, key in SPREADS if row[name]}
         for group in groups
         for row in group.statistics.values()
@@ -110,13 +117,8 @@ def _run_section(results: RunResults) -> Section:
     ]
     progress = f"{results.run.path}: {len(rows)} of {len(results.recipe.instances)} stages done"
     places = sorted({measured["where"] for measured in results.measured.values() if "where" in measured})
-    return Section(
-        f"{results.run.path}, seed {results.recipe.seed}",
-        [title for title, _ in SHOWN.values()],
-        rows,
-        lines=[progress, *results.notes()],
-        caption=CAPTION + "; ".join(places),
-    )
+    title, head = f"{results.run.path}, seed {results.recipe.seed}", [title for title, _ in SHOWN.values()]
+    return Section(title, head, rows, [progress, *results.notes()], caption=CAPTION + "; ".join(places))
 
 
 def _group_section(group: Group) -> Section:
@@ -129,13 +131,7 @@ def _group_section(group: Group) -> Section:
         return [f"{spread['mean']:{sign}.2f}{sd}", str(spread["n"]), *numbers]
 
     rows = [
-        [
-            row["stage"],
-            row["network"],
-            str(row["student_epochs"]),
-            *cells(row["top1"]),
-            *cells(row["minus_baseline"], "+"),
-        ]
+        [*(str(row[name]) for name in GROUP_KEY), *cells(row["top1"]), *cells(row["minus_baseline"], "+")]
         for row in group.statistics.values()
     ]
     return Section(f"{', '.join(str(run.run.path) for run in group.runs)} (seeds {group.seeds})", GROUP_COLUMNS, rows)

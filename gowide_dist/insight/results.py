@@ -191,10 +191,7 @@ def group_runs(runs: Sequence[RunResults]) -> list[Group]:
     for run in runs:
         seeds = groups.setdefault(json.dumps(run.settings), {})
         if other := seeds.get(run.recipe.seed):
-            raise RunError(
-                f"{other.run.path} and {run.run.path}: the same recipe and seed, whose results would count twice; "
-                "name one of them"
-            )
+            raise RunError(f"{other.run.path} and {run.run.path}: the same recipe and seed, to count once; name one")
         seeds[run.recipe.seed] = run
     members = [list(seeds.values()) for seeds in groups.values()]
     count = Counter(runs[0].recipe.name for runs in members)

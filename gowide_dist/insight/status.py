@@ -132,10 +132,7 @@ def submitted(prepared: Prepared, ids: Mapping[str, str]) -> str:
 
 
 def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterator[str]:
-    """What a stage's newest job prints; with `follow` as it prints it, until the job is over.
-
-    Raises UserError if the stage has no job or it has not printed anything.
-    """
+    """What a stage's newest job prints, with `follow` until it is over. Raises UserError if it has printed nothing."""
     recipe = load_recipe(run.recipe_path)
     ids = read_jobs(run.slurm)
     keys = [key for key in ids if stage in (key, key.partition("/")[0])]
