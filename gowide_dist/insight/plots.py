@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from gowide_dist.files import write_atomically
-from gowide_dist.insight.results import Group, Row, RunResults
+from gowide_dist.insight.results import RunResults
 
 TEXT, GRID = "#1f2329", "#d0d7dd"  # in SVG they become the colours of the page
 COLOURS = ("#3b82d0", "#e07b28", "#3fa35c", "#b95aa8", "#8c7a50", "#c8504c", "#2aa3ab", "#7a7f8a")  # on light and dark
@@ -33,26 +33,13 @@ LOSSES = {"labels": "cross-entropy", "blocks": "mean squared error", "kl": "dist
 
 
 def figures_of_run(results: RunResults, folder: Path) -> dict[str, str]:
-    """SVG by what it shows; loss.png, accuracy.png and cost.png into `folder`."""
+    """SVG by what it shows; loss.png and accuracy.png into `folder`."""
     losses = {name: partial(_losses, results, name) for name in results.recipe.stages}
     draw(*losses.values(), png=folder / "loss.png")
     return {
         "Top-1 over epochs": draw(partial(_accuracy, results), png=folder / "accuracy.png"),
-        "Top-1 against MFLOPs": draw(partial(_cost, results), png=folder / "cost.png"),
         **{f"Loss of {name} over epochs": draw(panel) for name, panel in losses.items()},
     }
-
-
-def figures_of_groups(groups: Sequence[Group], folder: Path) -> dict[str, str]:
-    """SVG by what it shows; runs.png into `folder`."""
-    spreads = {
-        f"{group.name}: {key}" if len(groups) > 1 else key: row["top1"]
-        for group in groups
-        for key, row in group.statistics.items()
-        # imitation, far below the others, would hide their differences
-        if group.runs[0].recipe.instances[key].stage.objective != "blocks"
-    }
-    return {"Top-1 of every network, and their mean": draw(partial(_spreads, spreads), png=folder / "runs.png")}
 
 
 def _losses(results: RunResults, name: str, ax: Axes) -> None:
@@ -70,6 +57,9 @@ def _losses(results: RunResults, name: str, ax: Axes) -> None:
             dots = results.curve(instance.key, "val", metric)
             ax.plot(*dots, "o", color=line.get_color(), fillstyle=line.get_fillstyle())
     ax.set(title=name, xlabel="epoch", ylabel=LOSSES[stage.objective], yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # plain numbers, also for less than a decade
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
 
 
 def _accuracy(results: RunResults, ax: Axes) -> None:
@@ -86,41 +76,18 @@ def _accuracy(results: RunResults, ax: Axes) -> None:
     ax.set(title="top-1 on the validation images", xlabel="epochs of the network, earlier stages included", ylabel="%")
 
 
-def _cost(results: RunResults, ax: Axes) -> None:
-    teachers = {instance.teacher for instance in results.recipe.instances.values()}
-    for key, row in results.rows.items():
-        ax.plot(row["mflops"], row["top1"], "s" if key in teachers else "o", label=key)
-    ax.set(
-        title="accuracy against cost (squares: teachers)", xlabel="MFLOPs of one image", ylabel="top-1 %", xscale="log"
-    )
-
-
-def _spreads(spreads: dict[str, Row], ax: Axes) -> None:
-    """Every value as a dot, and their mean as a line."""
-    for x, spread in enumerate(spreads.values()):
-        [dots] = ax.plot([x] * spread["n"], spread["values"], "o")
-        ax.hlines(spread["mean"], x - 0.25, x + 0.25, color=dots.get_color())
-    ax.set_title("top-1 %")
-    ax.set_xticks(range(len(spreads)), list(spreads), rotation=25, ha="right")
-
-
 def draw(*panels: Callable[[Axes], None], png: Path | None = None) -> str:
     """A figure of panels side by side as an SVG element, and as a PNG file."""
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
         for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel(ax)
-            for axis in (ax.xaxis, ax.yaxis):
-                if axis.get_scale() == "log":  # plain numbers, also where it spans less than a decade
-                    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-                    axis.set_major_formatter("{x:g}")
-                    axis.set_minor_formatter("")
             for line in [line for line in ax.lines if not len(line.get_xdata())]:
                 line.remove()
-            if not ax.lines:
-                ax.text(0.5, 0.5, "nothing measured yet", transform=ax.transAxes, ha="center")
-            elif ax.get_legend_handles_labels()[0]:
+            if ax.lines:
                 ax.legend()
+            else:
+                ax.text(0.5, 0.5, "nothing measured yet", transform=ax.transAxes, ha="center")
         if png:
             pixels = io.BytesIO()
             figure.savefig(pixels, format="png", dpi=120, facecolor="white")

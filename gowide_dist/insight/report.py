@@ -24,15 +24,7 @@ COLUMNS = {  # of results.csv; those of a run's table with their title and forma
 SHOWN = {name: column for name, column in COLUMNS.items() if column}
 GROUP_KEY = ("stage", "network", "student_epochs")
 RANGE = ("n", "min", "max")
-GROUP_COLUMNS = (
-    "stage",
-    "network",
-    "student epochs",
-    "top-1 %, mean ± sd",
-    *RANGE,
-    "minus baseline, mean ± sd",
-    *RANGE,
-)
+GROUP_HEAD = ("stage", "network", "student epochs", "top-1 %, mean ± sd", *RANGE, "minus baseline, mean ± sd", *RANGE)
 SPREADS = [(name, key) for name in ("top1", "minus_baseline") for key in ("n", "mean", "sd", "min", "max")]
 GROUPS_CSV = ["recipe", "seeds", *GROUP_KEY, *(f"{name}_{key}" for name, key in SPREADS)]
 CAPTION = (
@@ -41,7 +33,7 @@ CAPTION = (
     "network and teacher put in one class. Latency: median of batches of 1 and 64, PyTorch float32. "
 )
 CURVES_CAPTION = (
-    "Lines: training images, dots: validation. Imitation leaves the classifier untrained: its top-1 can be low."
+    "Lines: training images, dots: validation. Imitation does not train the classifier, so its top-1 is low."
 )
 GROUPS_CAPTION = (
     "n: networks that were trained; one that several runs share counts once. sd: standard deviation, with n - 1. "
@@ -88,8 +80,6 @@ def _report_run(results: RunResults, folder: Path) -> tuple[str, dict[str, Any]]
 
 
 def _report_groups(groups: list[Group], folder: Path) -> tuple[str, dict[str, Any]]:
-    from gowide_dist.insight.plots import figures_of_groups
-
     csv_rows = [
         {"recipe": group.name, "seeds": group.seeds}
         | {name: row[name] for name in GROUP_KEY}
@@ -103,7 +93,6 @@ def _report_groups(groups: list[Group], folder: Path) -> tuple[str, dict[str, An
         sections.append(_differences(groups))
     text = [f"{section.title}\n\n{table(section.head, section.rows, markdown=True)}" for section in sections]
     runs = [run for group in groups for run in group.runs]
-    sections.append(Section("Every run", figures=figures_of_groups(groups, folder), caption=GROUPS_CAPTION))
     sections += [_run_section(run) for run in runs]
     _write_page(folder / "runs.html", ", ".join(group.name for group in groups), sections)
     data = {"runs": [run.as_json() for run in runs], "groups": [group.as_json() for group in groups]}
@@ -134,7 +123,8 @@ def _group_section(group: Group) -> Section:
         [*(str(row[name]) for name in GROUP_KEY), *cells(row["top1"]), *cells(row["minus_baseline"], "+")]
         for row in group.statistics.values()
     ]
-    return Section(f"{', '.join(str(run.run.path) for run in group.runs)} (seeds {group.seeds})", GROUP_COLUMNS, rows)
+    title = f"{', '.join(str(run.run.path) for run in group.runs)} (seeds {group.seeds})"
+    return Section(title, GROUP_HEAD, rows, caption=GROUPS_CAPTION)
 
 
 def _differences(groups: list[Group]) -> Section:

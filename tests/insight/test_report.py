@@ -85,7 +85,7 @@ def test_agreement_dead_channels_and_latency_of_finished_networks(reported):
     written = rows(run.report / "results.csv")
     assert [float(row["top1"]) for row in written] == [row["top1"] for row in data["results"]]
     assert all((run.report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-               for name in ("loss", "accuracy", "cost"))  # fmt: skip
+               for name in ("loss", "accuracy"))  # fmt: skip
 
 
 def test_latency_is_a_median_after_warm_up():
@@ -213,10 +213,12 @@ def test_the_page_in_a_browser(reported, runs, tmp_path, several):
     dark, _ = look_at(page, [400], chromium, tmp_path / "chromium", dark=True)
     assert (seen["400"]["ink"], seen["400"]["paper"]) == ("rgb(31, 35, 41)", "rgb(255, 255, 255)")
     assert (dark["400"]["ink"], dark["400"]["paper"]) == ("rgb(230, 237, 243)", "rgb(15, 19, 24)")
+    assert set(dark["400"]["words"]) == (set() if several else {dark["400"]["ink"]})
     assert set(asked) <= {"/wrapper.html", f"/{page.name}", "/favicon.ico"}
     numbers = [f"{row['top1']:.2f}" for run in data.get("runs", [data]) for row in run["results"]]
     for width, shown in seen.items():
-        assert len(shown["figures"]) == (1 if several else 6), width
+        assert len(shown["figures"]) == (0 if several else 5), width
+        assert set(shown["words"]) == (set() if several else {shown["ink"]})
         assert all(drawn > 100 and width > 200 for drawn, width in shown["figures"]), width
         assert shown["overflow"] <= 0, width
         assert shown["asked"] == []
