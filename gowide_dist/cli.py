@@ -217,7 +217,7 @@ def run(
 
     Example: `gowide run jobs/demo.yaml --nproc 2 stages.finetune.epochs=5`
     """
-    from gowide_dist.insight.report import write_report
+    from gowide_dist.insight.report import report
     from gowide_dist.launch.local import choose_num_processes, num_gpus, run_here
     from gowide_dist.prepare import prepare
 
@@ -228,7 +228,7 @@ def run(
     to_train = f"{total - left} of {total} stages done, {left} to train in {num_processes} processes"
     print_line(f"{prepared.run.path}: {to_train if left else f'all {total} stages are done, nothing to train'}")
     run_here(prepared, num_processes, sequential=sequential)
-    print_line(write_report(prepared.run))
+    print_line(report([prepared.run], measure=False)[0])
 
 
 @app.command()
@@ -298,7 +298,7 @@ def submit(
 
     Example: `gowide submit jobs/demo.yaml --cluster slurm/clusters/devcluster.yaml`
     """
-    from gowide_dist.insight.status import submitted_table
+    from gowide_dist.insight.status import submitted
     from gowide_dist.launch.chain import prepare_chain, rehearse_chain
     from gowide_dist.launch.profile import load_profile
     from gowide_dist.launch.queue import require
@@ -312,7 +312,7 @@ def submit(
     require("sbatch")
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
     write_run(prepared, fresh=fresh, in_jobs=chain.in_jobs)
-    print_line(submitted_table(prepared, chain.submit()))
+    print_line(submitted(prepared, chain.submit()))
 
 
 @app.command()
