@@ -7,18 +7,17 @@ import gc
 import importlib.util
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gowide_dist.bench import cpu_name
+from gowide_dist.data.info import check_split
 from gowide_dist.data.loader import Loader
 from gowide_dist.errors import InternalError, RunError, UserError
 from gowide_dist.files import PARTIAL, replacing, sha256, writing_to
@@ -57,13 +56,18 @@ def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None 
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"export needs {', '.join(missing)}: pip install -c constraints.txt -e '.[export]'")
-    to = to.absolute()
+    to, model_sha256 = to.absolute(), trained.done.model_sha256
     versions = {name: metadata.version(name) for name in ("gowide_dist", "torch", *_PACKAGES)}
     asked = {"int8": int8, "images": images, "with": versions, "threads": torch.get_num_threads()}
-    _check_folder(to, trained.done.model_sha256)
-    if report := _read_report(to, trained.done.model_sha256, asked):
-        say(f"{to}: already exported; nothing to do")
-        return report
+    report = _read_json(to / REPORT)
+    if (report.get("model_sha256"), report.get("asked")) == (model_sha256, asked):
+        paths = {to / name: file["sha256"] for name, file in report["files"].items()}
+        if all(path.exists() and sha256(path) == digest for path, digest in paths.items()):
+            say(f"{to}: already exported; nothing to do")
+            return report
+    exported = [_read_json(folder / CONFIG).get("model_sha256") for folder in (to, to / PARTIAL)]  # or interrupted
+    if model_sha256 not in exported and to.exists() and (not to.is_dir() or {*to.iterdir()} - {to / PARTIAL}):
+        raise RunError(f"{to}: holds something else than an export of these weights; remove it or choose another --to")
     try:
         with writing_to(to, "--to"), replacing(to, REPORT) as folder:
             report = _write(folder, trained, asked)
@@ -75,52 +79,40 @@ def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None 
     return report
 
 
-def _check_folder(to: Path, model_sha256: str) -> None:
-    """Raises RunError if the folder holds anything else than an export of these weights, whole or interrupted."""
-    for config in (to / CONFIG, to / PARTIAL / CONFIG):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(config.read_text())["model_sha256"] == model_sha256:
-                return
-    if to.exists() and (not to.is_dir() or {path.name for path in to.iterdir()} - {PARTIAL}):
-        raise RunError(f"{to}: holds something else than an export of these weights; remove it or choose another --to")
-
-
-def _read_report(to: Path, model_sha256: str, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`export.json`, if it is of the same weights and options and the files are unchanged since."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        report: dict[str, Any] = json.loads((to / REPORT).read_text())
-        is_same = (report["model_sha256"], report["asked"]) == (model_sha256, asked)
-        if is_same and all(sha256(to / name) == file["sha256"] for name, file in report["files"].items()):
-            return report
-    return None
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one, if the file holds anything else."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _write(folder: Path, trained: Trained, asked: Mapping[str, Any]) -> dict[str, Any]:
-    data, has_int8 = trained.recipe.data, asked["int8"]
-    files = [SAFETENSORS, PT2, ONNX, *([INT8_ONNX] if has_int8 else [])]
+    data = trained.recipe.data
+    names = [SAFETENSORS, PT2, ONNX, *([INT8_ONNX] if asked["int8"] else [])]
     with contextlib.closing(trained.validation_images(data.val, asked["images"])) as validation:  # raises before work
-        say(f"writing {', '.join(files)}")
+        say(f"writing {', '.join(names)}")
         (folder / CONFIG).write_text(json.dumps(config(trained), indent=2) + "\n")
         shutil.copyfile(trained.run.stage(trained.instance.key).model, folder / SAFETENSORS)
         network = trained.network()
         program = _program(Classifier(fold_batch_norms(network), trained.info).eval(), data.resolution)
         torch.export.save(program, folder / PT2)
         _write_onnx(program, folder / ONNX)
-        num_calibration = _write_int8(folder, trained) if has_int8 else 0
+        calibration = _write_int8(folder, trained) if asked["int8"] else None
         classifier = Classifier(network, trained.info).eval()
-        figures, num_images = _measure(classifier, [folder / name for name in files[1:]], validation)
-    described = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
+        figures, num_images = _measure(classifier, [folder / name for name in names[1:]], validation, data.resolution)
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
     report = {
         "model_sha256": trained.done.model_sha256,
         "asked": asked,
         "cpu": cpu_name(),
         "validation": {"data": str(data.val), "images": num_images},
-        "calibration": {"data": str(data.train), "images": num_calibration} if has_int8 else None,
+        "calibration": calibration,
         "pytorch": figures["pytorch"],
-        "files": {name: described[name] | figures.get(name, {}) for name in files},
+        "files": {name: file | figures.get(name, {}) for name, file in files.items()},
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    if has_int8 and (loss := figures["pytorch"]["top1"] - figures[INT8_ONNX]["top1"]) > MAX_INT8_LOSS:
+    if asked["int8"] and (loss := figures["pytorch"]["top1"] - figures[INT8_ONNX]["top1"]) > MAX_INT8_LOSS:
         say(f"warning: {INT8_ONNX} loses {loss:.2f} points of top-1")
     return report
 
@@ -159,15 +151,13 @@ def config(trained: Trained) -> dict[str, Any]:
 
 def _in_torchvision(architecture: Architecture, num_classes: int) -> dict[str, Any] | None:
     """The function of torchvision.models that builds the network, and its arguments, if there is one."""
-    width = architecture.width
-    shape = (architecture.block, architecture.depths)
-    name = next((name for name, known in ARCHITECTURES.items() if known == shape), None)
-    has_width = (64 * width).is_integer() if architecture.block == "bottleneck" else width == 1
-    is_plain = (architecture.stem, architecture.base, architecture.channels) == ("imagenet", 64, 1)
-    if name is None or not (has_width and is_plain):
-        return None
-    width_per_group = {} if width == 1 else {"width_per_group": round(64 * width)}
-    return {"model": name, "arguments": {"num_classes": num_classes, **width_per_group}}
+    width = 64 * architecture.width
+    plain = architecture.model_copy(update={"width": 1.0, "zero_init_residual": False})
+    if width == 64 or (width.is_integer() and architecture.block == "bottleneck"):
+        for name in ARCHITECTURES:
+            if plain == Architecture.model_validate({"arch": name}):
+                return {"model": name, "arguments": {"num_classes": num_classes, "width_per_group": int(width)}}
+    return None
 
 
 def _program(classifier: Classifier, resolution: int) -> ExportedProgram:
@@ -195,82 +185,56 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     onnx.save(model, path)
 
 
-def _write_int8(folder: Path, trained: Trained) -> int:
-    """Quantise model.onnx to 8 bits; return the number of training images that calibrated the activations' ranges.
+def _write_int8(folder: Path, trained: Trained) -> dict[str, Any]:
+    """Quantise model.onnx to 8 bits; the training images that calibrate the activations' ranges.
 
     Signed weights and signed activations: with unsigned ones, processors without VNNI add pairs of products in 16 bits
     and saturate (ten points of top-1 on Fashion-MNIST).
     """
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        num_images = 0
-
-        def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-            if (batch := next(batches, None)) is None:
-                return None
-            self.num_images += len(batch.images)
-            return {"images": batch.images.numpy()}
-
-    with (
-        contextlib.closing(trained.training_images(CALIBRATION_IMAGES)) as images,
-        tempfile.TemporaryDirectory() as tmp,
-    ):
-        batches, reader = images.batches(), Reader()
-        prepared = Path(tmp) / ONNX
-        quant_pre_process(folder / ONNX, prepared, skip_optimization=True, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            folder / INT8_ONNX,
-            reader,
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-        )
-        return reader.num_images
+    train, path = trained.recipe.data.train, folder / INT8_ONNX
+    quant_pre_process(folder / ONNX, path, skip_optimization=True, skip_symbolic_shape=True)
+    with contextlib.closing(trained.training_images(CALIBRATION_IMAGES)) as images:
+        inputs = ({"images": batch.images.numpy()} for batch in images.batches())
+        reader = SimpleNamespace(get_next=lambda: next(inputs, None))
+        types = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
+        quantize_static(path, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, **types)
+    return {"data": str(train), "images": min(CALIBRATION_IMAGES, check_split(train).samples)}
 
 
 @torch.inference_mode()
-def _measure(classifier: Classifier, paths: list[Path], validation: Loader) -> tuple[Figures, int]:
+def _measure(classifier: Classifier, paths: list[Path], validation: Loader, resolution: int) -> tuple[Figures, int]:
     """Top-1, agreement with PyTorch and latency of PyTorch and of each file, one after the other; and how many images.
 
     Raises InternalError if a float32 file's logits differ by more than LOGITS_TOLERANCE allows.
     """
+    shape = (resolution, resolution, 3)
+    batches = {str(size): torch.randint(256, (size, *shape), dtype=torch.uint8) for size in LATENCY_BATCHES}
     expected, labels = predict(classifier, validation, "validating PyTorch")
-    predicted, num_images = expected.argmax(dim=1), len(labels)
     allowed = LOGITS_TOLERANCE * max(1.0, float(expected.abs().max()))
-    batches = validation.batches()
-    images = next(batches).images.clone()
-    batches.close()
-    inputs = {size: images[torch.arange(size) % len(images)] for size in LATENCY_BATCHES}
 
-    def top1(logits: Tensor) -> float:
-        return _percent(logits.argmax(dim=1) == labels)
+    def measure(forward: Forward, logits: Tensor) -> dict[str, Any]:
+        latency = {size: round(latency_ms(forward, images), 3) for size, images in batches.items()}
+        return {"top1": _percent(logits.argmax(dim=1) == labels), "latency_ms": latency}
 
-    def latencies(forward: Forward) -> dict[str, float]:
-        return {str(size): round(latency_ms(forward, batch), 3) for size, batch in inputs.items()}
-
-    figures: Figures = {"pytorch": {"top1": top1(expected), "latency_ms": latencies(classifier)}}
+    figures: Figures = {"pytorch": measure(classifier, expected)}
     for path in paths:
         forward = _open(path)
         logits, _ = predict(forward, validation, f"validating {path.name}")
         difference = float((logits - expected).abs().max())
         if path.name != INT8_ONNX and not difference <= allowed:  # also if it is NaN
             raise InternalError(
-                f"{path.name}: its logits differ by up to {difference:.2g} from PyTorch's on {num_images:,} validation "
+                f"{path.name}: its logits differ by up to {difference:.2g} from PyTorch's on {len(labels):,} validation "
                 f"images, {allowed:.2g} is allowed; nothing was written"
             )
-        figures[path.name] = {
-            "top1": top1(logits),
-            "top1_agreement": _percent(logits.argmax(dim=1) == predicted),
-            "largest_logit_difference": difference,
-            "latency_ms": latencies(forward),
-        }
+        agreement = _percent(logits.argmax(dim=1) == expected.argmax(dim=1))
+        comparison = {"top1_agreement": agreement, "largest_logit_difference": difference}
+        figures[path.name] = measure(forward, logits) | comparison
         del forward
         gc.collect()  # ends a session's threads, which would spin beside the next file's
-    return figures, num_images
+    return figures, len(labels)
 
 
 def _open(path: Path) -> Forward:
@@ -291,22 +255,20 @@ def _percent(mask: Tensor) -> float:
 
 def table(report: Mapping[str, Any]) -> str:
     """The content of `export.json` for the terminal."""
-
-    def cell(row: Mapping[str, Any], key: str, form: str) -> str:
-        return format(row[key], form) if key in row else ""
-
+    columns = {
+        "bytes": ("bytes", ","),
+        "top-1 %": ("top1", ".2f"),
+        "as PyTorch %": ("top1_agreement", ".2f"),
+        "logits differ by": ("largest_logit_difference", ".1e"),
+        **{f"ms, batch {size}": (str(size), ",.2f") for size in LATENCY_BATCHES},
+    }
     rows = []
-    for name, row in {"(PyTorch, eager)": report["pytorch"], **report["files"]}.items():
-        megabytes = f"{row['bytes'] / 1e6:,.2f}" if "bytes" in row else ""
-        figures = (("top1", ".2f"), ("top1_agreement", ".2f"), ("largest_logit_difference", ".1e"))
-        latencies = (cell(row.get("latency_ms", {}), str(size), ",.2f") for size in LATENCY_BATCHES)
-        rows.append((name, megabytes, *(cell(row, key, form) for key, form in figures), *latencies))
-    head = ("file", "MB", "top-1 %", "as PyTorch %", "logits differ by", *(f"ms, batch {n}" for n in LATENCY_BATCHES))
-    lines = [
-        text.table(head, rows) + "\n",
-        f"compared on {report['validation']['images']:,} images of {report['validation']['data']}",
-    ]
-    if calibration := report["calibration"]:
+    for name, figures in {"(PyTorch, eager)": report["pytorch"], **report["files"]}.items():
+        row = figures | figures.get("latency_ms", {})
+        rows.append([name, *(format(row[key], form) if key in row else "" for key, form in columns.values())])
+    compared, calibration = report["validation"], report["calibration"]
+    lines = [f"compared on {compared['images']:,} images of {compared['data']}"]
+    if calibration:
         lines.append(f"int8 calibrated on {calibration['images']:,} images of {calibration['data']}")
     lines.append(f"latency: medians, {report['asked']['threads']} threads of {report['cpu']}")
-    return "\n".join(lines)
+    return "\n".join([text.table(["file", *columns], rows), "", *lines])
