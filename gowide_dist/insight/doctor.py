@@ -1,21 +1,20 @@
-"""Checks of this machine, each with what mends it. What may crash or hang runs in a child process with a time limit.
+"""Checks of this machine, each with what mends it.
 
-`python -m gowide_dist.insight.doctor CHECK...` is such a child: it prints findings as JSON, one a line. With the
-argument `sum` it is a process of `check_gpus`.
+What may crash or hang runs as training does, in processes of torchrun: `python -m gowide_dist.insight.doctor CHECK`.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
-import json
+import io
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stderr, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 
 from gowide_dist.data.memory import available_memory_bytes
-from gowide_dist.errors import UserError
+from gowide_dist.errors import InternalError, UserError
 from gowide_dist.files import flock, writing_to
 from gowide_dist.launch.local import default_num_processes, leave, num_gpus, torchrun
 from gowide_dist.launch.profile import load_profile
@@ -32,7 +31,7 @@ from gowide_dist.launch.queue import SlurmError, call, require
 from gowide_dist.launch.slurm import check_folder
 
 GOOD, WARNING, BAD = "good", "warning", "bad"
-CHILD_LIMIT_S = 180.0
+LIMIT_S = 180.0  # of a process that may hang
 INSTALL_FFCV = "apt install g++ pkg-config libopencv-dev libturbojpeg0-dev; pip install --force-reinstall ffcv"
 
 
@@ -57,8 +56,9 @@ def check_machine(runs: Path, cluster: Path | None = None) -> Iterator[Finding]:
     yield Finding("python", GOOD, f"{platform.python_version()} in {sys.prefix}")
     yield examine("packages", check_packages, "pip install -c constraints.txt -e .")
     yield examine("cpus", check_cpus, "unset OMP_NUM_THREADS")
-    yield from in_child("ffcv", "jpeg")
-    yield from in_child("gpus")
+    yield examine("ffcv", partial(check_images, "raw"), INSTALL_FFCV)
+    yield examine("jpeg", partial(check_images, "JPEG"), INSTALL_FFCV)
+    yield examine("gpus", check_gpus, "nvidia-smi; NCCL_DEBUG=INFO gowide doctor, for details")
     if cluster:
         yield examine("profile", partial(check_profile, cluster, runs), f"edit {cluster}, or choose another --runs")
     yield examine("slurm", partial(check_slurm, is_needed=cluster is not None), "scontrol ping, on a login node")
@@ -66,24 +66,11 @@ def check_machine(runs: Path, cluster: Path | None = None) -> Iterator[Finding]:
 
 
 def examine(name: str, check: Callable[[], str], mend: str) -> Finding:
-    """The finding of a check, which returns what is good, or raises a UserError or OSError."""
+    """The finding of a check, which returns what is good or raises what is wrong."""
     try:
         return Finding(name, GOOD, check())
-    except (UserError, OSError) as error:
+    except (UserError, InternalError, OSError) as error:
         return Finding(name, WARNING if isinstance(error, MinorError) else BAD, str(error), mend)
-
-
-def in_child(*names: str, limit_s: float = CHILD_LIMIT_S) -> list[Finding]:
-    """The findings of some of IN_CHILD, examined by a child process: bad if it crashes or takes more than `limit_s`."""
-    command = [sys.executable, "-m", "gowide_dist.insight.doctor", *names]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
-    except subprocess.TimeoutExpired:  # torchrun and its workers end with the child
-        return [Finding(name, BAD, f"hung: no result within {limit_s:g} s", " ".join(command)) for name in names]
-    findings = [Finding(*json.loads(line)) for line in child.stdout.splitlines() if line.startswith('["')]
-    reason = (child.stderr.strip() or f"status {child.returncode}").splitlines()[-1]
-    failed = [Finding(name, BAD, f"failed: {reason}", IN_CHILD[name][1]) for name in names[len(findings) :]]
-    return findings + failed
 
 
 def check_packages() -> str:
@@ -110,8 +97,14 @@ def check_cpus() -> str:
     return text
 
 
-def check_decoding(jpg_share: float, tolerance: float) -> str:
-    """Our loader decodes what we encode as Pillow does, up to a mean difference of `tolerance` of 255."""
+def check_images(kind: str) -> str:
+    """Images that we encode, raw or as JPEG, are read back as Pillow reads them."""
+    torchrun("gowide_dist.insight.doctor", [kind], 1)
+    return f"{kind} images are encoded, and read back as Pillow reads them"
+
+
+def compare_with_pillow(kind: str) -> None:
+    """Raises UserError if our loader does not decode as Pillow does what we encode."""
     import numpy as np
 
     from gowide_dist.data.encode import Options, write_dataset
@@ -122,18 +115,15 @@ def check_decoding(jpg_share: float, tolerance: float) -> str:
 
     number, y, x, channel = np.mgrid[:8, :32, :32, :3]
     images = (20 * number + 2 * y + channel * x // 2).astype(np.uint8)  # smooth: chroma subsampling changes it little
-    pillow = [decode_stored(encode_jpg(image, 90)) for image in images] if jpg_share else images
+    pillow = [decode_stored(encode_jpg(image, 90)) for image in images] if kind == "JPEG" else images
     dataset = SourceDataset("gradients", ("class",), {"train": ImageList(images, np.zeros(8, np.int64))})
-    with tempfile.TemporaryDirectory(prefix="gowide-doctor-") as folder:
-        write_dataset(Path(folder), dataset, {}, Options(jpg_share, quality=90, workers=1))
+    with tempfile.TemporaryDirectory(prefix="gowide-doctor-") as folder, redirect_stderr(io.StringIO()):
+        write_dataset(Path(folder), dataset, {}, Options(float(kind == "JPEG"), quality=90, workers=1))
         with closing(Loader(Path(folder) / "train.beton", Batching(8), train=False, resolution=32)) as loader:
             pixels = next(loader.batches()).images.numpy().astype(int)
     difference = np.abs(pixels - pillow).mean()
-    kind = "JPEGs" if jpg_share else "raw images"
-    text = f"{kind}, encoded and read back: {difference:.2f} of 255 from Pillow's pixels on average"
-    if difference > tolerance:
-        raise UserError(text)
-    return text
+    if difference > 3 * (kind == "JPEG"):  # libturbojpeg rounds otherwise than Pillow's decoder
+        raise UserError(f"{kind} images are read back {difference:.2f} of 255 from Pillow's pixels on average")
 
 
 def check_gpus() -> str:
@@ -154,21 +144,10 @@ def sum_over_processes() -> None:
 
     from gowide_dist import world as worlds
 
-    try:
-        with worlds.join() as world:
-            total = int(world.sum(torch.tensor([world.rank + 1], device=world.device)))
-    except RuntimeError as error:  # CUDA's and NCCL's
-        raise UserError(f"{error}") from error
+    with worlds.join() as world:
+        total = int(world.sum(torch.tensor([world.rank + 1], device=world.device)))
     if total != world.size * (world.size + 1) // 2:
         raise UserError(f"the sum over {world.size} processes is wrong")
-
-
-# Beside each check what mends it. 3 of 255: libturbojpeg rounds otherwise than Pillow's decoder.
-IN_CHILD: dict[str, tuple[Callable[[], str], str]] = {
-    "ffcv": (partial(check_decoding, jpg_share=0.0, tolerance=0.0), INSTALL_FFCV),
-    "jpeg": (partial(check_decoding, jpg_share=1.0, tolerance=3.0), INSTALL_FFCV),
-    "gpus": (check_gpus, "nvidia-smi; NCCL_DEBUG=INFO python -m gowide_dist.insight.doctor gpus, for details"),
-}
 
 
 def check_profile(path: Path, runs: Path) -> str:
@@ -214,10 +193,15 @@ def check_runs(runs: Path) -> str:
     return text
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["sum"]:
-        from gowide_dist.pipeline import work
+def main() -> int:
+    """Entry of a process that may crash or hang: it then leaves a traceback on stderr."""
+    from gowide_dist.pipeline import work
 
-        leave(work(sum_over_processes, Path.cwd()))
-    for name in sys.argv[1:]:
-        print(json.dumps(examine(name, *IN_CHILD[name])), flush=True)  # noqa: T201
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    check = sys.argv[1]
+    return work(sum_over_processes if check == "sum" else partial(compare_with_pillow, check), Path.cwd())
+
+
+if __name__ == "__main__":
+    leave(main())
