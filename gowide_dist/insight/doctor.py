@@ -113,29 +113,26 @@ def compare_with_pillow(kind: str) -> None:
     from gowide_dist.data.sources import ImageList, SourceDataset
     from gowide_dist.timeline import Batching
 
+    is_jpeg = kind == "JPEG"
     number, y, x, channel = np.mgrid[:8, :32, :32, :3]
     images = (20 * number + 2 * y + channel * x // 2).astype(np.uint8)  # smooth: chroma subsampling changes it little
-    pillow = [decode_stored(encode_jpg(image, 90)) for image in images] if kind == "JPEG" else images
+    pillow = [decode_stored(encode_jpg(image, 90)) for image in images] if is_jpeg else images
     dataset = SourceDataset("gradients", ("class",), {"train": ImageList(images, np.zeros(8, np.int64))})
     with tempfile.TemporaryDirectory(prefix="gowide-doctor-") as folder, redirect_stderr(io.StringIO()):
-        write_dataset(Path(folder), dataset, {}, Options(float(kind == "JPEG"), quality=90, workers=1))
+        write_dataset(Path(folder), dataset, {}, Options(float(is_jpeg), quality=90, workers=1))
         with closing(Loader(Path(folder) / "train.beton", Batching(8), train=False, resolution=32)) as loader:
             pixels = next(loader.batches()).images.numpy().astype(int)
     difference = np.abs(pixels - pillow).mean()
-    if difference > 3 * (kind == "JPEG"):  # libturbojpeg rounds otherwise than Pillow's decoder
+    if difference > (3 if is_jpeg else 0):  # libturbojpeg rounds otherwise than Pillow's decoder
         raise UserError(f"{kind} images are read back {difference:.2f} of 255 from Pillow's pixels on average")
 
 
 def check_gpus() -> str:
     """A sum by NCCL over one process per GPU, started as training starts them."""
-    import torch
-
-    count = max(num_gpus(), torch.cuda.device_count())
-    if not count:
-        return f"no GPU: training uses the CPU, with gloo (torch {torch.__version__})"
+    if not (count := num_gpus()):
+        return "none: training uses the CPU, with gloo"
     torchrun("gowide_dist.insight.doctor", ["sum"], count)
-    names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
-    return f"{count}: {names}{'; NCCL sums over all of them' if count > 1 else ''}"
+    return f"{count}, a process on each{', and NCCL sums over all of them' if count > 1 else ''}"
 
 
 def sum_over_processes() -> None:
@@ -170,9 +167,7 @@ def check_slurm(is_needed: bool) -> str:
         version = call("sbatch", "--version").strip()
         call("squeue", "--me", "--noheader")
     except SlurmError as error:
-        if is_needed:
-            raise
-        raise MinorError(f"{error}; `gowide run` trains on this machine") from error
+        raise (UserError if is_needed else MinorError)(f"{error}") from error
     try:
         call("sacct", "-X", "-n", "-P", "--format=JobID")
     except SlurmError as error:

@@ -32,10 +32,9 @@ def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
 
     path: by default the run's own validation images. Raises DataError if the file does not fit the network.
 
-    Returns the content of `eval.json`: accuracies and expected calibration error (`ece`) in %, the mean negative
-    log-likelihood of the labels (`nll`), images by label (rows) and prediction (columns) as `confusion` [K, K], None as
-    `per_class_top1` of a class without images, and as `top1_in_training` the top-1 in done.json if that is of the same
-    images.
+    Returns the content of `eval.json`: accuracies and the expected calibration error (`ece`) in %, the mean negative
+    log-likelihood of the labels (`nll`), `confusion` [K, K], images by label (rows) and prediction (columns), and
+    `per_class_top1`, None without images; `top1_in_training`: the top-1 in done.json if that is of the same images.
     """
     path = path or trained.recipe.data.val
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,9 +42,8 @@ def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
     with closing(trained.validation_images(path)) as images:
         images.preflight(num_classes)
         classifier = Classifier(trained.network(), trained.info).to(device).to(memory_format=torch.channels_last)
-        name = f"{trained.instance.key} on {path}"
-        logits, labels = predict(lambda batch: classifier(batch.to(device)), images, name)
-    hits = {name: 100 * float(values.double().mean()) for name, values in accuracy(logits, labels).items()}
+        logits, labels = predict(lambda batch: classifier(batch.to(device)), images, trained.instance.key)
+    top1_and_top5 = {name: 100 * float(hits.double().mean()) for name, hits in accuracy(logits, labels).items()}
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     confusion.index_put_((labels, logits.argmax(dim=1)), torch.tensor(1), accumulate=True)
     counts = confusion.sum(dim=1).tolist()
@@ -56,8 +54,7 @@ def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
         "network": trained.instance.network_name,
         "data": str(path),
         "images": len(labels),
-        "top1": hits["top1"],
-        "top5": hits["top5"],
+        **top1_and_top5,
         "nll": float(F.cross_entropy(logits.double(), labels)),
         "ece": calibration_error(logits, labels),
         "top1_in_training": trained.done.top1 if check_split(path).checksum == trained.val_checksum else None,
@@ -71,9 +68,8 @@ def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
     """Expected calibration error in % of logits [N, K] for labels [N] (Guo et al. 2017, arXiv 1706.04599, eq. 3).
 
-    Images are sorted by confidence, the largest softmax probability, into 15 bins of equal width, ((m - 1) / 15,
-    m / 15]; the error is the mean over the bins B_m, weighted by their images, of the distance between accuracy and
-    mean confidence: sum_m |B_m| / N * |acc(B_m) - conf(B_m)|.
+    Images fall into 15 bins of equal width, ((m - 1) / 15, m / 15], by their confidence, the largest softmax
+    probability: sum_m |B_m| / N * |accuracy(B_m) - mean confidence(B_m)|.
     """
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     bins = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import Dim, ExportedProgram
 
 from gowide_dist.bench import cpu_name
 from gowide_dist.data.info import check_split
@@ -28,20 +29,14 @@ from gowide_dist.networks.architecture import ARCHITECTURES, Architecture
 from gowide_dist.networks.teacher import fold_batch_norms
 from gowide_dist.progress import say
 
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
-
 SAFETENSORS, PT2, ONNX, INT8_ONNX = "model.safetensors", "model.pt2", "model.onnx", "model.int8.onnx"
 CONFIG, REPORT = "config.json", "export.json"
 LOGITS_TOLERANCE = 1e-4  # difference of a float32 file's logits from PyTorch's, relative to the largest if above 1
 MAX_INT8_LOSS = 1.0  # points of top-1; with more the user is warned
 CALIBRATION_IMAGES = 512
 LATENCY_BATCHES = (1, 64)
+_DYNAMIC_BATCH = {"images": {0: Dim("batch", min=1)}}
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-_DYNAMIC_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
-
-Forward: TypeAlias = Callable[[Tensor], Tensor]  # uint8 images [B, H, H, 3] -> logits [B, K]
-Figures: TypeAlias = dict[str, dict[str, Any]]  # by file name; PyTorch's own under "pytorch"
 
 
 def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None = None) -> dict[str, Any]:
@@ -49,7 +44,7 @@ def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None 
 
     The last three take uint8 images [B, H, H, 3] (RGB, any B) and give logits [B, K]: normalisation is inside. Each is
     timed, and compared with PyTorch on all validation images or on `images` of them, evenly spaced. Returns the content
-    of `export.json`, which is written last. Does nothing if the folder holds this export already.
+    of `export.json`, which is written last; at once, if the folder holds this export already.
 
     Raises UserError if packages are missing or the folder holds anything else, InternalError if logits differ by more
     than LOGITS_TOLERANCE; then nothing is written.
@@ -82,8 +77,8 @@ def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one, if the file holds anything else."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
+        if isinstance(content := json.loads(path.read_text()), dict):
+            return content
     return {}
 
 
@@ -119,33 +114,20 @@ def _write(folder: Path, trained: Trained, asked: Mapping[str, Any]) -> dict[str
 
 def config(trained: Trained) -> dict[str, Any]:
     """What a program needs to use the files: how to prepare images, and the classes of the logits."""
-    data, info, done = trained.recipe.data, trained.info, trained.done
-    architecture = trained.instance.architecture
+    data, info, architecture = trained.recipe.data, trained.info, trained.instance.architecture
+    side, num_classes = data.resolution, len(info.classes)
+    resized = round(side / (data.center_crop or 1.0))
+    shape = ["batch", side, side, 3]  # as image files are decoded: no copy for the caller, channels_last inside
     return {
-        "stage": done.stage,
-        "network": done.network,
+        **trained.done.model_dump(include={"stage", "network", "top1", "top5", "fingerprint", "model_sha256"}),
         "architecture": architecture.model_dump(mode="json"),
-        "torchvision": _in_torchvision(architecture, len(info.classes)),
+        "torchvision": _in_torchvision(architecture, num_classes),
         "classes": info.classes,
-        "input": {
-            "name": "images",
-            "dtype": "uint8",
-            "layout": "NHWC",  # as image files are decoded: no copy for the caller, channels_last inside
-            "shape": ["batch", data.resolution, data.resolution, 3],
-            "channels": "RGB",
-        },
-        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", len(info.classes)]},
-        "prepare": {
-            "resize_shorter_side_px": round(data.resolution / (data.center_crop or 1.0)),
-            "resize": "bilinear, antialiased",
-            "center_crop_px": data.resolution,
-        },
+        "resolution": side,
+        "input": {"name": "images", "dtype": "uint8", "layout": "NHWC", "shape": shape, "channels": "RGB"},
+        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", num_classes]},
+        "prepare": {"resize_shorter_side_px": resized, "resize": "bilinear, antialiased", "center_crop_px": side},
         "normalise": {"mean": info.mean, "std": info.std, "of": "pixels / 255"},
-        "resolution": data.resolution,
-        "top1": done.top1,
-        "top5": done.top5,
-        "fingerprint": done.fingerprint,
-        "model_sha256": done.model_sha256,
     }
 
 
@@ -172,14 +154,11 @@ def _program(classifier: Classifier, resolution: int) -> ExportedProgram:
 def _write_onnx(program: ExportedProgram, path: Path) -> None:
     import onnx
 
-    exported = torch.onnx.export(
+    model = torch.onnx.export(  # type: ignore[union-attr]
         program, input_names=["images"], output_names=["logits"], dynamic_shapes=_DYNAMIC_BATCH, verbose=False
-    )
-    assert exported is not None
-    model = exported.model_proto
+    ).model_proto
     graph = model.graph
-    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
-    for entry in (model, graph, *graph.node, *values):
+    for entry in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         entry.ClearField("metadata_props")  # the exporter's notes, many times the size of the graph
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
@@ -191,7 +170,7 @@ def _write_int8(folder: Path, trained: Trained) -> dict[str, Any]:
     Signed weights and signed activations: with unsigned ones, processors without VNNI add pairs of products in 16 bits
     and saturate (ten points of top-1 on Fashion-MNIST).
     """
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     train, path = trained.recipe.data.train, folder / INT8_ONNX
@@ -199,45 +178,46 @@ def _write_int8(folder: Path, trained: Trained) -> dict[str, Any]:
     with contextlib.closing(trained.training_images(CALIBRATION_IMAGES)) as images:
         inputs = ({"images": batch.images.numpy()} for batch in images.batches())
         reader = SimpleNamespace(get_next=lambda: next(inputs, None))
-        types = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
-        quantize_static(path, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, **types)
+        signed = QuantType.QInt8
+        quantize_static(path, path, reader, per_channel=True, activation_type=signed, weight_type=signed)
     return {"data": str(train), "images": min(CALIBRATION_IMAGES, check_split(train).samples)}
 
 
 @torch.inference_mode()
-def _measure(classifier: Classifier, paths: list[Path], validation: Loader, resolution: int) -> tuple[Figures, int]:
-    """Top-1, agreement with PyTorch and latency of PyTorch and of each file, one after the other; and how many images.
+def _measure(classifier: Classifier, files: list[Path], validation: Loader, side: int) -> tuple[dict[str, Any], int]:
+    """Figures of PyTorch (`pytorch`) and of each file by name, one after the other; the number of images compared on.
 
     Raises InternalError if a float32 file's logits differ by more than LOGITS_TOLERANCE allows.
     """
-    shape = (resolution, resolution, 3)
-    batches = {str(size): torch.randint(256, (size, *shape), dtype=torch.uint8) for size in LATENCY_BATCHES}
+    batches = {n: torch.randint(256, (n, side, side, 3), dtype=torch.uint8) for n in LATENCY_BATCHES}
     expected, labels = predict(classifier, validation, "validating PyTorch")
     allowed = LOGITS_TOLERANCE * max(1.0, float(expected.abs().max()))
 
-    def measure(forward: Forward, logits: Tensor) -> dict[str, Any]:
-        latency = {size: round(latency_ms(forward, images), 3) for size, images in batches.items()}
-        return {"top1": _percent(logits.argmax(dim=1) == labels), "latency_ms": latency}
+    def measure(forward: Callable[[Tensor], Tensor], logits: Tensor) -> dict[str, Any]:
+        best = logits.argmax(dim=1)
+        return {
+            "top1": 100 * float((best == labels).double().mean()),
+            "top1_agreement": 100 * float((best == expected.argmax(dim=1)).double().mean()),
+            "largest_logit_difference": float((logits - expected).abs().max()),
+            "latency_ms": {str(n): round(latency_ms(forward, images), 3) for n, images in batches.items()},
+        }
 
-    figures: Figures = {"pytorch": measure(classifier, expected)}
-    for path in paths:
+    figures = {"pytorch": measure(classifier, expected)}
+    for path in files:
         forward = _open(path)
-        logits, _ = predict(forward, validation, f"validating {path.name}")
-        difference = float((logits - expected).abs().max())
+        figures[path.name] = measure(forward, predict(forward, validation, f"validating {path.name}")[0])
+        difference = figures[path.name]["largest_logit_difference"]
         if path.name != INT8_ONNX and not difference <= allowed:  # also if it is NaN
             raise InternalError(
-                f"{path.name}: its logits differ by up to {difference:.2g} from PyTorch's on {len(labels):,} validation "
-                f"images, {allowed:.2g} is allowed; nothing was written"
+                f"{path.name}: its logits differ by up to {difference:.2g} from PyTorch's on {len(labels):,} "
+                f"validation images, {allowed:.2g} is allowed; nothing was written"
             )
-        agreement = _percent(logits.argmax(dim=1) == expected.argmax(dim=1))
-        comparison = {"top1_agreement": agreement, "largest_logit_difference": difference}
-        figures[path.name] = measure(forward, logits) | comparison
         del forward
         gc.collect()  # ends a session's threads, which would spin beside the next file's
     return figures, len(labels)
 
 
-def _open(path: Path) -> Forward:
+def _open(path: Path) -> Callable[[Tensor], Tensor]:
     """The file in its runtime on the CPU, with as many threads as PyTorch has."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()
@@ -247,10 +227,6 @@ def _open(path: Path) -> Forward:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-def _percent(mask: Tensor) -> float:
-    return 100 * int(mask.sum()) / len(mask)
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -266,9 +242,6 @@ def table(report: Mapping[str, Any]) -> str:
     for name, figures in {"(PyTorch, eager)": report["pytorch"], **report["files"]}.items():
         row = figures | figures.get("latency_ms", {})
         rows.append([name, *(format(row[key], form) if key in row else "" for key, form in columns.values())])
-    compared, calibration = report["validation"], report["calibration"]
-    lines = [f"compared on {compared['images']:,} images of {compared['data']}"]
-    if calibration:
-        lines.append(f"int8 calibrated on {calibration['images']:,} images of {calibration['data']}")
-    lines.append(f"latency: medians, {report['asked']['threads']} threads of {report['cpu']}")
-    return "\n".join([text.table(["file", *columns], rows), "", *lines])
+    validation, cpu = report["validation"], f"{report['asked']['threads']} threads of {report['cpu']}"
+    note = f"compared on {validation['images']:,} images of {validation['data']}; latency: medians, {cpu}"
+    return f"{text.table(['file', *columns], rows)}\n\n{note}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import cast
@@ -60,7 +61,7 @@ class Trained:
     val_checksum: str  # of the validation images whose accuracies `done` holds
 
     def network(self) -> ResNet:
-        """The network on the CPU, in eval mode."""
+        """The network on the CPU, in eval mode. Raises RunError if its weights have changed."""
         return load_trained(self.instance, self.run, len(self.info.classes)).eval()
 
     def training_images(self, limit: int) -> Loader:
@@ -82,38 +83,26 @@ class Trained:
         return self._images(path, geometry_of(self.recipe.data, train=False), limit)
 
     def _images(self, path: Path, geometry: Geometry, limit: int | None) -> Loader:
-        total = check_split(path).samples
-        return Loader(
-            path,
-            Batching(64),
-            train=False,
-            resolution=self.recipe.data.resolution,
-            geometry=geometry,
-            samples=np.linspace(0, total - 1, min(limit or total, total)).round().astype(np.int64),
-            num_threads=len(os.sched_getaffinity(0)),
-        )
+        total, side, cores = check_split(path).samples, self.recipe.data.resolution, len(os.sched_getaffinity(0))
+        samples = np.linspace(0, total - 1, min(limit or total, total)).round().astype(np.int64)
+        load = partial(Loader, path, Batching(64), train=False, resolution=side)
+        return load(geometry=geometry, samples=samples, num_threads=cores)
 
 
 def open_trained(path: Path, name: str) -> Trained:
     """The finished network `name` (`stage` or `stage/network`) of the run at `path`.
 
-    Raises UserError if there is none, or if its weights or the dataset that it was trained on have changed.
+    Raises UserError if there is none, or if the dataset that it was trained on has changed.
     """
     run = Run(path)
     stage, _, network = name.partition("/")
     recipe, instance, done = find_finished(run, stage, network or None)
-    stage_dir = run.stage(instance.key)
-    stage_dir.check_weights()
-    identity = stage_dir.read_identity()
+    identity = run.stage(instance.key).read_identity()
     assert identity is not None, "without one no stage is finished"
     train, info = recipe.data.train, read_dataset_info(recipe.data.train)
-    if not any(
-        split.file == train.name and split.checksum == identity["data"]["train"] for split in info.splits.values()
-    ):
-        raise DataError(
-            f"{train}: not the images that {instance.key} was trained on, whose mean and standard deviation it needs; "
-            "encode them again as before"
-        )
+    checksums = {split.file: split.checksum for split in info.splits.values()}
+    if checksums.get(train.name) != identity["data"]["train"]:  # the network needs their mean and standard deviation
+        raise DataError(f"{train}: not the images that {instance.key} was trained on; encode them again as before")
     return Trained(run, recipe, instance, done, info, identity["data"]["val"])
 
 
