@@ -385,7 +385,7 @@ def evaluate(
     evaluation = evaluate.evaluate(open_trained(run, stage), path)
     if out:
         evaluate.write_evaluation(evaluation, out)
-    print_line(evaluation.to_json() if as_json else evaluate.table(evaluation))
+    print_line(json.dumps(evaluation, indent=2) if as_json else evaluate.table(evaluation))
 
 
 @app.command()
