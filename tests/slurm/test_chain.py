@@ -18,13 +18,13 @@ def test_the_chain_over_two_nodes_with_two_processes_each(cluster, data, tmp_pat
     recipe["stages"]["distill"]["epochs"] = 1
     stages = list(Recipe.model_validate(recipe).instances)
     submitted = Submitted(cluster, tmp_path, recipe, processes_per_node=2)
-    lines = [line.split() for line in submitted.submit().splitlines()]
+    head, *rows = [line.split() for line in submitted.submit().splitlines()]
+    assert head == ["stage", "job", "after", "log"]
     ids = {key: submitted.id(key) for key in stages}
-    assert [line[:3] for line in lines] == [[key, "job", ids[key]] for key in stages]
-    assert [line[3:-1] for line in lines] == [
-        [], ["after", "teacher/wide"], ["after", "imitate/thin,", "teacher/wide"], ["after", "distill/thin"], [],
-    ]  # fmt: skip
-    assert lines[0][-1] == str(submitted.run.slurm / f"{ids['teacher/wide']}_0_log.out")
+    assert [row[:2] for row in rows] == [[key, ids[key]] for key in stages]
+    parents = [[], ["teacher/wide"], ["imitate/thin,", "teacher/wide"], ["distill/thin"], []]
+    assert [row[2:-1] for row in rows] == parents
+    assert rows[0][-1] == str(submitted.run.slurm / f"{ids['teacher/wide']}_0_log.out")
 
     both = ("teacher/wide", "baseline/thin")
     submitted.until(both[0], lambda: [submitted.squeue(key, "State") for key in both] == ["RUNNING"] * 2, "both beside")
@@ -38,18 +38,18 @@ def test_the_chain_over_two_nodes_with_two_processes_each(cluster, data, tmp_pat
     assert gowide("cancel", submitted.run.path).stdout.count("cancelled") == 3
 
     printed = submitted.submit()
-    assert printed.splitlines()[0].split() == ["teacher/wide", "done"]
+    assert printed.splitlines()[1].split() == ["teacher/wide", "done"]
     assert [submitted.id(key) == ids[key] for key in stages] == [True, False, False, False, True]
     submitted.finishes("finetune/thin")
     until(lambda: not cluster.run("squeue", "-h"), "the end of the last job")
-    assert submitted.submit().split() == [word for key in stages for word in (key, "done")]
+    assert [line.split() for line in submitted.submit().splitlines()[1:]] == [[key, "done"] for key in stages]
     assert "distill/thin  done: top-1" in gowide("logs", submitted.run.path, "distill", "-f").stdout
 
     result = gowide("run", submitted.job, "--nproc", 4, "--runs", tmp_path / "torchrun")
     assert result.returncode == 0, result.stderr
     for key in stages:
-        here = json.loads((tmp_path / "torchrun" / "chain" / "stages" / key / "done.json").read_text())
-        assert submitted.run.stage(key).done.model_sha256 == here["model_sha256"]
+        by_torchrun = json.loads((tmp_path / "torchrun" / "chain" / "stages" / key / "done.json").read_text())
+        assert submitted.run.stage(key).done.model_sha256 == by_torchrun["model_sha256"]
 
 
 def test_a_failed_parent_cancels_its_children(cluster, data, tmp_path):
