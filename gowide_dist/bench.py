@@ -23,7 +23,7 @@ from gowide_dist.data.info import read_dataset_info
 from gowide_dist.errors import DataError
 from gowide_dist.progress import say
 from gowide_dist.recipe import Recipe
-from gowide_dist.steps import NUM_STEPS, memory_bytes, run_steps
+from gowide_dist.steps import memory_bytes, run_steps
 from gowide_dist.timeline import Batching
 
 _ROUNDS = 3
@@ -63,49 +63,48 @@ def cpu_name() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "") or platform.machine()
 
 
-def stages(recipe: Recipe, num_processes: int, num_steps: int = NUM_STEPS) -> Iterator[tuple[str, dict[str, Any]]]:
+def stages(recipe: Recipe, num_processes: int) -> dict[str, dict[str, Any]]:
     """What a few steps of each stage of the recipe take, its networks together. Raises UserError as training does."""
+    results = {}
     for name, stage in recipe.stages.items():
         if stage.epochs:
             say(f"{name}: a few training steps, processes: {num_processes}")
-            times = run_steps(recipe, [f"{name}/{network}" for network in stage.train], num_processes, num_steps)
-            result = {
+            times = run_steps(recipe, [f"{name}/{network}" for network in stage.train], num_processes)
+            results[name] = {
                 "images_per_s": round(recipe.batch_size / times.step_s, 1),
                 "data_wait": round(times.data_wait, 3),
                 "memory_mib": round(times.memory_bytes / 2**20),
                 "steps": times.num_steps,
             }
-            yield name, result
+    return results
 
 
-def stages_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The results of `stages` for people."""
-    head = "stage", "images/s", "time waiting for data", "peak memory of a process, MiB"
-    return head, [
-        (name, f"{result['images_per_s']:,.0f}", f"{result['data_wait']:.1%}", f"{result['memory_mib']:,}")
-        for name, result in results.items()
-    ]
-
-
-def loader_table(result: Mapping[str, Any]) -> Table:
-    """The result of `loader` for people."""
-    head = "loader", "images/s", "gowide_dist over it", "memory growth, MiB"
-    return head, [
-        (name, f"{rate:,}", str(result.get(_RATIOS.get(name, ""), "")), f"{result['memory_mib'][name]:,}")
-        for name, rate in result["images_per_s"].items()
-    ]
+def tables(results: Mapping[str, Any]) -> Iterator[Table]:
+    """The results of `loader` and `stages`, by these names, for people."""
+    if loaders := results.get("loader"):
+        yield (
+            ("loader", "images/s", "gowide_dist over it", "memory growth, MiB"),
+            [
+                (name, f"{rate:,}", str(loaders.get(_RATIOS.get(name, ""), "")), f"{loaders['memory_mib'][name]:,}")
+                for name, rate in loaders["images_per_s"].items()
+            ],
+        )
+    if stages := results.get("stages"):
+        yield (
+            ("stage", "images/s", "time waiting for data", "peak memory of a process, MiB"),
+            [
+                (name, f"{stage['images_per_s']:,.0f}", f"{stage['data_wait']:.1%}", f"{stage['memory_mib']:,}")
+                for name, stage in stages.items()
+            ],
+        )
 
 
 def loader(
-    data_dir: Path,
-    images_dir: Path | None = None,
-    *,
-    batch_size: int,
-    resolution: int | None = None,
+    data_dir: Path, images_dir: Path | None = None, *, batch_size: int, resolution: int | None = None
 ) -> dict[str, Any]:
-    """Rates and memory of this loader, stock FFCV, torchvision and mere decoding, with their ratios.
+    """Epochs of the loader beside stock FFCV, torchvision and the bare decoding of every image.
 
-    data_dir: a dataset that `gowide encode` wrote; images_dir: the same images for torchvision's ImageFolder (class
+    data_dir: a folder that `gowide encode` wrote. images_dir: the same images for torchvision's ImageFolder (class
     folders, or a folder `train` of them). Variable or large images are cropped at random to `resolution` (default 224)
     and flipped, small fixed ones shifted and flipped.
 
@@ -113,15 +112,10 @@ def loader(
     `memory_over_ffcv`: medians of the ratios of the rounds; and what they come from, `images_per_s` and `memory_mib`
     (peak growth after the imports). Raises DataError where a folder is missing.
     """
-    beton = data_dir / "train.beton"
+    beton, num_threads = data_dir / "train.beton", len(os.sched_getaffinity(0))
     info = read_dataset_info(beton)
-    reading = Reading(
-        beton,
-        batch_size,
-        side=resolution or info.fixed_side_px or 224,
-        cropped=resolution is not None or info.fixed_side_px is None,
-        num_threads=len(os.sched_getaffinity(0)),
-    )
+    is_cropped = resolution is not None or info.fixed_side_px is None
+    reading = Reading(beton, batch_size, resolution or info.fixed_side_px or 224, is_cropped, num_threads)
     readings = {"gowide_dist": reading, "ffcv": reading}
     if info.encoding.get("jpg_share"):
         readings["decode_only"] = reading
@@ -131,12 +125,13 @@ def loader(
             raise DataError(f"{folder}: not found; give the folder of class folders as --images")
         readings["torchvision"] = reading._replace(path=folder)
     rates, memory = _race(readings)
+    ratios = {
+        key: round(statistics.median(map(truediv, rates["gowide_dist"], rates[name])), 3)
+        for name, key in _RATIOS.items()
+        if name in rates
+    }
     return {
-        **{
-            key: round(statistics.median(map(truediv, rates["gowide_dist"], rates[name])), 3)
-            for name, key in _RATIOS.items()
-            if name in rates
-        },
+        **ratios,
         "memory_over_ffcv": round(memory["gowide_dist"] / memory["ffcv"], 3),
         "images_per_s": {name: round(statistics.median(values)) for name, values in rates.items()},
         "memory_mib": {name: round(value / 2**20) for name, value in memory.items()},
@@ -179,14 +174,9 @@ def _own(reading: Reading) -> Epoch:
     from gowide_dist.data.decode import RandomResizedCrop, Shift
     from gowide_dist.data.loader import Loader
 
-    stream = Loader(
-        reading.path,
-        Batching(reading.batch_size),
-        train=True,
-        geometry=RandomResizedCrop(True, 0.08, 1.0, 3 / 4, 4 / 3) if reading.cropped else Shift(True, 4),
-        resolution=reading.side,
-        num_threads=reading.num_threads,
-    )
+    geometry = RandomResizedCrop(True, 0.08, 1.0, 3 / 4, 4 / 3) if reading.cropped else Shift(True, 4)
+    options: dict[str, Any] = {"geometry": geometry, "resolution": reading.side, "num_threads": reading.num_threads}
+    stream = Loader(reading.path, Batching(reading.batch_size), train=True, **options)
     return lambda epoch: sum(len(batch.images) for batch in stream.batches(epoch))
 
 
@@ -199,14 +189,8 @@ def _ffcv(reading: Reading) -> Epoch:
         images = [RandomResizedCropRGBImageDecoder((reading.side, reading.side)), RandomHorizontalFlip(), ToTensor()]
     else:
         images = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(4), ToTensor()]
-    stream = Loader(
-        str(reading.path),
-        batch_size=reading.batch_size,
-        num_workers=reading.num_threads,
-        order=OrderOption.RANDOM,
-        seed=0,
-        pipelines={"image": images},
-    )
+    options: dict[str, Any] = {"order": OrderOption.RANDOM, "seed": 0, "pipelines": {"image": images}}
+    stream = Loader(str(reading.path), reading.batch_size, reading.num_threads, **options)
     return lambda _: sum(len(images) for images, _ in stream)
 
 
@@ -235,12 +219,12 @@ def _torchvision(reading: Reading) -> Epoch:
     from torchvision.transforms import v2
 
     crop = v2.RandomResizedCrop(reading.side) if reading.cropped else v2.RandomCrop(reading.side, padding=4)
-    stream = torch.utils.data.DataLoader(
-        ImageFolder(reading.path, v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])),
-        reading.batch_size,
-        shuffle=True,
-        num_workers=reading.num_threads,
-        drop_last=True,
-        persistent_workers=True,
-    )
+    images = ImageFolder(reading.path, v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]))
+    options: dict[str, Any] = {
+        "shuffle": True,
+        "num_workers": reading.num_threads,
+        "drop_last": True,
+        "persistent_workers": True,
+    }
+    stream = torch.utils.data.DataLoader(images, reading.batch_size, **options)
     return lambda _: sum(len(images) for images, _ in stream)

@@ -174,7 +174,7 @@ def bench(
 
     Example: `gowide bench jobs/demo.yaml --only loader`
     """
-    from gowide_dist.bench import loader, loader_table, machine, stages, stages_table
+    from gowide_dist.bench import loader, machine, stages, tables
     from gowide_dist.insight.text import table
     from gowide_dist.launch.local import choose_num_processes
 
@@ -182,20 +182,17 @@ def bench(
     if (data or images) and BenchPart.LOADER not in parts:
         raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
     results: dict[str, Any] = {"machine": machine()}
-    if not as_json:
-        print_line(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
     if BenchPart.LOADER in parts:
         resolution = recipe.data.resolution if recipe.data.augment.crop else None
         folder = data or recipe.data.train.parent
         results["loader"] = loader(folder, images, batch_size=recipe.batch_size, resolution=resolution)
-        if not as_json:
-            print_line(table(*loader_table(results["loader"])))
     if BenchPart.STAGES in parts:
-        results["stages"] = dict(stages(recipe, choose_num_processes(recipe, nproc)))
-        if not as_json:
-            print_line(table(*stages_table(results["stages"])))
+        results["stages"] = stages(recipe, choose_num_processes(recipe, nproc))
     if as_json:
         print_line(to_json(results))
+    else:
+        print_line(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+        print_line("\n".join(table(head, rows) for head, rows in tables(results)))
 
 
 @app.command()
@@ -252,33 +249,27 @@ def plan(
 
     Example: `gowide plan jobs/imagenet_rn50.yaml --cluster slurm/clusters/gpu8.yaml`
     """
-    from gowide_dist.insight import plan as plans
-    from gowide_dist.insight.assumed import data_size
+    from dataclasses import asdict
+
+    from gowide_dist.insight.assumed import data_size, this_machines_cores
+    from gowide_dist.insight.plan import plan, plan_table
+    from gowide_dist.insight.scale import scale_nodes, scale_table
+    from gowide_dist.insight.timing import measured_cores
     from gowide_dist.launch.local import choose_num_processes
     from gowide_dist.launch.profile import load_profile
 
     recipe, profile = load_job(job, overrides), load_profile(cluster) if cluster else None
     if measure and (profile or scale):
         raise UserError("plan: --measure times this machine; leave out --cluster and --scale, or run it in a job there")
+    size, num_processes = data_size(recipe, images, classes), choose_num_processes(recipe, nproc)
     if scale:
-        from gowide_dist.insight import scale as scales
-
-        assumptions, rows = scales.scale(recipe, data_size(recipe, images, classes), profile)
-        if as_json:
-            print_line(to_json({"assumptions": assumptions, "nodes": [row._asdict() for row in rows]}))
-        else:
-            print_line(scales.table(assumptions, rows))
-        return
-    num_processes = choose_num_processes(recipe, nproc)
-    measured = None
-    if measure:
-        from gowide_dist.insight.timing import measure as time_stages
-
-        measured = time_stages(recipe, num_processes)
-    result = plans.plan(
-        recipe, runs, profile=profile, num_processes=num_processes, images=images, classes=classes, measured=measured
-    )
-    print_line(to_json(result.as_json()) if as_json else plans.table(result))
+        assumptions, nodes = scale_nodes(recipe, size, profile)
+        data, text = {"assumptions": assumptions, "nodes": nodes}, scale_table(assumptions, nodes)
+    else:
+        cores = measured_cores(recipe, num_processes) if measure else this_machines_cores(num_processes)
+        result = plan(recipe, size, profile or cores, runs=None if images else runs)
+        data, text = asdict(result), plan_table(result)
+    print_line(to_json(data) if as_json else text)
 
 
 @app.command()
@@ -467,7 +458,7 @@ def print_line(text: str) -> None:
 
 def to_json(data: object) -> str:
     """As `--json` prints it."""
-    return json.dumps(data, indent=2)
+    return to_json(data)
 
 
 def main() -> None:

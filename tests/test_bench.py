@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from gowide_dist import load_recipe
-from gowide_dist.bench import loader, loader_table
+from gowide_dist import load_recipe, steps
+from gowide_dist.bench import loader, tables
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.errors import DataError, UserError
-from gowide_dist.steps import _step_times, run_steps
-from gowide_dist.timeline import Batching, Timeline
+from gowide_dist.steps import _warm_means, run_steps
 from tests.command import gowide, refused
 from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, write_job
@@ -32,7 +31,7 @@ def test_loader_against_the_usual_ways(tmp_path):
     assert set(result) == {*ratios, "images_per_s", "memory_mib"}
     assert all(result[key] > 0 for key in ratios)
     assert result["of_decode_only"] < 2
-    head, rows = loader_table(result)
+    ((head, rows),) = tables({"loader": result})
     assert [row[2] for row in rows][1:3] == [str(result["over_ffcv"]), str(result["of_decode_only"])]
     assert all(len(row) == len(head) for row in rows)
 
@@ -71,30 +70,21 @@ def test_stages_are_trained_as_they_will_be(job):
         assert stage["memory_mib"] > 50
 
 
-def test_the_limit_ends_a_stage_sooner(job):
-    times = run_steps(load_recipe(job), ["imitate/thin"], 1, limit_s=0)
+def test_the_limit_ends_a_stage_sooner(job, monkeypatch):
+    monkeypatch.setattr(steps, "LIMIT_S", 0)
+    times = run_steps(load_recipe(job), ["imitate/thin"], 1)
     assert times.num_steps == 1
     assert times.step_s > 0
-    assert times.validation_batch_s is None
     stored = load_recipe(job, ["stages.distill.teacher_logits=stored"])
     with pytest.raises(UserError, match=r"^distill/thin: no training step within 0 s; try a smaller batch_size$"):
-        run_steps(stored, ["distill/thin"], 1, limit_s=0)
+        run_steps(stored, ["distill/thin"], 1)
 
 
 def test_steps_count_when_they_are_warm():
-    lines = [
-        {"kind": "train", "step": 1, "images_per_s": 1.0, "data_wait": 0.9, "seconds": 10.0},
-        {"kind": "train", "step": 5, "images_per_s": 10.0, "data_wait": 0.1, "seconds": 14.0},
-        {"kind": "train", "step": 6, "images_per_s": 1.0, "data_wait": 0.9, "seconds": 24.0},  # the next block
-        {"kind": "train", "step": 10, "images_per_s": 20.0, "data_wait": 0.4, "seconds": 26.0},
-        {"kind": "val", "step": 10, "seconds": 29.0},
-    ]
-    report = {"seconds": 33.0, "validation_batches": 2, "memory_bytes": 7, "start_s": 5.0}
-    timeline = Timeline(Batching(10), steps_per_epoch=10, epochs=1, num_phases=2)
-    times = _step_times(lines, timeline, report)
-    assert times.step_s == pytest.approx((4 * 1 + 4 * 0.5) / 8)
-    assert times.data_wait == pytest.approx((4 * 0.1 + 2 * 0.4) / 6)
-    assert times.validation_batch_s == pytest.approx(1.5)
-    assert times.fixed_s == pytest.approx(33 - 7.5 - 3)
-    assert (times.num_steps, times.memory_bytes, times.start_s) == (10, 7, 5)
-    assert _step_times(lines[:1], timeline, report).step_s == pytest.approx(10)  # rather than nothing
+    cold, fast, slow = ({"images_per_s": rate, "data_wait": wait} for rate, wait in ((1, 0.9), (10, 0.1), (5, 0.4)))
+    lines = [cold, cold, *[fast] * 8, cold, cold, *[slow] * 8]  # of two blocks
+    step_s, data_wait = _warm_means(lines, 10, batch_size=10)
+    assert step_s == pytest.approx((1 + 2) / 2)
+    assert data_wait == pytest.approx((1 * 0.1 + 2 * 0.4) / 3)
+    assert _warm_means([cold], 10, batch_size=10) == (10, 0.9)  # rather than nothing
+    assert _warm_means([cold, fast, cold, fast], 2, batch_size=10) == (1, 0.1)

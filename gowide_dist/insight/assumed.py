@@ -1,16 +1,19 @@
-"""What a plan assumes: how much data there is, and what computes with it."""
+"""What a plan assumes: how much data there is, what computes with it, and which teacher outputs are stored."""
 
 from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from collections.abc import Collection, Hashable, Iterator
+from dataclasses import dataclass, replace
 
 from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.errors import DataError, UserError
+from gowide_dist.insight.costs import training_macs
+from gowide_dist.insight.text import duration, gigabytes
 from gowide_dist.launch.profile import Device, Profile, Resources, this_machine
-from gowide_dist.recipe import Recipe
+from gowide_dist.recipe import Instance, KlStage, Recipe
 
 # Training and validation images and classes, by the usual name of the folder.
 KNOWN = {
@@ -21,9 +24,11 @@ KNOWN = {
 }
 JPEGS_PER_S_PER_CPU = 800.0  # of 500 px, decoded, cropped to 224 px: README, `gowide bench --only loader`
 NO_LIMIT = 10**9  # minutes, or seconds
+TOP_K = 10  # stored logits, suggested where there are more than a hundred classes
 
 
-class DataSize(NamedTuple):
+@dataclass(frozen=True)
+class DataSize:
     """How many images there are, and whether they are JPEGs. `source`: where the numbers are from."""
 
     train: int
@@ -34,41 +39,40 @@ class DataSize(NamedTuple):
 
 
 def data_size(recipe: Recipe, images: int | None = None, classes: int | None = None) -> DataSize:
-    """Of the encoded data; of what is given; or of a dataset that is known by its folder's name.
+    """Of the encoded data, or of a dataset that is known by its folder's name; `images` and `classes` replace theirs.
 
     Raises DataError if none of them says it.
     """
-    data = recipe.data
-    known = KNOWN.get(data.train.parent.name)
+    data, folder = recipe.data, recipe.data.train.parent
     try:
         info = read_dataset_info(data.train)
         train, val = (check_split(path).samples for path in (data.train, data.val))
-        size = DataSize(train, val, len(info.classes), bool(info.encoding.get("jpg_share")), f"{data.train.parent}")
+        size = DataSize(train, val, len(info.classes), bool(info.encoding.get("jpg_share")), f"{folder}")
     except DataError as error:
-        jpegs = data.augment.crop is not None
-        classes = classes or data.classes or (known and known[2])
-        if classes is None or (images is None and known is None):
+        train, val, known_classes = KNOWN.get(folder.name, (images or 0, 0, data.classes or classes or 0))
+        if not (train and known_classes):
             raise DataError(f"{error}; or tell the plan how large it will be with --images N --classes K") from None
-        if known is None:
-            return DataSize(images or 0, 0, classes, jpegs, "--images; without validation")
-        train, val, _ = known
-        size = DataSize(train, val, classes, jpegs, f"{data.train.parent.name} as it is known; it is not encoded yet")
-    if images:
-        size = size._replace(train=images, source=f"--images; else {size.source}")
-    return size._replace(classes=classes or size.classes)
+        size = DataSize(train, val, known_classes, data.augment.crop is not None, f"{folder.name}, not encoded yet")
+    source = f"--images; else {size.source}" if images else size.source
+    return replace(size, train=images or size.train, classes=classes or size.classes, source=source)
 
 
 def this_machines_cores(num_processes: int) -> Profile:
     """A profile of this machine: its cores, divided among the processes; no time limit."""
     num_threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
-    memory = available_memory_bytes() / num_processes / 1e9
+    device = this_machine(num_threads, memory_gb=available_memory_bytes() / num_processes / 1e9)
     return Profile(
         processes_per_node=num_processes,
         cpus_per_task=num_threads,
         timeout_min=NO_LIMIT,
         signal_delay_s=NO_LIMIT,
-        device=this_machine(num_threads, memory_gb=memory).model_copy(update={"start_s": 0.0}),
+        device=device.model_copy(update={"start_s": 0.0}),
     )
+
+
+def is_this_machine(profile: Profile) -> bool:
+    """Whether a profile is of `this_machines_cores`, without jobs and their limits."""
+    return profile.timeout_min == NO_LIMIT
 
 
 def device_of(resources: Resources) -> Device:
@@ -87,3 +91,57 @@ def device_of(resources: Resources) -> Device:
 def decoded_per_s(size: DataSize, device: Device) -> float:
     """Images a second and CPU. Raw images cost next to nothing."""
     return device.images_per_s_per_cpu or (JPEGS_PER_S_PER_CPU if size.jpegs else math.inf)
+
+
+def known_outputs(recipe: Recipe, done: Collection[str], *, together: bool) -> set[str]:
+    """Instances that find their teacher's outputs stored, or computed for another instance of their stage.
+
+    together: instances of a stage train in one pass, as under `gowide run`.
+    """
+    known: set[str] = set()
+    computed: set[Hashable] = set()
+    for key in sorted(recipe.instances, key=lambda key: key not in done):  # done ones have stored theirs
+        instance = recipe.instances[key]
+        if isinstance(instance.stage, KlStage) and instance.stage.teacher_logits == "stored":
+            outputs: Hashable = _stream(instance)
+        elif together and key not in done:
+            outputs = instance.stage_name
+        else:
+            continue
+        if outputs in computed:
+            known.add(key)
+        computed.add(outputs)
+    return known
+
+
+def notes_on_logits(recipe: Recipe, size: DataSize, profile: Profile) -> Iterator[str]:
+    """For students that ask one teacher about the same images: what storing its outputs saves, or would save."""
+    groups: dict[Hashable, list[Instance]] = {}
+    for instance in recipe.instances.values():
+        if isinstance(instance.stage, KlStage) and instance.stage.epochs:
+            groups.setdefault(_stream(instance), []).append(instance)
+    for students in groups.values():
+        instance, stage, count = students[0], students[0].stage, len(students)
+        assert isinstance(stage, KlStage)
+        is_stored, num_classes = stage.teacher_logits == "stored", size.classes
+        images_per_epoch = size.train // recipe.batch_size * recipe.batch_size
+        images = stage.epochs * images_per_epoch
+        macs = training_macs(instance, recipe, num_classes)
+        once = images * 2 * macs.teacher / device_of(profile.resources(instance)).flops / 3600
+        top_k = stage.top_k or (TOP_K if not is_stored and num_classes > 100 else None)
+        row = 2 * (top_k + 1) + (2 if num_classes <= 2**15 else 4) * top_k if top_k else 2 * num_classes
+        rows = f"{stage.epochs} epochs x {images_per_epoch:,} images x {row} bytes"
+        yield (
+            f"{', '.join(student.key for student in students)}: {macs.teacher / macs.total:.0%} of a step is "
+            f"{instance.teacher}'s outputs; stored once{'' if is_stored else ', by teacher_logits: stored'}, they save "
+            f"{duration((count - 1) * once)} of {duration(count * once)} on all devices, and {duration(once)} for each "
+            f"further student or seed of the same stream, for {gigabytes(images * row)} "
+            f"({rows}, {f'{top_k} best' if top_k else f'all {num_classes}'} classes)"
+        )
+
+
+def _stream(instance: Instance) -> tuple[Hashable, ...]:
+    """Equal for stages that ask one teacher about the same images, and keep as much of its outputs."""
+    stage = instance.stage
+    kept = (stage.top_k, stage.temperature if stage.top_k else None) if isinstance(stage, KlStage) else ()
+    return (stage.objective, instance.teacher, instance.data_seed, stage.epochs, stage.ramp, *kept)

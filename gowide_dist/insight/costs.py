@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from gowide_dist.networks.architecture import Architecture
 from gowide_dist.networks.resnet import ResNet, build_network
 from gowide_dist.networks.teacher import Teacher
-from gowide_dist.recipe import Instance, Recipe, StageBase
+from gowide_dist.recipe import Instance, Recipe, Stage
 from gowide_dist.timeline import Batching
+from gowide_dist.train.context import COMPUTE_DTYPES
 from gowide_dist.train.objectives import Objective, build_objective
 
 _IMAGES = 8  # of a batch where only multiply-adds are wanted
@@ -32,6 +33,7 @@ FIRST_STEP = 115_000_000  # what comes with the first step: kernels, threads, lo
 # On CPUs: bytes of heap without a tensor, for each byte of activations. glibc keeps freed blocks for the next step, and
 # since each is aligned anew, few fit where one of their size was. Measured: 0.4 to 0.75, once 1.1.
 HEAP_WASTE = 0.65
+HOST_PARTS = ("loader", "checkpoint", "heap")  # parts of `memory_per_process` that take no memory of a GPU
 
 
 class MacsPerImage(NamedTuple):
@@ -42,12 +44,8 @@ class MacsPerImage(NamedTuple):
     teacher: float
 
     @property
-    def student(self) -> float:
-        return self.forward + self.backward
-
-    @property
     def total(self) -> float:
-        return self.student + self.teacher
+        return sum(self)
 
 
 class NetworkCost(NamedTuple):
@@ -60,24 +58,16 @@ class NetworkCost(NamedTuple):
 class StageCost(NamedTuple):
     """What it costs to train a stage's objective, with a live teacher where it has one.
 
-    phases: multiply-adds in each, equally long. validation: for one validation image. weights: parameters of the
-    student and of what is trained with it. trained: the most of them that a phase trains. Of the phase that takes most
-    memory, bytes of a batch in float32: activations, which the backward pass needs; transient, what lives beside them
-    for a moment, as layers of the teacher and gradients of activations do.
+    Activations and transient: bytes of a batch in float32, in the phase that takes most memory.
     """
 
-    phases: tuple[MacsPerImage, ...]
-    validation: MacsPerImage
-    weights: int
-    trained: int
+    macs: MacsPerImage  # averaged over the phases, which are equally long
+    validation: MacsPerImage  # for one validation image
+    weights: int  # parameters of the student and of what is trained with it
+    trained: int  # the most of them that a phase trains
     teacher_weights: int
-    activations: int
-    transient: int
-
-    @property
-    def macs(self) -> MacsPerImage:
-        """Averaged over the phases."""
-        return _mean(self.phases)
+    activations: int  # what the forward pass keeps for the backward pass
+    transient: int  # what lives beside that for a moment, as layers of the teacher and gradients of activations do
 
 
 @cache
@@ -93,26 +83,9 @@ def stage_cost(
 ) -> StageCost:
     """The cost of training an instance on `num_images` images at once. side: px; default: the data's resolution."""
     teacher = recipe.instances[instance.teacher].architecture if instance.teacher else None
-    side = side or recipe.data.resolution
     num_images = max(2, num_images)  # batch norms refuse a single value
-    key = (*kind(instance, recipe), num_classes, side, num_images)
-    if key not in _stage_costs:
-        _stage_costs[key] = _count(instance, teacher, num_classes, side, num_images)
-    return _stage_costs[key]
-
-
-_stage_costs: dict[Any, StageCost] = {}
-_NO_COST = {*StageBase.model_fields, "teacher", "start", "teacher_logits", "top_k"}  # options of a stage
-
-
-def kind(instance: Instance, recipe: Recipe) -> tuple[Any, ...]:
-    """Equal for instances whose steps cost the same."""
-    optim = instance.stage.optim
-    return (
-        instance.architecture,
-        recipe.instances[instance.teacher].architecture if instance.teacher else None,
-        *instance.stage.model_dump(exclude=_NO_COST).items(),
-        *((optim.accumulate, bool(optim.ema)) if optim else ()),
+    return _count(
+        instance.stage, instance.architecture, teacher, num_classes, side or recipe.data.resolution, num_images
     )
 
 
@@ -124,49 +97,47 @@ def training_macs(
     teacher_runs: False where its outputs are known: they are stored, or another student has asked.
     """
     stage, resolution = instance.stage, recipe.data.resolution
-    sides = [stage.ramp.side(epoch, resolution) for epoch in range(stage.epochs)] if stage.ramp else []
-    macs = _mean(
-        stage_cost(instance, recipe, num_classes, side=side, num_images=num_images).macs
-        for side in sides or [resolution]
-    )
+    sides = [stage.ramp.side(epoch, resolution) for epoch in range(stage.epochs or 1)] if stage.ramp else [resolution]
+    macs = _mean(stage_cost(instance, recipe, num_classes, side=side, num_images=num_images).macs for side in sides)
     return macs if teacher_runs else macs._replace(teacher=0.0)
 
 
+@cache
 def _count(
-    instance: Instance, teacher_architecture: Architecture | None, num_classes: int, side: int, num_images: int
+    stage: Stage,
+    architecture: Architecture,
+    taught_by: Architecture | None,
+    num_classes: int,
+    side: int,
+    num_images: int,
 ) -> StageCost:
-    network = _on_meta(teacher_architecture, num_classes) if teacher_architecture else None
+    network = _on_meta(taught_by, num_classes) if taught_by else None
     with torch.device("meta"):
         teacher = Teacher(network) if network else None
-        objective = build_objective(instance.stage, _on_meta(instance.architecture, num_classes), teacher, seed=0)
+        objective = build_objective(stage, _on_meta(architecture, num_classes), teacher, seed=0)
     images, labels = _batch(num_images, side)
     phases = [_count_phase(objective, teacher, phase, images, labels) for phase in range(objective.num_phases)]
-    largest = max(phases, key=lambda phase: 8 * phase.trained + phase.activations + phase.transient)
+    macs, trained, _, _ = zip(*phases, strict=True)
+    _, _, activations, transient = max(phases, key=lambda phase: 8 * phase[1] + phase[2] + phase[3])
     objective.eval()
     with teacher.cached() if teacher else nullcontext():
         both = _flops(lambda: objective.evaluate(images, labels))
         student = _flops(lambda: objective.evaluate(images, labels)) if teacher else both
     return StageCost(
-        phases=tuple(phase.macs for phase in phases),
+        _mean(macs),
         validation=MacsPerImage(*(flops / 2 / num_images for flops in (student, 0, both - student))),
         weights=_num_parameters(objective),
-        trained=max(phase.trained for phase in phases),
+        trained=max(trained),
         teacher_weights=_num_parameters(network) if network else 0,
-        activations=largest.activations,
-        transient=largest.transient,
+        activations=activations,
+        transient=transient,
     )
-
-
-class _PhaseCost(NamedTuple):
-    macs: MacsPerImage
-    trained: int
-    activations: int
-    transient: int
 
 
 def _count_phase(
     objective: Objective, teacher: Teacher | None, phase: int, images: Tensor, labels: Tensor
-) -> _PhaseCost:
+) -> tuple[MacsPerImage, int, int, int]:
+    """Multiply-adds, trained parameters, and bytes: activations and transient."""
     objective.begin_phase(phase)
     objective.train()
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
@@ -179,13 +150,9 @@ def _count_phase(
             loss.backward()
         # the teacher's outputs are known now
         student = _flops(lambda: objective(images, labels)) if teacher else forward
-    macs = (student, step.get_total_flops() - forward, forward - student)
-    return _PhaseCost(
-        MacsPerImage(*(flops / 2 / len(images) for flops in macs)),
-        sum(parameter.numel() for parameter in trained),
-        activations,
-        live.peak - activations,
-    )
+    flops = (student, step.get_total_flops() - forward, forward - student)
+    macs = MacsPerImage(*(count / 2 / len(images) for count in flops))
+    return macs, sum(parameter.numel() for parameter in trained), activations, live.peak - activations
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -236,36 +203,6 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-class Memory(NamedTuple):
-    """Bytes that a training process needs, by what needs them.
-
-    weights: 4 bytes a parameter. gradients and momentum: 4 each, of the parameters that a phase trains. average: 4, if
-    there is a moving average. activations and transient: as in `StageCost`, of the images that a process takes at a
-    time, half of it in bf16 and fp16. teacher: its weights. images: as bytes, and as the network's input. The rest lies
-    in the host's memory: loader, decoded batches that wait; checkpoint, a copy that is written in the background; heap,
-    on CPUs alone, what malloc keeps beside activations. libraries: PyTorch, about; its files, half a GB that all
-    processes of a machine share, come on top, and so do the pages of the dataset that the system caches.
-    """
-
-    weights: int
-    gradients: int
-    momentum: int
-    average: int
-    activations: int
-    transient: int
-    teacher: int
-    images: int
-    loader: int
-    checkpoint: int
-    heap: int
-    libraries: int
-
-    @property
-    def device(self) -> int:
-        """On a GPU."""
-        return sum(self) - self.loader - self.checkpoint - self.heap
-
-
 def memory_per_process(
     instance: Instance,
     recipe: Recipe,
@@ -276,32 +213,32 @@ def memory_per_process(
     on_gpu: bool = False,
     teacher_runs: bool = True,
     saves: bool = False,
-) -> Memory:
-    """The memory of one process, which decodes its images in `num_threads` threads. saves: checkpoints on the way."""
+) -> dict[str, int]:
+    """Bytes that a training process needs, by what needs them.
+
+    num_threads: that decode its images. saves: whether checkpoints are written on the way. On top come half a GB of
+    PyTorch's files, which all processes of a machine share, and the pages of the dataset that the system caches.
+    """
     stage, optim = instance.stage, instance.stage.optim
     cost = stage_cost(instance, recipe, num_classes, num_images=batching.micro_batch)
     pixels = batching.local_batch * 3 * recipe.data.resolution**2
-    size = 4 if recipe.precision == "float32" else 2
-    activations, transient = (
-        size * number // 4 if stage.epochs else 0 for number in (cost.activations, cost.transient)
-    )
-    weights, trained = 4 * cost.weights, 4 * cost.trained if stage.epochs else 0
-    momentum = trained if optim and optim.momentum else 0
-    average = weights if optim and optim.ema else 0
-    return Memory(
-        weights=weights,
-        gradients=trained,
-        momentum=momentum,
-        average=average,
-        activations=activations,
-        transient=transient,
-        teacher=4 * cost.teacher_weights if teacher_runs else 0,
-        images=pixels * (1 + 4),
-        loader=2 * (num_threads + 3) * pixels,  # of training and of validation
-        checkpoint=3 * (weights + momentum + average) // 2 if saves else 0,  # the copy, and its file in free blocks
-        heap=0 if on_gpu else round(HEAP_WASTE * (activations + transient)),
-        libraries=IMPORTS + FIRST_STEP,
-    )
+    itemsize = COMPUTE_DTYPES[recipe.precision].itemsize
+    activations, transient = (itemsize * (stage.epochs and n) // 4 for n in (cost.activations, cost.transient))
+    weights, gradients = 4 * cost.weights, 4 * cost.trained if stage.epochs else 0
+    optimizer = (gradients if optim and optim.momentum else 0) + (weights if optim and optim.ema else 0)
+    return {
+        "weights": weights,
+        "gradients": gradients,  # of the parameters that a phase trains
+        "optimizer": optimizer,  # momentum, and the moving average of the weights
+        "activations": activations,  # of the images that a process takes at a time
+        "transient": transient,
+        "teacher": itemsize * cost.teacher_weights if teacher_runs else 0,
+        "images": pixels * (1 + 4),  # as bytes, and as the network's input
+        "loader": 2 * (num_threads + 3) * pixels,  # decoded batches that wait, of training and of validation
+        "checkpoint": 3 * (weights + optimizer) // 2 if saves else 0,  # the copy, and its file in free blocks
+        "heap": 0 if on_gpu else round(HEAP_WASTE * (activations + transient)),
+        "libraries": IMPORTS + FIRST_STEP,
+    }
 
 
 class Spent(NamedTuple):
