@@ -458,7 +458,7 @@ def print_line(text: str) -> None:
 
 def to_json(data: object) -> str:
     """As `--json` prints it."""
-    return to_json(data)
+    return json.dumps(data, indent=2)
 
 
 def main() -> None:
