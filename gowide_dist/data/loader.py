@@ -7,7 +7,6 @@ from concurrent.futures import Future, wait
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -58,24 +57,6 @@ def geometry_of(data: Data, *, train: bool) -> decode.Geometry:
     if train:
         return decode.Shift(augment.flip, augment.translate)
     return decode.CenterCrop(data.center_crop) if data.center_crop else decode.UNCHANGED
-
-
-class _BufferRing:
-    """The memory of the batches between the decoding threads and the consumer: step s uses buffer s modulo N.
-
-    num_ahead batches are submitted ahead of the consumer, which still holds the last one it was given: so N is
-    num_ahead + 1. When the consumer asks for batch s it returns batch s - 1, and step s + num_ahead is submitted. Its
-    buffer is the one just returned, because s + num_ahead = s - 1 modulo N.
-    """
-
-    def __init__(self, num_buffers: int, batch_bytes: int):
-        pinned = torch.cuda.is_available()  # a copy to the GPU then runs beside the computation
-        self.buffers = torch.empty((num_buffers, batch_bytes), dtype=torch.uint8, pin_memory=pinned)
-
-    def images(self, step: int, num_images: int, side: int) -> Tensor:
-        """The memory of a step's images: uint8 [num_images, side, side, 3]."""
-        buffer = self.buffers[step % len(self.buffers)]
-        return buffer[: num_images * side * side * 3].view(num_images, side, side, 3)
 
 
 class Loader:
@@ -129,15 +110,17 @@ class Loader:
                 self.steps_per_epoch = math.ceil(len(samples) / batching.local_batch)
             self._arrays = decode.BetonArrays.of(self._beton)
             scratches = [decode.Scratch.of(self._arrays) for _ in range(num_threads)]
-            num_buffers, batch_bytes = self._num_ahead + 1, batching.local_batch * resolution * resolution * 3
-            _check_memory(beton, num_buffers * batch_bytes + sum(scratch.num_bytes for scratch in scratches))
+            buffers = self._num_ahead + 1, batching.local_batch * resolution * resolution * 3
+            _check_memory(beton, math.prod(buffers) + sum(array.nbytes for scratch in scratches for array in scratch))
         except Exception:
             self.close()
             raise
-        self._ring = _BufferRing(num_buffers, batch_bytes)
-        self._scratch: SimpleQueue[decode.Scratch] = SimpleQueue()
-        for scratch in scratches:
-            self._scratch.put(scratch)
+        self._scratches = deque(scratches)
+        # A ring: step s uses buffer s modulo N, and N is one more than the batches ahead of the consumer, which still
+        # holds the last one it was given. When it asks for batch s it returns that of step s - 1, and step
+        # s + num_ahead is submitted, into the same buffer: s + num_ahead = s - 1 modulo N.
+        # Where there is a GPU the memory is pinned: a copy to the GPU then runs beside the computation.
+        self._buffers = torch.empty(buffers, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
     def preflight(self, num_classes: int) -> None:
         """Check before a long run: labels in range, a first batch in time. Raises DataError."""
@@ -170,7 +153,8 @@ class Loader:
                     self._beton.read_ahead(read_ahead.popleft()[1])
                 rows = self._batching.local_rows(step)
                 indices = order[rows.start : rows.stop]
-                images = self._ring.images(step, len(indices), side)
+                buffer = self._buffers[step % len(self._buffers)]
+                images = buffer[: len(indices) * side * side * 3].view(len(indices), side, side, 3)
                 pending.append(self._threads.submit(partial(self._decode, indices, key, images, copied)))
 
         try:
@@ -201,11 +185,11 @@ class Loader:
     def _decode(self, indices: Indices, key: np.uint64, images: Tensor, copied: torch.cuda.Event | None) -> Batch:
         if copied is not None:
             copied.synchronize()
-        scratch = self._scratch.get()
+        scratch = self._scratches.pop()  # as many as threads
         try:
             decode.fill(self._arrays, indices, key, self._geometry, images.numpy(), scratch)
         finally:
-            self._scratch.put(scratch)
+            self._scratches.append(scratch)
         return Batch(images, torch.from_numpy(self._beton.labels[indices]), torch.from_numpy(indices))
 
     def _wait(self, future: Future[Result]) -> Result:
