@@ -101,11 +101,11 @@ def encode(
         str | None,
         typer.Option(help="raw, jpg or a fraction as JPEG; default: imagefolder jpg, ffcv unchanged, else raw."),
     ] = None,
-    quality: Annotated[int, typer.Option(help="JPEG quality, 1-100.")] = 90,
-    max_side_px: Annotated[int | None, typer.Option(help="Shrink images whose longer side exceeds this.")] = None,
-    subset: Annotated[int | None, typer.Option(help="Use only N training images, stratified by class.")] = None,
+    quality: Annotated[int, typer.Option(help="JPEG quality.", min=1, max=100)] = 90,
+    max_side_px: Annotated[int | None, typer.Option(help="Shrink images whose longer side exceeds it.", min=1)] = None,
+    subset: Annotated[int | None, typer.Option(help="Use only N training images, stratified by class.", min=1)] = None,
     held_out: Annotated[
-        int | None, typer.Option(help="Hold out N training images as the validation split, stratified by class.")
+        int | None, typer.Option(help="Use N training images for validation, stratified.", min=1)
     ] = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave out damaged images, and list them in skipped.txt.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that read files; default: one a core.", min=0)] = 0,
@@ -139,8 +139,7 @@ def encode(
         return
     raise_on_sigterm()
     info = encoders.encode(dataset.value, out, root, options)
-    counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
-    print_line(f"{out}: {info.source}, {counts} images in {len(info.classes)} classes")
+    print_line(f"{out}: {info.source}, {info.counts} images in {len(info.classes)} classes")
 
 
 @data_app.command()
@@ -154,8 +153,7 @@ def verify(
     from gowide_dist.data.verify import verify_dataset
 
     info = verify_dataset(folder)
-    counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
-    print_line(f"{folder}: whole, {counts} images in {len(info.classes)} classes")
+    print_line(f"{folder}: whole, {info.counts} images in {len(info.classes)} classes")
 
 
 class BenchPart(StrEnum):

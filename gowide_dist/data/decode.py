@@ -12,7 +12,7 @@ import ctypes
 import importlib.util
 import math
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import llvmlite.binding
 import numba
@@ -95,7 +95,7 @@ _package = importlib.util.find_spec("ffcv")
 assert _package is not None and _package.origin is not None, "ffcv is a dependency"
 _library = ctypes.CDLL(str(next(Path(_package.origin).parent.glob("_libffcv*.so"))))
 llvmlite.binding.add_symbol("ffcv_imdecode", ctypes.cast(_library.imdecode, ctypes.c_void_p).value)
-_imdecode = types.ExternalFunction("ffcv_imdecode", types.int32(*[types.int64] * 13))
+_imdecode: Any = types.ExternalFunction("ffcv_imdecode", types.int32(*[types.int64] * 13))
 
 _draw = numba.njit(order.draw)
 

@@ -49,6 +49,10 @@ class DatasetInfo(_Model):
     std: Channels
     splits: dict[Literal["train", "val", "test"], Split]
 
+    @property
+    def counts(self) -> str:
+        return ", ".join(f"{split.samples:,} {name}" for name, split in self.splits.items())
+
 
 def read_dataset_info(beton_path: Path) -> DatasetInfo:
     """Read the dataset.json beside an FFCV file. Raises DataError if it is absent or damaged."""

@@ -1,15 +1,13 @@
 """`gowide data verify`: compares the files of a dataset with dataset.json, and decodes every image."""
 
-import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
-from gowide_dist.data.beton import JPEG, Beton
+from gowide_dist.data.beton import Beton
+from gowide_dist.data.images import decode_stored
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
 from gowide_dist.errors import DataError
 from gowide_dist.files import sha256
@@ -54,13 +52,8 @@ def _faults(path: Path, split: Split, num_classes: int, workers: int | None) -> 
 
 
 def _image_fault(beton: Beton, index: int) -> str | None:
-    height, width = int(beton.heights[index]), int(beton.widths[index])
-    stored = beton.bytes[beton.offsets[index] :][: beton.sizes[index]]
-    if beton.modes[index] != JPEG:
-        return None if stored.size == height * width * 3 else f"image {index}: {stored.size} bytes"
     try:
-        with Image.open(io.BytesIO(stored.tobytes())) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:
+        decode_stored(beton.image(index))
+    except (OSError, SyntaxError, ValueError) as error:
         return f"image {index}: {error}"
-    return None if image.size == (width, height) else f"image {index}: {image.size} px"
+    return None
