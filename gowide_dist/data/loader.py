@@ -1,11 +1,11 @@
 """The data stream: one process's part of every batch, in an order that is the same for any number of processes."""
 
 import math
+import multiprocessing
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, wait
-from functools import partial
 from itertools import islice
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -25,7 +25,6 @@ from gowide_dist.data.order import (
     read_ahead_schedule,
     validation_part,
 )
-from gowide_dist.data.threads import DaemonThreads
 from gowide_dist.errors import DataError
 from gowide_dist.recipe import Data
 from gowide_dist.timeline import Batching
@@ -92,11 +91,10 @@ class Loader:
         self._order, self._window_pages = order, window_pages
         self._timeout_s, self._stalled = timeout_s, False
         self._num_ahead = num_threads + _BATCHES_AHEAD
-        # A thread that waits for an event of another GPU would otherwise open a context of half a GB on the first.
-        on_gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
-        self._threads = DaemonThreads(num_threads, on_gpu)
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._threads = ThreadPool(num_threads)  # daemons: one stuck in a hanging file system does not keep the process
         try:
-            self._beton = self._wait(self._threads.submit(partial(Beton, beton)))
+            self._beton = self._wait(self._threads.apply_async(Beton, (beton,)))
             self.num_samples = len(self._beton)
             _check_images(self._beton, batching, geometry, resolution, train=train, chosen=samples is not None)
             if train:
@@ -143,7 +141,7 @@ class Loader:
         order, read_ahead = self._epoch_order(epoch, start)
         key = epoch_key(self._seed, epoch, AUGMENT_STREAM)
         steps = iter(range(start, self.steps_per_epoch))
-        pending: deque[Future[Batch]] = deque()
+        pending: deque[AsyncResult[Batch]] = deque()
 
         def submit(count: int) -> None:
             # The consumer may have returned a buffer whose copy to the GPU still runs: this event is after the copy.
@@ -155,7 +153,7 @@ class Loader:
                 indices = order[rows.start : rows.stop]
                 buffer = self._buffers[step % len(self._buffers)]
                 images = buffer[: len(indices) * side * side * 3].view(len(indices), side, side, 3)
-                pending.append(self._threads.submit(partial(self._decode, indices, key, images, copied)))
+                pending.append(self._threads.apply_async(self._decode, (indices, key, images, copied)))
 
         try:
             submit(self._num_ahead)
@@ -163,15 +161,14 @@ class Loader:
                 submit(1)  # into the buffer that the consumer has just returned
                 yield self._wait(pending.popleft())
         finally:
-            for future in pending:
-                future.cancel()
-            if not self._stalled:
-                wait(pending)
+            while pending and not self._stalled:
+                pending.popleft().wait()
 
     def close(self) -> None:
         """End the threads, except a stuck one: it ends with the process."""
         if not self._stalled:
             self._threads.close()
+            self._threads.join()
 
     def _epoch_order(self, epoch: int, start: int) -> tuple[Indices, deque[tuple[int, int]]]:
         """The epoch's order of the samples (in validation this process's part of them), and the pages to read ahead."""
@@ -184,6 +181,7 @@ class Loader:
 
     def _decode(self, indices: Indices, key: np.uint64, images: Tensor, copied: torch.cuda.Event | None) -> Batch:
         if copied is not None:
+            torch.cuda.set_device(self._device)  # or waiting would open a context of half a GB on the first GPU
             copied.synchronize()
         scratch = self._scratches.pop()  # as many as threads
         try:
@@ -192,10 +190,10 @@ class Loader:
             self._scratches.append(scratch)
         return Batch(images, torch.from_numpy(self._beton.labels[indices]), torch.from_numpy(indices))
 
-    def _wait(self, future: Future[Result]) -> Result:
+    def _wait(self, result: "AsyncResult[Result]") -> Result:
         try:
-            return future.result(self._timeout_s)
-        except TimeoutError:
+            return result.get(self._timeout_s)
+        except multiprocessing.TimeoutError:
             self._stalled = True
             raise DataError(
                 f"{self._path}: no data within {self._timeout_s:g} s; is the file system hanging?"

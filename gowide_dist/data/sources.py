@@ -51,8 +51,9 @@ def read_fashion_mnist(root: Path) -> SourceDataset:
     """Four idx files, gzipped or not. Raises DataError if one is missing or damaged."""
     if not root.is_dir():
         raise DataError(f"{root}: not found; run `apt install dataset-fashion-mnist` or give --root")
+    prefixes: dict[SplitName, str] = {"train": "train", "val": "t10k"}
     splits: dict[SplitName, ImageList] = {}
-    for split, prefix in _PLACEHOLDER:
+    for split, prefix in prefixes.items():
         images, labels = (
             read_idx(root / f"{prefix}-images-idx3-ubyte", 3),
             read_idx(root / f"{prefix}-labels-idx1-ubyte", 1),
