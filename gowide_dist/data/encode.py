@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -74,9 +74,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.jpg_share is None and (self.quality != Options.quality or self.max_side_px):
-            raise DataError(
-                "--quality, --max-side-px: stored images stay as they are; give a --write-mode to change them"
-            )
+            raise DataError("--quality and --max-side-px need a --write-mode: without, stored images stay as they are")
 
     def non_default(self) -> Encoding:
         """The options that change the result, where they differ from their default."""
@@ -105,8 +103,7 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
     if the disk is full. Nothing is then left under the final names.
     """
     options = options or Options(jpg_share_of(dataset))
-    if root is None and dataset == "fashion-mnist":
-        root = FASHION_MNIST_ROOT
+    root = root or (FASHION_MNIST_ROOT if dataset == "fashion-mnist" else None)
     if root is None:
         raise DataError(f"encode {dataset}: give the folder of the dataset as --root")
     if options.jpg_share is None and dataset != "ffcv":
@@ -150,21 +147,21 @@ def _divide(dataset: SourceDataset, options: Options) -> SourceDataset:
     """Hold out the validation split, then take the subset of the training images, as the options say."""
     splits = dict(dataset.splits)
     for option, count in (("held-out", options.held_out), ("subset", options.subset)):
-        train = splits["train"]
         if count is None:
             continue
+        train = splits["train"]
         if count >= len(train) + (option == "subset"):
             raise DataError(f"--{option} {count:,}: there are {len(train):,} training images")
         chosen = stratified(train.labels, count)
         if option == "held-out":
             if "val" in splits:
                 splits["test"] = splits["val"]
-            splits["val"] = train.take(np.flatnonzero(chosen))
+            splits["val"] = train.take(chosen)
             chosen = ~chosen
-        splits["train"] = train.take(np.flatnonzero(chosen))
+        splits["train"] = train.take(chosen)
     if "val" not in splits:
         raise DataError(f"{dataset.description}: no validation images; --held-out takes some of the training images")
-    return SourceDataset(dataset.description, dataset.classes, splits)
+    return replace(dataset, splits=splits)
 
 
 def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options: Options) -> DatasetInfo:
@@ -181,7 +178,7 @@ def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options
                 raise DataError(f"{out}: another process is encoding into it; wait for it, or choose another --out")
             try:
                 betons = sorted(path.name for path in out.glob("*.beton"))
-                if betons and not (out / FILE_NAME).exists() and not (out / PARTIAL).exists():  # nor a killed encode's
+                if betons and not (out / FILE_NAME).exists() and not (out / PARTIAL).exists():  # of a killed encode
                     raise DataError(
                         f"{out}: holds {betons[0]}, which was not encoded there; move it, or choose another --out"
                     )

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 from collections import deque
 from collections.abc import Generator
+from contextlib import closing
 from itertools import islice
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
@@ -122,14 +123,11 @@ class Loader:
 
     def preflight(self, num_classes: int) -> None:
         """Check before a long run: labels in range, a first batch in time. Raises DataError."""
-        labels = self._beton.labels
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise DataError(
-                f"{self._path}: labels {labels.min()} to {labels.max()}, but there are {num_classes} classes"
-            )
-        batches = self.batches()
-        next(batches)
-        batches.close()
+        low, high = self._beton.labels.min(), self._beton.labels.max()
+        if low < 0 or high >= num_classes:
+            raise DataError(f"{self._path}: labels {low} to {high}, but there are {num_classes} classes")
+        with closing(self.batches()) as batches:
+            next(batches)
 
     def batches(self, epoch: int = 0, start: int = 0, resolution: int | None = None) -> Generator[Batch, None, None]:
         """The batches of an epoch from step `start` on. One iteration at a time; closing it early stops the work ahead.
@@ -195,21 +193,19 @@ class Loader:
             return result.get(self._timeout_s)
         except multiprocessing.TimeoutError:
             self._stalled = True
-            raise DataError(
-                f"{self._path}: no data within {self._timeout_s:g} s; is the file system hanging?"
-            ) from None
+            line = f"{self._path}: no data within {self._timeout_s:g} s; is the file system hanging?"
+            raise DataError(line) from None
 
 
 def _check_images(
     beton: Beton, batching: Batching, geometry: decode.Geometry, resolution: int, *, train: bool, chosen: bool
 ) -> None:
     """Raises DataError if the images are too few, or if a Shift gets images of other sides than the resolution."""
-    if train and len(beton) < batching.global_batch:
-        raise DataError(f"{beton.path}: {len(beton):,} images, fewer than one batch of {batching.global_batch:,}")
-    if not train and not chosen and len(beton) < batching.num_processes:
-        raise DataError(
-            f"{beton.path}: {len(beton):,} images for {batching.num_processes} processes; start at most {len(beton):,}"
-        )
+    num, num_processes = len(beton), batching.num_processes
+    if train and num < batching.global_batch:
+        raise DataError(f"{beton.path}: {num:,} images, fewer than one batch of {batching.global_batch:,}")
+    if not train and not chosen and num < num_processes:
+        raise DataError(f"{beton.path}: {num:,} images for {num_processes} processes; start at most {num:,}")
     sides = np.concatenate([beton.heights, beton.widths])
     if isinstance(geometry, decode.Shift) and (sides.min() != resolution or sides.max() != resolution):
         raise DataError(
@@ -219,8 +215,7 @@ def _check_images(
 
 
 def _check_memory(path: Path, needed_bytes: int) -> None:
-    available = available_memory_bytes()
-    if needed_bytes > available:
+    if needed_bytes > (available := available_memory_bytes()):
         raise DataError(
             f"{path}: loading takes {needed_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free; "
             "take a smaller batch, fewer threads or more processes"

@@ -33,9 +33,9 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: NDArray[np.int64] | slice) -> "ImageList":
-        """The images `indices` (int64 [M]), in that order."""
-        return ImageList(self.items[indices], self.labels[indices])
+    def take(self, index: Any) -> "ImageList":
+        """The images of a slice, of indices (int64 [M], in that order) or of a mask (bool [N])."""
+        return ImageList(self.items[index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,8 @@ def read_fashion_mnist(root: Path) -> SourceDataset:
     prefixes: dict[SplitName, str] = {"train": "train", "val": "t10k"}
     splits: dict[SplitName, ImageList] = {}
     for split, prefix in prefixes.items():
-        images, labels = (
-            read_idx(root / f"{prefix}-images-idx3-ubyte", 3),
-            read_idx(root / f"{prefix}-labels-idx1-ubyte", 1),
-        )
+        images = read_idx(root / f"{prefix}-images-idx3-ubyte", 3)
+        labels = read_idx(root / f"{prefix}-labels-idx1-ubyte", 1)
         if len(images) != len(labels):
             raise DataError(f"{root}: {len(images):,} images but {len(labels):,} labels in the files {prefix}-*")
         if labels.max() >= len(FASHION_MNIST_CLASSES):

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from gowide_dist.data.beton import Beton
@@ -13,7 +13,7 @@ from gowide_dist.errors import DataError
 from gowide_dist.files import sha256
 from gowide_dist.progress import say, track
 
-_CHUNK = 1024
+_CHUNK = 64  # images that a thread is given at a time
 
 
 def verify_dataset(folder: Path, workers: int | None = None) -> DatasetInfo:
@@ -40,15 +40,12 @@ def _faults(path: Path, split: Split, num_classes: int, workers: int | None) -> 
         return
     if sha256(path) != split.checksum:
         yield "its checksum is not the one in dataset.json"
-    if beton.labels.min() < 0 or beton.labels.max() >= num_classes:
-        yield f"labels {beton.labels.min()} to {beton.labels.max()}, but {num_classes} classes"
-
-    def image_faults() -> Iterator[str | None]:
-        with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-            for start in range(0, len(beton), _CHUNK):
-                yield from pool.map(partial(_image_fault, beton), range(start, min(start + _CHUNK, len(beton))))
-
-    yield from filter(None, track(image_faults(), f"verifying {split.file}", len(beton)))
+    low, high = beton.labels.min(), beton.labels.max()
+    if low < 0 or high >= num_classes:
+        yield f"labels {low} to {high}, but {num_classes} classes"
+    with ThreadPool(workers or len(os.sched_getaffinity(0))) as pool:
+        faults = pool.imap(partial(_image_fault, beton), range(len(beton)), _CHUNK)
+        yield from filter(None, track(faults, f"verifying {split.file}", len(beton)))
 
 
 def _image_fault(beton: Beton, index: int) -> str | None:
