@@ -108,13 +108,10 @@ class StoredImage(NamedTuple):
     size: int
 
     def read(self) -> EncodedImage:
-        """Raises OSError if the file cannot be read, ValueError if it is too short."""
+        """Raises OSError if the file cannot be read."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            data = file.read(self.size)
-        if len(data) != self.size:
-            raise ValueError(f"{len(data):,} bytes instead of {self.size:,}")
-        return EncodedImage(self.mode, self.height, self.width, data)
+            return EncodedImage(self.mode, self.height, self.width, file.read(self.size))
 
 
 def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:

@@ -119,12 +119,10 @@ def _decode_jpeg(beton, index, num_rows, scratch):
     whose frame header claims fewer rows. The status is ignored: libjpeg warns of the data that then remain, and every
     image was decoded once when it was encoded.
     """
-    offset, size = beton.offsets[index], beton.sizes[index]
-    height, width = beton.heights[index], beton.widths[index]
-    stream = scratch.jpeg
-    stream[:size] = beton.bytes[offset : offset + size]
+    stream, size, width = scratch.jpeg, beton.sizes[index], beton.widths[index]
+    stream[:size] = beton.bytes[beton.offsets[index] :][:size]
     # Whole MCU rows, and one more, from which chroma upsampling takes the neighbours of the last row.
-    height = min(height, (num_rows + _MCU_PX) // _MCU_PX * _MCU_PX + _MCU_PX)
+    height = min(beton.heights[index], (num_rows + _MCU_PX) // _MCU_PX * _MCU_PX + _MCU_PX)
     # ITU T.81, B.1.1.4: SOI (2 bytes) is followed by marker segments: 0xFF, the marker's code, and a length of 2 bytes
     # that counts itself but not the marker. B.2.2: in the frame header, which is SOF0 (baseline), SOF1 (extended) or
     # SOF2 (progressive), P (precision, 1 byte) and Y (number of lines, 2 bytes, big-endian) follow: Y is bytes 5 and 6.
@@ -143,7 +141,7 @@ def _rgb(beton, index, num_rows, scratch):
     if beton.modes[index] == JPEG:
         _decode_jpeg(beton, index, num_rows, scratch)
         return scratch.pixels
-    return beton.bytes[beton.offsets[index] : beton.offsets[index] + beton.sizes[index]]
+    return beton.bytes[beton.offsets[index] :][: beton.sizes[index]]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -249,8 +247,7 @@ def _resize(pixels, width, rows, columns, flipped, image):
     for y in range(size):
         for k in range(row_most):
             weight = row_weights[y, k]
-            begin = ((row_first[y] + k) * width + left) * 3
-            values = pixels[begin : begin + num_values]
+            values = pixels[((row_first[y] + k) * width + left) * 3 :][:num_values]
             if k == 0:
                 for x in range(num_values):
                     row[x] = weight * values[x]

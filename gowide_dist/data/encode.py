@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -17,21 +17,11 @@ from typing import TypeAlias
 import numpy as np
 
 from gowide_dist import stop
+from gowide_dist.data import sources
 from gowide_dist.data.beton import Beton, BetonWriter
 from gowide_dist.data.images import BadImage, Sample, encode_sample
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
-from gowide_dist.data.sources import (
-    FASHION_MNIST_ROOT,
-    ImageList,
-    SourceDataset,
-    SplitName,
-    check_utf8,
-    read_cifar,
-    read_fashion_mnist,
-    read_ffcv,
-    read_image_folder,
-    stratified,
-)
+from gowide_dist.data.sources import ImageList, SourceDataset, SplitName
 from gowide_dist.errors import DataError
 from gowide_dist.files import PARTIAL, replacing, try_lock, writing_to
 from gowide_dist.progress import say, track
@@ -43,11 +33,11 @@ _CHUNK = 8  # files that a worker is sent at a time; raw ones take up to 8 MB ea
 _CHUNKS_AHEAD = 4  # for each worker
 
 READERS: dict[str, Callable[[Path], SourceDataset]] = {
-    "fashion-mnist": read_fashion_mnist,
-    "cifar10": partial(read_cifar, num_classes=10),
-    "cifar100": partial(read_cifar, num_classes=100),
-    "imagefolder": read_image_folder,
-    "ffcv": read_ffcv,
+    "fashion-mnist": sources.read_fashion_mnist,
+    "cifar10": partial(sources.read_cifar, num_classes=10),
+    "cifar100": partial(sources.read_cifar, num_classes=100),
+    "imagefolder": sources.read_image_folder,
+    "ffcv": sources.read_ffcv,
 }
 
 Encoding: TypeAlias = dict[str, str | int | float | bool | None]
@@ -78,8 +68,8 @@ class Options:
 
     def non_default(self) -> Encoding:
         """The options that change the result, where they differ from their default."""
-        default = asdict(Options())
-        return {name: value for name, value in asdict(self).items() if value != default[name] and name != "workers"}
+        default = vars(Options())
+        return {name: value for name, value in vars(self).items() if value != default[name] and name != "workers"}
 
 
 def jpg_share_of(dataset: str, write_mode: str | None = None) -> float | None:
@@ -103,7 +93,7 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
     if the disk is full. Nothing is then left under the final names.
     """
     options = options or Options(jpg_share_of(dataset))
-    root = root or (FASHION_MNIST_ROOT if dataset == "fashion-mnist" else None)
+    root = root or (sources.FASHION_MNIST_ROOT if dataset == "fashion-mnist" else None)
     if root is None:
         raise DataError(f"encode {dataset}: give the folder of the dataset as --root")
     if options.jpg_share is None and dataset != "ffcv":
@@ -112,14 +102,17 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
         raise DataError(f"{out}: is no folder; choose another --out")
     if out.resolve() == root.resolve():
         raise DataError(f"{out}: is the folder of the images; choose another --out")
-    check_utf8(root.resolve())
     encoding: Encoding = {"dataset": dataset, "root": str(root.resolve()), **options.non_default()}
     if info := find_encoded(out, encoding):
         return info
     try:
         source = READERS[dataset](root)
+        for name in (str(root.resolve()), *source.classes):
+            name.encode()  # dataset.json will hold it
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    except UnicodeEncodeError as error:
+        raise DataError(f"{error.object!a}: its name is no UTF-8; rename it") from None
     return write_dataset(out, _divide(source, options), encoding, options)
 
 
@@ -152,7 +145,7 @@ def _divide(dataset: SourceDataset, options: Options) -> SourceDataset:
         train = splits["train"]
         if count >= len(train) + (option == "subset"):
             raise DataError(f"--{option} {count:,}: there are {len(train):,} training images")
-        chosen = stratified(train.labels, count)
+        chosen = sources.stratified(train.labels, count)
         if option == "held-out":
             if "val" in splits:
                 splits["test"] = splits["val"]

@@ -41,10 +41,7 @@ def encode_sample(
     source: Path | StoredImage | Pixels, label: int, index: int, jpg_share: float | None, quality: int = 90,
     max_side_px: int | None = None,
 ) -> Sample | BadImage:  # fmt: skip
-    """Encode a file, or pixels [H, W] or [H, W, 3]. The arguments are those of `encode.Options`.
-
-    index: decides which samples become JPEG.
-    """
+    """Encode a file, or pixels [H, W] or [H, W, 3], as `encode.Options` says; `index` decides which become JPEG."""
     path = Path(f"sample {index}")
     image: EncodedImage | None = None
     try:

@@ -31,7 +31,6 @@ from gowide_dist.recipe import Data
 from gowide_dist.timeline import Batching
 
 _BATCHES_AHEAD = 2  # decoded ones that wait, beside one in the hands of each thread
-_WINDOW_PAGES = 256  # 2 GiB of the file
 
 Result = TypeVar("Result")
 Indices: TypeAlias = NDArray[np.int64]
@@ -64,9 +63,8 @@ class Loader:
 
     Training (train=True) goes through all samples in a random order, in whole batches. The images are augmented as
     `geometry` says, keyed by (seed, epoch, sample). order="quasi-random" reads a window of `window_pages` pages (8 MiB
-    each) at a time, ahead: for files larger than memory on slow disks.
-
-    Validation goes once through this process's part of the samples, or through `samples` alone (int64 [N]).
+    each) at a time, ahead: for files larger than memory on slow disks. Validation goes once through
+    this process's part of the samples, or through `samples` alone (int64 [N]).
 
     resolution: side of the images in pixels. num_threads: decoding threads of this process. Raises DataError if the
     file is damaged, if its images or the free memory do not fit, or if it cannot be read within timeout_s.
@@ -83,7 +81,7 @@ class Loader:
         seed: int = 0,
         samples: Indices | None = None,
         order: Literal["random", "quasi-random"] = "random",
-        window_pages: int = _WINDOW_PAGES,
+        window_pages: int = 256,
         num_threads: int = 1,
         timeout_s: float = 300.0,
     ):
@@ -99,14 +97,13 @@ class Loader:
             self.num_samples = len(self._beton)
             _check_images(self._beton, batching, geometry, resolution, train=train, chosen=samples is not None)
             if train:
-                self._samples = None
                 self._batching, self.steps_per_epoch = batching, self.num_samples // batching.global_batch
             else:  # a process goes through its part of the samples alone
                 if samples is None:
                     samples = validation_part(self.num_samples, batching.rank, batching.num_processes)
-                self._samples = samples
                 self._batching = Batching(batching.local_batch)
                 self.steps_per_epoch = math.ceil(len(samples) / batching.local_batch)
+            self._samples = samples
             self._arrays = decode.BetonArrays.of(self._beton)
             scratches = [decode.Scratch.of(self._arrays) for _ in range(num_threads)]
             buffers = self._num_ahead + 1, batching.local_batch * resolution * resolution * 3
