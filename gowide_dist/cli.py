@@ -93,11 +93,11 @@ def encode(
         str | None,
         typer.Option(help="raw, jpg or a fraction as JPEG; default: imagefolder jpg, ffcv unchanged, else raw."),
     ] = None,
-    quality: Annotated[int, typer.Option(help="JPEG quality, 1-100.")] = 90,
-    max_side_px: Annotated[int | None, typer.Option(help="Shrink images whose longer side exceeds this.")] = None,
-    subset: Annotated[int | None, typer.Option(help="Use only N training images, stratified by class.")] = None,
+    quality: Annotated[int, typer.Option(help="JPEG quality.", min=1, max=100)] = 90,
+    max_side_px: Annotated[int | None, typer.Option(help="Shrink images whose longer side exceeds it.", min=1)] = None,
+    subset: Annotated[int | None, typer.Option(help="Use only N training images, stratified by class.", min=1)] = None,
     held_out: Annotated[
-        int | None, typer.Option(help="Hold out N training images as the validation split, stratified by class.")
+        int | None, typer.Option(help="Use N training images for validation, stratified.", min=1)
     ] = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave out damaged images, and list them in skipped.txt.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that read files; default: one a core.", min=0)] = 0,
@@ -144,7 +144,7 @@ def verify(
     """
     from gowide_dist.data.verify import verify_dataset
 
-    print_line(f"{folder}: whole, {verify_dataset(folder).summary}")
+    print_line(f"{folder}: OK, {verify_dataset(folder).summary}")
 
 
 class BenchPart(StrEnum):
