@@ -132,7 +132,7 @@ def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
         return None
     if info.encoding != encoding:
         raise DataError(f"{out}: holds another dataset ({info.encoding}); remove it or choose another --out")
-    say(f"{out}: already encoded ({info.counts}); nothing to do")
+    say(f"{out}: already encoded ({info.summary}); nothing to do")
     return info
 
 
