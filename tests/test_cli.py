@@ -29,7 +29,7 @@ def test_encode_then_verify(tmp_path):
     assert "30 train, 20 val images in 10 classes" in encoded.stdout
     verified = gowide("data", "verify", tmp_path / "data")
     assert verified.returncode == 0, verified.stderr
-    assert "whole, 30 train, 20 val images" in verified.stdout
+    assert "OK, 30 train, 20 val images" in verified.stdout
     beton = tmp_path / "data" / "train.beton"
     beton.write_bytes(beton.read_bytes()[:-8] + b"12345678")
     damaged = gowide("data", "verify", tmp_path / "data")

@@ -29,6 +29,7 @@ from gowide_dist.data.order import (
 from gowide_dist.errors import DataError
 from gowide_dist.recipe import Data
 from gowide_dist.timeline import Batching
+from gowide_dist.world import copy_stream
 
 _BATCHES_AHEAD = 2  # decoded ones that wait, beside one in the hands of each thread
 
@@ -39,8 +40,8 @@ Indices: TypeAlias = NDArray[np.int64]
 class Batch(NamedTuple):
     """images: uint8 [B, H, W, 3] RGB, pinned where there is a GPU; labels: int64 [B]; sample indices: int64 [B].
 
-    The images are valid until the next batch is asked for: then their memory is used again. A copy to a GPU that has
-    been started by then, on the current stream, is waited for.
+    The images are valid until the next batch is asked for: then their memory is used again. A copy to a GPU that
+    `world.to_device` has started by then is waited for.
     """
 
     images: Tensor
@@ -90,7 +91,7 @@ class Loader:
         self._order, self._window_pages = order, window_pages
         self._timeout_s, self._stalled = timeout_s, False
         self._num_ahead = num_threads + _BATCHES_AHEAD
-        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
         self._threads = ThreadPool(num_threads)  # daemons: one stuck in a hanging file system does not keep the process
         try:
             self._beton = self._wait(self._threads.apply_async(Beton, (beton,)))
@@ -139,8 +140,12 @@ class Loader:
         pending: deque[AsyncResult[Batch]] = deque()
 
         def submit(count: int) -> None:
-            # The consumer may have returned a buffer whose copy to the GPU still runs: this event is after the copy.
-            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            # The consumer may have returned a buffer whose copy to the GPU still runs. This event is behind the copy,
+            # and not behind the step that it was for; a thread that waits for it sleeps, where it would else spin.
+            copied: torch.cuda.Event | None = None
+            if self._device:
+                copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                copied.record(copy_stream(self._device))
             for step in islice(steps, count):
                 while read_ahead and read_ahead[0][0] <= step:
                     self._beton.read_ahead(read_ahead.popleft()[1])

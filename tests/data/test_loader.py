@@ -160,9 +160,10 @@ def test_an_error_of_a_gpu_in_a_thread_reaches_the_consumer(
 
     threads, start = threading.active_count(), time.monotonic()
     loader = Loader(small_set / "train.beton", Batching(16), train=True, resolution=28, num_threads=2)
-    stream = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=lambda: None))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    loader._device = torch.device("cuda", 0)
+    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: event)
+    monkeypatch.setattr("gowide_dist.data.loader.copy_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_device", broken)
     with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
         next(loader.batches())
