@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from gowide_dist.recipe import Optim, Schedule
+from gowide_dist.stages import Optim, Schedule
 
 
 def learning_rate(step: int, steps: range, steps_per_epoch: int, optim: Optim, schedule: Schedule) -> float:
