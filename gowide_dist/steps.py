@@ -25,8 +25,9 @@ from gowide_dist.identity import identities
 from gowide_dist.launch.local import leave, num_gpus, torchrun
 from gowide_dist.pipeline import open_data, work
 from gowide_dist.prepare import check_data, check_group
-from gowide_dist.recipe import BlocksStage, Checkpoints, Recipe, Schedule, load_recipe
+from gowide_dist.recipe import Checkpoints, Recipe, load_recipe
 from gowide_dist.run import Run, read_metrics
+from gowide_dist.stages import BlocksStage, Schedule
 from gowide_dist.stop import WARNING_SIGNAL, Stopped
 
 # Of a stage, at most an epoch. The first half of each phase is left out: first calls are slow, and the loader has

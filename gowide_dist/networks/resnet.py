@@ -149,7 +149,7 @@ def build_network(architecture: Architecture | Mapping[str, Any], num_classes: i
     Raises RecipeError if the mapping is not a valid architecture.
     """
     if not isinstance(architecture, Architecture):
-        architecture = validate(Architecture, architecture, "network", lambda key: ".".join(map(str, key)))
+        architecture = validate(Architecture, architecture, "network")
     return ResNet(architecture, num_classes)
 
 

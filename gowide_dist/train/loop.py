@@ -95,9 +95,8 @@ class StageTraining:
         """Train the steps that are left, evaluate, write the weights."""
         total = self.timeline.total_steps
         self.track = Track(
-            self.name, total, "steps", start=self.step,
-            rate_unit="images", per_thing=self.recipe.batch_size, quiet=not self.world.is_main,
-        )  # fmt: skip
+            self.name, total, "steps", start=self.step, batch_size=self.recipe.batch_size, quiet=not self.world.is_main
+        )
         with self.track, self.writer:
             if self.step:
                 self.track.line(f"{self.name}  continues at step {self.step:,} of {total:,}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gowide_dist.networks.resnet import ResNet
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.transforms import linear_transform, merged
-from gowide_dist.recipe import BlocksStage, KlStage, LabelsStage
+from gowide_dist.stages import BlocksStage, KlStage, LabelsStage
 from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
 from gowide_dist.train.teacher_logits import TeacherOutput, merge_tail
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from gowide_dist.recipe import Optim, Stage
+from gowide_dist.stages import Optim, Stage
 from gowide_dist.timeline import Timeline
 
 

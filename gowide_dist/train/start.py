@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from gowide_dist.networks.resnet import ResNet, build_network, take_over
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
-from gowide_dist.recipe import Instance, KlStage, TaughtStage
+from gowide_dist.recipe import Instance
 from gowide_dist.run import Run
+from gowide_dist.stages import KlStage, TaughtStage
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.checkpoint import load_checkpoint, whole_checkpoints
 from gowide_dist.train.context import COMPUTE_DTYPES, TrainContext

@@ -8,8 +8,7 @@ import torch
 
 from gowide_dist.networks.resnet import build_network
 from gowide_dist.networks.teacher import Teacher
-from gowide_dist.recipe import Optim
-from gowide_dist.stages import BlocksStage, KlStage, LabelsStage
+from gowide_dist.stages import BlocksStage, KlStage, LabelsStage, Optim
 from gowide_dist.train import optim
 from gowide_dist.train.context import COMPUTE_DTYPES, TrainBatch
 from gowide_dist.train.objectives import build_objective

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gowide_dist.recipe import LabelsStage, Optim
+from gowide_dist.stages import LabelsStage, Optim
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.optim import MovingAverage, Optimizer, learning_rate
 
