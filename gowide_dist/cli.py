@@ -67,7 +67,7 @@ Only = Annotated[
     list[str] | None, Option(help="A stage and those that it needs; may be repeated.", autocompletion=complete_stage)
 ]
 Runs = Annotated[Path, Option(help="Folder of run directories.")]
-Fresh = Annotated[bool, Option(help="Delete what another recipe has left in this run's folder.")]
+Fresh = Annotated[bool, Option(help="Discard what unfinished stages have left in this run's folder.")]
 Nproc = Annotated[int | None, Option(help="Processes; default: one per GPU, else one per two cores.", min=1)]
 Dataset = Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "ffcv"]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -415,7 +415,7 @@ def main() -> None:
     try:
         status = app(prog_name="gowide", standalone_mode=False) or 0
         if status == 130:  # typer's, after Ctrl-C
-            line = "stopped; the same command continues"
+            line = "stopped; run the same command again to resume"
     except TyperException as error:  # wrong usage; without arguments the help is printed, and there is no message
         if message := error.format_message().replace("Value error, ", "").rstrip("."):
             command = getattr(getattr(error, "ctx", None), "command_path", "gowide")

@@ -80,7 +80,7 @@ def check_run(
     run = Run(runs / recipe.name)
     for path in (runs, run.path):
         if path.exists() and not path.is_dir():
-            raise RunError(f"{path}: is no folder; choose another place with --runs")
+            raise RunError(f"{path}: is not a folder; choose another place with --runs")
     prepared = Prepared(recipe, run, selected, identities(recipe, checksums))
     for instance in prepared.unfinished:
         stage_dir = run.stage(instance.key)

@@ -251,7 +251,7 @@ def _check_ramp(instance: Instance, data: Data) -> None:
     """Raises RecipeError if the data does not allow the stage's progressive resizing."""
     ramp, option = instance.stage.ramp, f"stages.{instance.stage_name}.ramp"
     if ramp and data.augment.crop is None:
-        raise RecipeError(f"{option}: resizes what data.augment.crop cuts out, which is not set")
+        raise RecipeError(f"{option}: needs data.augment.crop, which is not set")
     if ramp and ramp.start_px > data.resolution:
         raise RecipeError(f"{option}.start_px: {ramp.start_px} is more than the resolution {data.resolution}")
 

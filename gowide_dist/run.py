@@ -83,7 +83,9 @@ class StageDir:
         with suppress(OSError):
             if self.done and sha256(self.model) == self.done.model_sha256:
                 return
-        raise RunError(f"{self.model}: not the weights that were trained; delete {self.path} to train {self.key} again")
+        raise RunError(
+            f"{self.model}: weights missing or changed since training; delete {self.path} to train {self.key} again"
+        )
 
     def read_identity(self) -> dict[str, Any] | None:
         """The identity of the training that has claimed the folder, if any. Raises RunError if the file is damaged."""

@@ -104,12 +104,16 @@ class StageBase(Frozen):
     ramp: Ramp | None = None  # progressive resizing; needs data.augment.crop
     seed: Seed | None = None  # default: the recipe's; set, several recipes of other seeds can share one teacher
 
+    def num_phases(self, num_blocks: int) -> int:
+        """Phases of equal length, each of which trains its own subset of the parameters."""
+        return 1
+
     @model_validator(mode="after")
     def _check_epochs(self) -> StageBase:
         if self.epochs and self.optim is None:
             raise ValueError("optim is required to train")
         if not self.epochs and self.init is None:
-            raise ValueError("epochs: 0 takes the weights of init, which is missing")
+            raise ValueError("epochs: 0 needs init, whose weights it uses unchanged")
         return self
 
 
@@ -164,6 +168,9 @@ class BlocksStage(TaughtStage):
             trains = range(0 if self.prefix == "trained" else index, index + 1)
             phases.append(Phase(runs, trains, targets=range(index, index + 1)))
         return phases
+
+    def num_phases(self, num_blocks: int) -> int:
+        return len(self.phases(num_blocks))
 
     @model_validator(mode="after")
     def _check_prefix(self) -> BlocksStage:

@@ -27,7 +27,7 @@ from gowide_dist.pipeline import open_data, work
 from gowide_dist.prepare import check_data, check_group
 from gowide_dist.recipe import Checkpoints, Recipe, load_recipe
 from gowide_dist.run import Run, read_metrics
-from gowide_dist.stages import BlocksStage, Schedule
+from gowide_dist.stages import Schedule
 from gowide_dist.stop import WARNING_SIGNAL, Stopped
 
 # Of a stage, at most an epoch. The first half of each phase is left out: first calls are slow, and the loader has
@@ -83,7 +83,7 @@ def _shortened(recipe: Recipe, key: str, steps_per_epoch: int) -> tuple[int, Rec
     """The steps of one short epoch, equally many in each phase, and the recipe that records two lines for a phase."""
     instance, stage = recipe.instances[key], recipe.instances[key].stage
     assert stage.optim is not None, "a stage that trains has an optim"
-    num_phases = len(stage.phases(instance.architecture.num_blocks)) if isinstance(stage, BlocksStage) else 1
+    num_phases = stage.num_phases(instance.architecture.num_blocks)
     every = max(1, min(NUM_STEPS, steps_per_epoch) // (2 * num_phases))
     optim = stage.optim.model_copy(update={"lr": 1e-6})
     short = {"epochs": 1, "init": None, "ramp": None, "optim": optim, "schedule": Schedule(decay="constant")}

@@ -223,7 +223,7 @@ def choose_device(local_rank: int) -> torch.device:
     sees_own_gpu_alone = num_gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
     index = 0 if sees_own_gpu_alone else local_rank
     if index >= num_gpus:
-        raise UserError(f"more than {num_gpus} processes for {num_gpus} GPUs: one process per GPU, --nproc {num_gpus}")
+        raise UserError(f"more processes than GPUs ({num_gpus}): there is one process per GPU, --nproc {num_gpus}")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

@@ -131,7 +131,7 @@ def prepare_chain(
     run = Run(runs.absolute() / recipe.name)
     check_folder(run.slurm, profile)
     for name in {*profile.stages} - {*recipe.stages} - {*recipe.instances}:
-        sys.stderr.write(f"gowide: the cluster profile's stages.{name} is no stage of recipe {recipe.name}\n")
+        sys.stderr.write(f"gowide: cluster profile: stages.{name} matches no stage of recipe {recipe.name}; ignored\n")
     known = read_jobs(run.slurm)
     states = {key: state for key, state in newest_jobs(run.slurm, recipe.name).items() if not state.is_over}
     prepared = check_run(recipe, run.path.parent, only=only, fresh=fresh, in_jobs=states.keys())
@@ -156,7 +156,7 @@ def rehearse_chain(
     try:
         return prepare_chain(recipe, runs, profile, only=only, fresh=fresh)[1]
     except DataError as error:
-        sys.stderr.write(f"gowide: {error}; these are the jobs of a run of which nothing is finished\n")
+        sys.stderr.write(f"gowide: {error}; showing the jobs of a run that starts from scratch\n")
     run = Run(runs.absolute() / recipe.name)
     selected = recipe.select(only) if only else recipe.instances
     jobs = {key: _job(instance, recipe, run, profile) for key, instance in selected.items()}

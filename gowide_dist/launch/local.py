@@ -51,7 +51,7 @@ def choose_num_processes(recipe: Recipe, asked: int | None) -> int:
             with contextlib.suppress(RecipeError):
                 recipe.check_processes(number)
                 if number < default:
-                    say(f"{number} processes, for the batch of {recipe.batch_size} is not divisible by {default}")
+                    say(f"using {number} processes: batch_size {recipe.batch_size} is not divisible by {default}")
                 return number
         asked = 1
     if 0 < num_gpus() < asked:

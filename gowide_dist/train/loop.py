@@ -29,17 +29,17 @@ from gowide_dist.train.stream import Stream
 from gowide_dist.train.student import Student, TrainingError
 from gowide_dist.train.writing import Writer
 
-DATA_BOUND = 0.3  # part of the time spent waiting for data from which on the user is told
+DATA_BOUND = 0.3  # warn above this fraction of time spent waiting for data
 
 
 def train_together(instances: Sequence[Instance], ctx: TrainContext) -> list[Done]:
-    """Train instances of one stage that see the same images to their end, from wherever they stand; a collective.
+    """Train the instances of a stage to their end, continuing from their checkpoints; a collective.
 
-    One data stream and one teacher feed them all; each ends with the bits that it would have alone. They start at the
-    newest step that all of them have saved; where there is none, those ahead of the others train by themselves.
+    They see the same images and share one pass of the teacher; each ends bit-identical to training alone. Where their
+    checkpoints have no step in common, groups of them train one after the other (`start.start_steps`).
 
-    Raises RunError if a folder is another training's or another process writes it, TrainingError on a non-finite loss
-    or when out of memory.
+    Raises RunError if a folder belongs to another training run or another process is writing to it, TrainingError on a
+    non-finite loss or when out of memory.
     """
     assert len({(instance.stage_name, instance.data_seed) for instance in instances}) == 1
     configure_backends(ctx.recipe, instances[0].stage)
@@ -132,11 +132,12 @@ class StageTraining:
     def _after_step(self, phase: int, lr: float) -> None:
         """Record, evaluate, save and stop where these are due.
 
-        All processes come to the same decisions. What one process alone knows (a signal, a failed write) reaches the
-        others by the vote, a step later; when a checkpoint is due by the clock concerns rank 0 alone, which saves.
+        Every process decides alike, by the step and by the vote: an all-reduce that runs beside the next step and
+        tells all of a signal or a failed write that one of them knows of (`world.Ballot`). Only the clock differs
+        between processes, so a checkpoint that is due by the clock must need no other process: rank 0 alone writes.
         """
         step, recipe = self.step, self.recipe
-        epoch, step_of_epoch = divmod(step, self.timeline.steps_per_epoch)
+        epochs_done, step_of_epoch = divmod(step, self.timeline.steps_per_epoch)
         vote = self.world.vote(failed=self.writer.failed)
         if vote.failed:
             self.world.on_main(self.writer.check)  # raises on every process
@@ -144,10 +145,10 @@ class StageTraining:
         is_over = step == self.timeline.total_steps
         epoch_ends = step_of_epoch == 0
         phase_ends = step == self.timeline.phase(phase).stop
-        stop_due = vote.signum != 0 and not is_over
+        stop_due = vote.signum != 0 and not is_over  # one that is over finishes: that takes no longer than to save
         save_due = not is_over and (stop_due or is_multiple(step, recipe.checkpoints.every_steps))
-        evaluate_due = not is_over and epoch_ends and is_multiple(epoch, recipe.eval_every_epochs)
-        # A checkpoint without the averages up to it would lose them at a restart.
+        evaluate_due = not is_over and epoch_ends and is_multiple(epochs_done, recipe.eval_every_epochs)
+        # Before a checkpoint too: a restart would lose the losses that are not recorded yet.
         record_due = save_due or epoch_ends or phase_ends or is_multiple(step, recipe.log_every_steps)
 
         if record_due:
@@ -158,7 +159,7 @@ class StageTraining:
             self._save()
         if stop_due:
             self.world.on_main(self.writer.check)
-            self.track.line(f"{self.name}  saved at step {step:,} of {self.timeline.total_steps:,}: told to stop")
+            self.track.line(f"{self.name}  stop requested; saved at step {step:,} of {self.timeline.total_steps:,}")
             raise Stopped(vote.signum)
 
     def _record(self, lr: float) -> None:
@@ -193,7 +194,7 @@ class StageTraining:
     def _save(self) -> None:
         """Save every student, in the background."""
         self._count_seconds()
-        self.writer.wait()  # for the states before, so that never more than one of each is in memory
+        self.writer.wait()  # until the last checkpoint is written: one copy of a state in memory is enough
         for student in self.students:
             self.writer.write(partial(student.save, self.step, str(self.stream.digest)))
         self.saved_at = time.monotonic()
@@ -250,5 +251,5 @@ def display_name(instances: Sequence[Instance]) -> str:
 
 
 def is_multiple(count: int, interval: int | None) -> bool:
-    """Whether something that happens every `interval` counts, or never, happens now."""
+    """Whether `count` is a multiple of `interval`; False if there is none."""
     return interval is not None and count % interval == 0

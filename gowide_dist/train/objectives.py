@@ -1,6 +1,8 @@
 """What a stage minimises. An objective is one module that owns everything trainable; the teacher stands outside it.
 
-To add one: a stage model in `recipe` with its settings, a class here, a case in `build_objective`.
+To add one: its settings as a stage model in `stages` (and in the union `Stage` there), its formula in `losses`, a class
+and a case of `build_objective` here. Phases, stored outputs, costs, restarts and reports follow from these. It must run
+on the meta device, where costs are counted: no `.item()`, no tensor made on the CPU (tests/train/test_devices.py).
 
 Shapes: B images, C channels, H = W pixels, K classes. An objective called with images [B, 3, H, H] and labels [B] gives
 scalars by name, `loss` among them; `evaluate` gives losses and accuracies of every sample by name: [B] each. `stored`

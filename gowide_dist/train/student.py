@@ -166,7 +166,7 @@ class Student:
     def _diverged(self, step: int, newest: Path | None) -> TrainingError:
         """The error for a loss that is not finite at `step`, counted from 1. newest: the last checkpoint."""
         lr = learning_rate(step - 1, self.timeline, self.instance.stage)
-        kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was due before"
+        kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint has been written yet"
         return TrainingError(
             f"{self.instance.key}: the loss is not finite at step {step:,} (learning rate {lr:g}); "
             f"lower stages.{self.instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"

@@ -196,7 +196,7 @@ def _store(folder: Path, metadata: Metadata, layout: Layout, source: LogitsSourc
                     if vote.failed:
                         world.on_main(writer.check)  # raises on every process
                     if vote.signum:
-                        track.line(f"{name}  has the teacher's logits of {block} epochs: told to stop")
+                        track.line(f"{name}  stop requested; the teacher's logits of {block} epochs are stored")
                         raise Stopped(vote.signum)
                 writer.write(partial(_complete_block, folder, metadata, files, digests))
         world.on_main(writer.check)
@@ -263,7 +263,7 @@ def _check_room(folder: Path, layout: Layout) -> None:
     if (free := disk.f_bavail * disk.f_frsize) < missing:
         raise RunError(
             f"{folder}: the teacher's logits take {missing / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free; "
-            "make room, or store the best classes alone (top_k)"
+            "free disk space, or store only the top classes (top_k)"
         )
 
 
