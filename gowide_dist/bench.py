@@ -10,13 +10,13 @@ import importlib
 import multiprocessing
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from operator import truediv
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
 from gowide_dist.data.info import read_dataset_info
@@ -124,50 +124,39 @@ def loader(
         if not folder.is_dir():
             raise DataError(f"{folder}: not found; give the folder of class folders as --images")
         readings["torchvision"] = reading._replace(path=folder)
-    rates, memory = _race(readings)
-    ratios = {
-        key: round(statistics.median(map(truediv, rates["gowide_dist"], rates[name])), 3)
-        for name, key in _RATIOS.items()
-        if name in rates
-    }
+    rates: dict[str, list[float]] = {name: [] for name in readings}
+    memory: dict[str, int] = {}
+    with ExitStack() as stack:
+        context = multiprocessing.get_context("spawn")  # each loader in a process that no other warms up
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in readings}
+        for epoch in range(_ROUNDS + 1):
+            for name, each in readings.items():
+                rate, memory[name] = processes[name].submit(_run_epoch, name, each, epoch).result()
+                rates[name] += [rate] if epoch else []  # the first compiles, and warms the system's file cache
+    ratios = {name: median(map(truediv, rates["gowide_dist"], rates[name])) for name in _RATIOS if name in rates}
     return {
-        **ratios,
+        **{_RATIOS[name]: round(ratio, 3) for name, ratio in ratios.items()},
         "memory_over_ffcv": round(memory["gowide_dist"] / memory["ffcv"], 3),
-        "images_per_s": {name: round(statistics.median(values)) for name, values in rates.items()},
+        "images_per_s": {name: round(median(values)) for name, values in rates.items()},
         "memory_mib": {name: round(value / 2**20) for name, value in memory.items()},
     }
 
 
-def _race(readings: Mapping[str, Reading]) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Images per second in every round, and growth in bytes: in turns, each in a process that no other warms up."""
-    rates: dict[str, list[float]] = {name: [] for name in readings}
-    memory: dict[str, int] = {}
-    with ExitStack() as stack:
-        context = multiprocessing.get_context("spawn")
-        processes = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in readings}
-        for epoch in range(_ROUNDS + 1):
-            for name, reading in readings.items():
-                rate, memory[name] = processes[name].submit(_run_epoch, name, reading, epoch).result()
-                if epoch:  # the first compiles, and warms the system's file cache
-                    rates[name].append(rate)
-    return rates, memory
-
-
 def _run_epoch(name: str, reading: Reading, epoch: int) -> tuple[float, int]:
     """Images per second of an epoch in this process, and the peak growth of its memory."""
-    before, run = _opened(name, reading)
+    before, run = _open(name, reading)
     start = time.perf_counter()
     num_images = run(epoch)
     return num_images / (time.perf_counter() - start), memory_bytes("VmHWM") - before
 
 
 @functools.cache
-def _opened(name: str, reading: Reading) -> tuple[int, Epoch]:
+def _open(name: str, reading: Reading) -> tuple[int, Epoch]:
     """Memory after the imports, which count as no growth, and the opened loader."""
     for module in ("cv2", "torch", *(["ffcv.loader"] if name == "ffcv" else [])):
         importlib.import_module(module)
-    opens = {"gowide_dist": _own, "ffcv": _ffcv, "decode_only": _decode_only, "torchvision": _torchvision}
-    return memory_bytes("VmRSS"), opens[name](reading)
+    loaders = {"gowide_dist": _own, "ffcv": _ffcv, "decode_only": _decode_only, "torchvision": _torchvision}
+    return memory_bytes("VmRSS"), loaders[name](reading)
 
 
 def _own(reading: Reading) -> Epoch:
@@ -175,8 +164,8 @@ def _own(reading: Reading) -> Epoch:
     from gowide_dist.data.loader import Loader
 
     geometry = RandomResizedCrop(True, 0.08, 1.0, 3 / 4, 4 / 3) if reading.cropped else Shift(True, 4)
-    options: dict[str, Any] = {"geometry": geometry, "resolution": reading.side, "num_threads": reading.num_threads}
-    stream = Loader(reading.path, Batching(reading.batch_size), train=True, **options)
+    batching, threads = Batching(reading.batch_size), reading.num_threads
+    stream = Loader(reading.path, batching, train=True, geometry=geometry, resolution=reading.side, num_threads=threads)
     return lambda epoch: sum(len(batch.images) for batch in stream.batches(epoch))
 
 
@@ -189,8 +178,8 @@ def _ffcv(reading: Reading) -> Epoch:
         images = [RandomResizedCropRGBImageDecoder((reading.side, reading.side)), RandomHorizontalFlip(), ToTensor()]
     else:
         images = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(4), ToTensor()]
-    options: dict[str, Any] = {"order": OrderOption.RANDOM, "seed": 0, "pipelines": {"image": images}}
-    stream = Loader(str(reading.path), reading.batch_size, reading.num_threads, **options)
+    path, batch_size, order = str(reading.path), reading.batch_size, OrderOption.RANDOM
+    stream = Loader(path, batch_size, reading.num_threads, order=order, seed=0, pipelines={"image": images})
     return lambda _: sum(len(images) for images, _ in stream)
 
 
@@ -220,11 +209,12 @@ def _torchvision(reading: Reading) -> Epoch:
 
     crop = v2.RandomResizedCrop(reading.side) if reading.cropped else v2.RandomCrop(reading.side, padding=4)
     images = ImageFolder(reading.path, v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]))
-    options: dict[str, Any] = {
-        "shuffle": True,
-        "num_workers": reading.num_threads,
-        "drop_last": True,
-        "persistent_workers": True,
-    }
-    stream = torch.utils.data.DataLoader(images, reading.batch_size, **options)
+    stream = torch.utils.data.DataLoader(
+        images,
+        reading.batch_size,
+        shuffle=True,
+        num_workers=reading.num_threads,
+        drop_last=True,
+        persistent_workers=True,
+    )
     return lambda _: sum(len(images) for images, _ in stream)

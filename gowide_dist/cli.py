@@ -84,14 +84,16 @@ def encode(
         str | None,
         Option(help="raw, jpg or a fraction as JPEG; default: imagefolder jpg, ffcv unchanged, else raw."),
     ] = None,
-    quality: Annotated[int, Option(help="JPEG quality, 1-100.")] = 90,
-    max_side_px: Annotated[int | None, Option(help="Shrink images whose longer side exceeds this.")] = None,
-    subset: Annotated[int | None, Option(help="Use only N training images, stratified by class.")] = None,
-    held_out: Annotated[int | None, Option(help="Hold out N training images as val, stratified by class.")] = None,
+    quality: Annotated[int, Option(help="JPEG quality.", min=1, max=100)] = 90,
+    max_side_px: Annotated[int | None, Option(help="Shrink images whose longer side exceeds it.", min=1)] = None,
+    subset: Annotated[int | None, Option(help="Use only N training images, stratified by class.", min=1)] = None,
+    held_out: Annotated[int | None, Option(help="Use N training images for validation, stratified.", min=1)] = None,
     skip_bad: Annotated[bool, Option(help="Leave out damaged images, and list them in skipped.txt.")] = False,
     workers: Annotated[int, Option(help="Processes that read files; default: one a core.", min=0)] = 0,
     cluster: Annotated[Path | None, Option(help="Encode in a Slurm job, by this cluster profile.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="With --cluster: print the sbatch script, and stop.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="With --cluster: print the sbatch script, and do nothing.")
+    ] = False,
 ) -> None:
     """Write a dataset as FFCV files, every image decoded once on the way; with --cluster as a Slurm job.
 
@@ -128,7 +130,7 @@ def verify(folder: Annotated[Path, Argument(help="A folder written by `gowide en
     """
     from gowide_dist.data.verify import verify_dataset
 
-    print_line(f"{folder}: whole, {verify_dataset(folder).summary}")
+    print_line(f"{folder}: OK, {verify_dataset(folder).summary}")
 
 
 @app.command()

@@ -25,14 +25,15 @@ from gowide_dist.identity import identities
 from gowide_dist.launch.local import leave, num_gpus, torchrun
 from gowide_dist.pipeline import open_data, work
 from gowide_dist.prepare import check_data, check_group
-from gowide_dist.recipe import Checkpoints, Instance, Recipe, load_recipe
+from gowide_dist.recipe import Checkpoints, Recipe, load_recipe
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.stages import BlocksStage, Schedule
 from gowide_dist.stop import WARNING_SIGNAL, Stopped
 
-NUM_STEPS = 100  # of a stage, at most an epoch: several times as many as the loader has batches ready when they begin
+# Of a stage, at most an epoch. The first half of each phase is left out: first calls are slow, and the loader has
+# batches ready.
+NUM_STEPS = 100
 LIMIT_S = 60.0  # of a stage, where its steps take longer
-_RECORDS = 10  # lines of metrics.jsonl in a phase, of which the first fifth is left out: first calls are slow
 
 
 class StepTimes(NamedTuple):
@@ -56,18 +57,17 @@ def run_steps(recipe: Recipe, keys: Sequence[str], num_processes: int) -> StepTi
     """
     check_group(recipe, num_processes, on_gpus=num_gpus() > 0)
     check_data(recipe)
-    num_steps, lines_per_phase, short = _shortened(recipe, recipe.instances[keys[0]])
     with tempfile.TemporaryDirectory(prefix="gowide-steps-") as folder:
         run = Run(Path(folder) / "run")
-        run.write_recipe(short)
+        run.write_recipe(recipe)
         launched = time.monotonic()
-        torchrun("gowide_dist.steps", [str(run.path), str(num_steps), str(LIMIT_S), *keys], num_processes)
+        torchrun("gowide_dist.steps", [str(run.path), str(LIMIT_S), *keys], num_processes)
         report = json.loads((run.path / "steps.json").read_text())
         start_s = time.monotonic() - launched - report["seconds"]
         lines = [line for line in read_metrics(run.stage(keys[0]).metrics) if line["kind"] == "train"]
     if not lines:
         raise UserError(f"{keys[0]}: no training step within {LIMIT_S:g} s; try a smaller batch_size")
-    step_s, data_wait = _warm_means(lines, lines_per_phase, recipe.batch_size)
+    step_s, data_wait = _warm_means(lines, recipe.batch_size)
     num_steps = lines[-1]["step"]
     fixed_s = max(0.0, report["seconds"] - num_steps * step_s)
     return StepTimes(num_steps, step_s, data_wait, report["memory_bytes"], start_s, fixed_s)
@@ -79,30 +79,27 @@ def memory_bytes(key: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def _shortened(recipe: Recipe, instance: Instance) -> tuple[int, int, Recipe]:
-    """The steps of one short epoch, equally many in each phase; the lines recorded in a phase; the recipe for them."""
-    stage, possible = instance.stage, check_split(recipe.data.train).samples // recipe.batch_size
+def _shortened(recipe: Recipe, key: str, steps_per_epoch: int) -> tuple[int, Recipe]:
+    """The steps of one short epoch, equally many in each phase, and the recipe that records two lines for a phase."""
+    instance, stage = recipe.instances[key], recipe.instances[key].stage
     assert stage.optim is not None, "a stage that trains has an optim"
     num_phases = len(stage.phases(instance.architecture.num_blocks)) if isinstance(stage, BlocksStage) else 1
-    phase_steps = max(1, min(NUM_STEPS, possible) // num_phases)
-    every = max(1, phase_steps // _RECORDS)
-    num_lines = phase_steps // every
+    every = max(1, min(NUM_STEPS, steps_per_epoch) // (2 * num_phases))
     optim = stage.optim.model_copy(update={"lr": 1e-6})
     short = {"epochs": 1, "init": None, "ramp": None, "optim": optim, "schedule": Schedule(decay="constant")}
     stages = {**recipe.stages, instance.stage_name: stage.model_copy(update=short)}
     changes = {"stages": stages, "log_every_steps": every, "checkpoints": Checkpoints(every_minutes=None)}
-    return min(possible, num_phases * num_lines * every), num_lines, recipe.model_copy(update=changes)
+    return min(steps_per_epoch, num_phases * 2 * every), recipe.model_copy(update=changes)
 
 
-def _warm_means(lines: Sequence[Mapping[str, Any]], lines_per_phase: int, batch_size: int) -> tuple[float, float]:
-    """Seconds of a step and the part spent waiting for data, over the warm lines of each phase, or all if none is."""
-    cold = max(1, lines_per_phase // 5)
-    warm = [line for index, line in enumerate(lines) if index % lines_per_phase >= cold] or lines
+def _warm_means(lines: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[float, float]:
+    """Seconds of a step and the part spent waiting for data, over the second line of each phase, if there is one."""
+    warm = lines[1::2] or lines
     seconds = [batch_size / line["images_per_s"] for line in warm]
     return fmean(seconds), fmean((line["data_wait"] for line in warm), seconds)
 
 
-def _train(run: Run, keys: Sequence[str], num_steps: int, limit_s: float) -> None:
+def _train(run: Run, keys: Sequence[str], limit_s: float) -> None:
     """Train, and write `steps.json`; every process of the group calls this."""
     import torch
 
@@ -114,6 +111,7 @@ def _train(run: Run, keys: Sequence[str], num_steps: int, limit_s: float) -> Non
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # accuracies of untrained networks would confuse
     recipe, checksums = check_data(load_recipe(run.recipe_path))
+    num_steps, recipe = _shortened(recipe, keys[0], check_split(recipe.data.train).samples // recipe.batch_size)
     instances = [recipe.instances[key] for key in keys]
     with worlds.join() as world, open_data(recipe, world) as data:
 
@@ -143,8 +141,8 @@ def _train(run: Run, keys: Sequence[str], num_steps: int, limit_s: float) -> Non
 
 def main() -> int:
     """Entry of each process of `run_steps`; exit status as of `pipeline.main`."""
-    folder, num_steps, limit_s, *keys = sys.argv[1:]
-    return work(lambda: _train(Run(Path(folder)), keys, int(num_steps), float(limit_s)), Path(folder))
+    folder, limit_s, *keys = sys.argv[1:]
+    return work(lambda: _train(Run(Path(folder)), keys, float(limit_s)), Path(folder))
 
 
 if __name__ == "__main__":

@@ -84,10 +84,8 @@ def stage_cost(
 ) -> StageCost:
     """The cost of training an instance on `num_images` images at once. side: px; default: the data's resolution."""
     teacher = recipe.instances[instance.teacher].architecture if instance.teacher else None
-    num_images = max(2, num_images)  # batch norms refuse a single value
-    return _count(
-        instance.stage, instance.architecture, teacher, num_classes, side or recipe.data.resolution, num_images
-    )
+    side, num_images = side or recipe.data.resolution, max(2, num_images)  # batch norms refuse a single value
+    return _count(instance.stage, instance.architecture, teacher, num_classes, side, num_images)
 
 
 def training_macs(
@@ -105,17 +103,12 @@ def training_macs(
 
 @cache
 def _count(
-    stage: Stage,
-    architecture: Architecture,
-    taught_by: Architecture | None,
-    num_classes: int,
-    side: int,
-    num_images: int,
+    stage: Stage, student: Architecture, taught_by: Architecture | None, num_classes: int, side: int, num_images: int
 ) -> StageCost:
     network = _on_meta(taught_by, num_classes) if taught_by else None
     with torch.device("meta"):
         teacher = Teacher(network) if network else None
-        objective = build_objective(stage, _on_meta(architecture, num_classes), teacher, seed=0)
+        objective = build_objective(stage, _on_meta(student, num_classes), teacher, seed=0)
     images, labels = _batch(num_images, side)
     phases = [_count_phase(objective, teacher, phase, images, labels) for phase in range(objective.num_phases)]
     macs, trained, _, _ = zip(*phases, strict=True)
@@ -123,10 +116,10 @@ def _count(
     objective.eval()
     with teacher.cached() if teacher else nullcontext():
         both = _flops(lambda: objective.evaluate(images, labels))
-        student = _flops(lambda: objective.evaluate(images, labels)) if teacher else both
+        known = _flops(lambda: objective.evaluate(images, labels)) if teacher else both
     return StageCost(
         _mean(macs),
-        validation=MacsPerImage(*(flops / 2 / num_images for flops in (student, 0, both - student))),
+        validation=MacsPerImage(*(flops / 2 / num_images for flops in (known, 0, both - known))),
         weights=_num_parameters(objective),
         trained=max(trained),
         teacher_weights=_num_parameters(network) if network else 0,

@@ -155,12 +155,8 @@ def _progress(recipe: Recipe, runs: Path) -> dict[str, str | int]:
 def _plan_stage(
     instance: Instance, recipe: Recipe, size: DataSize, resources: Resources, progress: str | int, teacher_runs: bool
 ) -> StagePlan:
-    device, num_processes, epochs, optim = (
-        device_of(resources),
-        resources.num_processes[0],
-        instance.stage.epochs,
-        instance.stage.optim,
-    )
+    epochs, optim = instance.stage.epochs, instance.stage.optim
+    device, num_processes = device_of(resources), resources.num_processes[0]
     recipe.check_processes(num_processes)
     batching = Batching(recipe.batch_size, num_processes, accumulate=optim.accumulate if optim else 1)
     timeline = Timeline(batching, size.train // recipe.batch_size, epochs)
@@ -297,14 +293,13 @@ def plan_table(plan: Plan) -> str:
         )
         for stage in plan.stages
     ]  # fmt: skip
-    return "\n".join(
-        [
-            f"{plan.recipe}: forward, backward and teacher in MFLOPs for a training image; time of what is left",
-            f"{table(head, rows, left=(0, 1))}\n",
-            f"one after the other: {duration(plan.hours)}; on all devices: {duration(plan.device_hours)}",
-            f"longest path: {duration(plan.longest_hours)}, {' -> '.join(plan.longest_path)}",
-            listed(plan.assumptions),
-            *(f"warning: {line}" for line in plan.warnings),
-            *(f"note: {line}" for line in plan.notes),
-        ]
-    )
+    lines = [
+        f"{plan.recipe}: forward, backward and teacher in MFLOPs for a training image; time of what is left",
+        f"{table(head, rows, left=(0, 1))}\n",
+        f"one after the other: {duration(plan.hours)}; on all devices: {duration(plan.device_hours)}",
+        f"longest path: {duration(plan.longest_hours)}, {' -> '.join(plan.longest_path)}",
+        listed(plan.assumptions),
+        *(f"warning: {line}" for line in plan.warnings),
+        *(f"note: {line}" for line in plan.notes),
+    ]
+    return "\n".join(lines)

@@ -39,7 +39,7 @@ def stage_seconds(
     validated = (epochs // recipe.eval_every_epochs or 1) * size.val
     computing = steps * compute + validated * 2 * cost.validation.total / (num_devices * device.flops)
     training = computing + steps * (exposed + waiting)
-    save_every_s, timeout_s = _save_every_s(recipe, nodes), 60 * nodes.timeout_min
+    save_every_s, timeout_s = 60 * (recipe.checkpoints.every_minutes or nodes.timeout_min), 60 * nodes.timeout_min
     saving = training // save_every_s * 8 * cost.weights / (1e9 * device.write_gb_s)
     lost = min(save_every_s, timeout_s) / 2 + device.start_s
     again = restarts(device.start_s + training + saving, timeout_s, lost)
@@ -52,10 +52,6 @@ def stage_seconds(
     }
 
 
-def _save_every_s(recipe: Recipe, nodes: Resources) -> float:
-    return 60 * (recipe.checkpoints.every_minutes or nodes.timeout_min)
-
-
 def scale_nodes(recipe: Recipe, size: DataSize, profile: Profile | None) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """What is assumed, and a row for the chain on each number of nodes of the profile's kind (default: 8 GPUs).
 
@@ -63,6 +59,7 @@ def scale_nodes(recipe: Recipe, size: DataSize, profile: Profile | None) -> tupl
     """
     nodes = profile or EIGHT_GPUS
     device, per_node, batch_size = device_of(nodes), nodes.tasks_per_node, recipe.batch_size
+    save_every_min = recipe.checkpoints.every_minutes or nodes.timeout_min
     if batch_size < per_node:
         raise UserError(f"batch_size: {batch_size} images are fewer than the {per_node} devices of a node")
     parents = {key: instance.parents for key, instance in recipe.instances.items()}
@@ -91,7 +88,7 @@ def scale_nodes(recipe: Recipe, size: DataSize, profile: Profile | None) -> tupl
         "gradients": "4 bytes a trained parameter; one ring, 2 (n - 1) / n x bytes / slowest link; "
         f"{device.overlap:.0%} of its time at most, no longer than the backward pass, is hidden",
         "links": f"{device.within_node_gb_s:g} GB/s in a node, {device.between_nodes_gb_s:g} GB/s between nodes",
-        "checkpoints": f"every {_save_every_s(recipe, nodes) / 60:,.0f} minutes, {device.write_gb_s:g} GB/s",
+        "checkpoints": f"every {save_every_min:,.0f} minutes, {device.write_gb_s:g} GB/s",
         "restarts": f"every {nodes.timeout_min / 60:g} hours; lose half a checkpoint interval and {device.start_s:g} s",
         "jobs": "each on all the nodes of its row; independent ones at the same time; no waiting in the queue",
     }, rows

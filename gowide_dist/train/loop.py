@@ -13,7 +13,6 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from gowide_dist.data.loader import Loader
 from gowide_dist.networks.teacher import Teacher
@@ -23,6 +22,7 @@ from gowide_dist.run import Done
 from gowide_dist.stop import Stopped
 from gowide_dist.train.context import TrainBatch, TrainContext, configure_backends
 from gowide_dist.train.metrics import mean_over_samples
+from gowide_dist.train.objectives import Losses
 from gowide_dist.train.optim import learning_rate
 from gowide_dist.train.start import build_students, start_steps
 from gowide_dist.train.stream import Stream
@@ -110,14 +110,11 @@ class StageTraining:
 
     def _train_phase(self, phase: int) -> None:
         """Train from the current step to the end of `phase`."""
-        steps = self.timeline.phase(phase)
-        optim, schedule = self.stage.optim, self.stage.schedule
-        assert optim is not None, "a stage that trains has an optim"
         blank = self.stream.blank(self.timeline.batching)
         for student in self.students:
             student.begin_phase(phase, blank)
-        for batch in self.stream.train(self.timeline, self.step, steps.stop):
-            lr = learning_rate(self.step, steps, self.timeline.steps_per_epoch, optim, schedule)
+        for batch in self.stream.train(self.timeline, self.step, self.timeline.phase(phase).stop):
+            lr = learning_rate(self.step, self.timeline, self.stage)
             self._train_step(batch, lr)
             self.step += 1
             self._after_step(phase, lr)
@@ -169,14 +166,11 @@ class StageTraining:
         steps_per_s, data_wait = self.stream.throughput.flush()
         losses = [student.mean_losses() for student in self.students]
         self.stream.digest.collect(self.world)
+        speed = {"data_wait": data_wait, "images_per_s": steps_per_s * self.recipe.batch_size}
         for student, means in zip(self.students, losses, strict=True):
             comm_wait = min(1 - data_wait, self.world.communication_s(student.wrapped) * steps_per_s)
-            speed = {
-                "data_wait": data_wait,
-                "comm_wait": comm_wait,
-                "images_per_s": steps_per_s * self.recipe.batch_size,
-            }
-            self.writer.write(partial(student.record, "train", self.step, {"lr": lr, **means, **speed}))
+            values = {"lr": lr, **means, **speed, "comm_wait": comm_wait}
+            self.writer.write(partial(student.record, "train", self.step, values))
         self.track.update(self.step, "loss " + ", ".join(f"{means['loss']:.4f}" for means in losses))
         if data_wait > DATA_BOUND and not self.warned_of_data:
             self.warned_of_data = True
@@ -229,14 +223,9 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Each student's means over the validation set: its losses, and accuracies in %; a collective."""
 
-    def per_sample(batch: TrainBatch) -> dict[tuple[int, str], Tensor]:
-        """Losses and accuracies by student and name, [B] each."""
+    def evaluate_batch(batch: TrainBatch) -> list[Losses]:
         with teacher.cached() if teacher else nullcontext():
-            return {
-                (index, name): values
-                for index, student in enumerate(students)
-                for name, values in student.objective.evaluate(*batch).items()
-            }
+            return [student.objective.evaluate(*batch) for student in students]
 
     with ExitStack() as stack:
         for student in students:
@@ -246,12 +235,10 @@ def evaluate(
         stack.enter_context(ctx.autocast())
         for student in students:
             ctx.world.broadcast_buffers(student.objective)
-        means = mean_over_samples(map(per_sample, stream.validation()), ctx.world)
-    results = []
-    for index, student in enumerate(students):
+        results = mean_over_samples(map(evaluate_batch, stream.validation()), ctx.world)
+    for student, means in zip(students, results, strict=True):
         student.objective.train()
-        own = {name: value for (of, name), value in means.items() if of == index}
-        results.append({name: 100 * value if name in ("top1", "top5") else value for name, value in own.items()})
+        means |= {name: 100 * means[name] for name in ("top1", "top5")}
     return results
 
 

@@ -126,8 +126,8 @@ class Subject:
 
         first = self.inputs[0][0][:1], self.inputs[0][1][:1]
 
-        def source(epoch: int | None) -> Iterator[Tensor]:
-            return forward([first] if epoch is None else self.inputs)
+        def source(block: int) -> Iterator[Tensor]:
+            return forward(self.inputs if block < layout.epochs else [first])
 
         with contextlib.redirect_stdout(io.StringIO()):
             logits = stored_logits(self.folder, {"for": "bench"}, layout, source, self.world, "bench")

@@ -63,7 +63,7 @@ def test_a_step_leaves_no_tensor_behind_and_asks_for_no_scalar(monkeypatch, fami
         optimizer = Optimizer(objective, Optim(lr=0.1, momentum=0.9, clip_norm=1.0), scaled=False)
         objective.train()
         for part in batch.chunk(2):
-            losses = objective(part.images, part.labels, 0, part.teacher_output)
+            losses = objective(part.images, part.labels, 0, part.stored)
             optimizer.backward(losses["loss"] / 2)
         optimizer.step(0.1)
         average.update()
