@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,6 +71,7 @@ Runs = Annotated[Path, Option(help="Folder of run directories.")]
 Fresh = Annotated[bool, Option(help="Discard what unfinished stages have left in this run's folder.")]
 Nproc = Annotated[int | None, Option(help="Processes; default: one per GPU, else one per two cores.", min=1)]
 Dataset = Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "ffcv"]
+BenchPart = StrEnum("BenchPart", ["loader", "stages"])  # typer has no lists of Literal
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
@@ -138,7 +140,7 @@ def bench(
     nproc: Nproc = None,
     data: Annotated[Path | None, Option(help="Another dataset than the recipe's, for the loader.")] = None,
     images: Annotated[Path | None, Option(help="The same images as class folders, for torchvision.")] = None,
-    only: Annotated[list[Literal["loader", "stages"]] | None, Option(help="Measure only this.")] = None,
+    only: Annotated[list[BenchPart] | None, Option(help="Measure only this.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure whether this machine feeds and trains a recipe.
@@ -154,7 +156,7 @@ def bench(
     from gowide_dist.bench import loader, machine, stages, tables
     from gowide_dist.insight.text import table
 
-    recipe, parts = load_recipe(job, overrides or []), only or ["loader", "stages"]
+    recipe, parts = load_recipe(job, overrides or []), only or list(BenchPart)
     if (data or images) and "loader" not in parts:
         raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
     results: dict[str, Any] = {"machine": machine()}

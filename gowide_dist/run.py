@@ -225,12 +225,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; none if it is absent. Damaged lines, as a kill leaves them, are left out."""
     lines: list[dict[str, Any]] = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and {"kind", "step"} <= line.keys():
-            lines.append(line)
+        with suppress(ValueError):
+            if isinstance(line := json.loads(text), dict) and {"kind", "step"} <= line.keys():
+                lines.append(line)
     return lines
 
 

@@ -85,12 +85,11 @@ def read_jobs(folder: Path) -> dict[str, list[str]]:
     """The ids of the jobs submitted for each stage instance, newest last."""
     path = folder / "jobs.json"
     try:
-        jobs: dict[str, list[str]] = json.loads(path.read_bytes())
+        return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path}: damaged; cancel this run's jobs with scancel and delete it") from error
-    return jobs
 
 
 def write_job(folder: Path, key: str, job_id: str) -> None:

@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 MANY_TIMEOUTS = 10_000  # a stage goes on over as many allocations as it needs
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that Linux gives to outgoing connections
 LEFT_FOR_SLURM_S = 60  # longer than Slurm takes to end a process after SIGTERM (KillWait, 30 s by default)
+# The error file of this start holds the line of a UserError, which trying again would not mend.
+TEARDOWN = """\
+status=$?
+# a process crashed, hung or was killed, with nothing for the user to mend: again, {retries} times at most
+job={folder}/$SLURM_JOB_ID
+if [ $status -ne 0 ] && [ ! -e "${{job}}_${{SLURM_RESTART_COUNT:-0}}_error.json" ] &&
+   [ "$(cat "${{job}}_retries" 2> /dev/null | wc -l)" -lt {retries} ]; then
+  date >> "${{job}}_retries"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
+"""
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,12 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
 
     resources, num_cpus = job.resources, job.resources.cpus_per_task
     own = {"requeue": True, "kill-on-invalid-dep": "yes", "nodes": resources.nodes}
+    environment = {
+        "OMP_NUM_THREADS": str(num_cpus),
+        "GOWIDE_COLLECTIVE_TIMEOUT_S": str(resources.collective_timeout_s),
+        **job.environment,
+        **resources.environment,
+    }
     executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS)
     as_sbatch_has_them = {"partition", "account", "qos", "constraint", "exclude", "cpus_per_task", "signal_delay_s"}
     executor.update_parameters(
@@ -150,36 +168,10 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         dependency=dependency or None,
         wckey=None,  # submitit's default is its own name
         stderr_to_stdout=True,
-        setup=_setup(job),
+        setup=[*resources.setup, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())],
         # srun does not inherit sbatch's --cpus-per-task since Slurm 22.05.
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={num_cpus}", f"--cpu-bind={resources.cpu_bind}"],
-        teardown=_teardown(folder, resources.retries),
+        teardown=TEARDOWN.format(folder=shlex.quote(str(folder)), retries=resources.retries).splitlines(),
         additional_parameters={**own, **resources.sbatch},
     )
     return executor
-
-
-def _setup(job: Job) -> list[str]:
-    resources = job.resources
-    environment = {
-        "OMP_NUM_THREADS": str(resources.cpus_per_task),
-        "GOWIDE_COLLECTIVE_TIMEOUT_S": str(resources.collective_timeout_s),
-        **job.environment,
-        **resources.environment,
-    }
-    return [*resources.setup, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())]
-
-
-def _teardown(folder: Path, retries: int) -> list[str]:
-    """Requeue the job when a process crashed, hung or was killed, unless there is the line of a UserError."""
-    return [
-        "status=$?",
-        f"# a process crashed, hung or was killed, with nothing for the user to mend: again, {retries} times at most",
-        f"job={shlex.quote(str(folder))}/$SLURM_JOB_ID",
-        'if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&',
-        f'   [ "$(cat "${{job}}_retries" 2> /dev/null | wc -l)" -lt {retries} ]; then',
-        '  date >> "${job}_retries"',
-        '  scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-        "exit $status",
-    ]
