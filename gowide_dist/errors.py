@@ -1,6 +1,7 @@
 """Errors that the user sees as one line."""
 
 import errno
+import os
 
 
 class UserError(Exception):
@@ -26,6 +27,14 @@ class RunError(UserError):
     """A run directory is damaged, locked or another recipe's, or a file cannot be written."""
 
 
+def number_from(variable: str, default: int) -> int:
+    """The whole number in a variable of the environment; of a list, as OMP_NUM_THREADS may be, the first."""
+    text = os.environ.get(variable, "").partition(",")[0].strip() or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{variable}={text}: should be a whole number")
+    return int(text)
+
+
 FULL_DISK = "disk full or quota exceeded; free space and run the same command again"
 
 
@@ -33,6 +42,8 @@ def mendable(error: OSError) -> str | None:
     """The line for an OSError that the user can mend; None for any other."""
     if is_full(error):
         return FULL_DISK
+    if error.errno == errno.EROFS:
+        return f"{error.filename or 'the file system'}: {error.strerror}; choose another place"
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}; change its permissions, or choose another place"
     return None

@@ -46,10 +46,15 @@ class HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sha256 = file, hashlib.sha256()
         self.flush = file.flush
+        self.failure: OSError | None = None  # of a write: who writes through this may raise something else in its place
 
     def write(self, content: bytes | memoryview) -> int:
         self._sha256.update(content)
-        return self._file.write(content)
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def sync(self) -> str:
         """Write buffers to the disk; the SHA-256 of the content."""

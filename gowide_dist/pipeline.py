@@ -140,16 +140,17 @@ def work(task: Callable[[], None], path: Path) -> int:
         return 2
     except stop.Stopped as stopped:
         return 128 + stopped.signum
-    except Exception as error:
+    except BaseException as error:  # an interpreter that shuts down waits for the process group
         if isinstance(error, OSError) and (line := mendable(error)):
             leave_error(f"{path}: {line}" if is_full(error) else line)
             return 2
-        from gowide_dist.world import is_lost_connection
+        from gowide_dist.world import peer_failure
 
-        if is_lost_connection(error):  # one line: the other process's own words are not to be drowned
-            sys.stderr.write(f"rank {os.environ.get('RANK', '0')}: lost the connection to another process\n")
-        else:
-            traceback.print_exception(error)
+        with contextlib.suppress(OSError):
+            if line := peer_failure(error):
+                sys.stderr.write(f"rank {os.environ.get('RANK', '0')}: {line}\n")
+            else:
+                traceback.print_exception(error)
         return 1
     return 0
 

@@ -70,11 +70,13 @@ class Track:
 
 @contextlib.contextmanager
 def _ignoring_a_closed_terminal() -> Iterator[None]:
-    """Output to a closed terminal is lost, and the work goes on."""
+    """Output to a closed terminal, a closed pipe or a full disk is lost, and the work goes on."""
     try:
         yield
+    except SystemExit:  # what rich makes of a closed pipe
+        pass
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in (errno.EIO, errno.EPIPE, errno.ENOSPC):
             raise
 
 

@@ -18,12 +18,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from gowide_dist.environment import describe_environment
-from gowide_dist.errors import RunError
+from gowide_dist.errors import RunError, number_from
 from gowide_dist.files import flock, sha256, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
 from gowide_dist.recipe import Recipe
 
-LOCK_WAIT_S = float(os.environ.get("GOWIDE_LOCK_WAIT_S", "150"))  # a file server frees a dead node's locks late
+LOCK_WAIT_S = number_from("GOWIDE_LOCK_WAIT_S", 150)  # a file server frees a dead node's locks late
 
 
 class Done(BaseModel):

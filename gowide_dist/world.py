@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gowide_dist import stop
-from gowide_dist.errors import UserError
+from gowide_dist.errors import UserError, number_from
 
 # A process that waits longer for the others ends with an error.
-COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("GOWIDE_COLLECTIVE_TIMEOUT_S", "600")))
+COLLECTIVE_TIMEOUT = timedelta(seconds=number_from("GOWIDE_COLLECTIVE_TIMEOUT_S", 600))
 _GLOO_THREADS_SETTLE_S = 0.1
 _COALESCED_BYTES = 250 * 2**20  # DDP's own number
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
@@ -104,13 +105,13 @@ class World:
         if self.size == 1:
             return task()
         outcome: tuple[Value | None, Exception | None] = None, None
-        raised: Exception | None = None
+        raised: BaseException | None = None
         if self.is_main:
             try:
                 outcome = task(), None
-            except Exception as error:
+            except BaseException as error:
                 raised = error
-                outcome = None, error if isinstance(error, UserError | OSError) else RuntimeError(f"rank 0: {error!r}")
+                outcome = None, _portable(error)
         value, failure = self.broadcast(outcome)
         if failure is not None:
             raise raised or failure
@@ -199,9 +200,29 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return copy
 
 
-def is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed because another process is gone: the cause is to be found there."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+class PeerError(Exception):
+    """Another process has failed, and says why."""
+
+
+def _portable(error: BaseException) -> Exception:
+    """What other processes raise for an error of rank 0: the same if it is for the user, and can travel."""
+    if isinstance(error, UserError):
+        with suppress(Exception):
+            return cast(UserError, pickle.loads(pickle.dumps(error)))
+    return PeerError(f"rank 0: {error!r}")
+
+
+def peer_failure(error: BaseException) -> str | None:
+    """What to say of an error whose cause is another process: that one has its own words, which must not be drowned."""
+    text = str(error)
+    if isinstance(error, PeerError):
+        return text
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)):
+        return None
+    if "timed out" in text.lower():
+        timeout = f"{COLLECTIVE_TIMEOUT.total_seconds():g} s"
+        return f"waited for another process longer than the collective timeout ({timeout}, GOWIDE_COLLECTIVE_TIMEOUT_S)"
+    return "lost the connection to another process"
 
 
 def choose_device(local_rank: int) -> torch.device:
@@ -211,7 +232,7 @@ def choose_device(local_rank: int) -> torch.device:
     GPUs. A Slurm task may see its own GPU alone, whatever its rank; processes of one torchrun all see the same ones.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    expected = int(os.environ.get(GPUS_VARIABLE, "0"))
+    expected = number_from(GPUS_VARIABLE, 0)
     if not num_gpus:
         if expected:
             raise UserError(
@@ -241,7 +262,7 @@ def join() -> Iterator[World]:
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = choose_device(local_rank)
     cores = max(1, len(os.sched_getaffinity(0)) // local_size)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
+    torch.set_num_threads(max(1, number_from("OMP_NUM_THREADS", cores)))
     if size > 1:
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(BACKENDS[device.type], timeout=COLLECTIVE_TIMEOUT, device_id=device_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from gowide_dist import stop
@@ -66,7 +68,8 @@ def choose_num_processes(recipe: Recipe, asked: int | None) -> int:
 def num_gpus() -> int:
     """GPUs of this machine, without importing torch."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return sum(device.strip() not in ("", "-1") for device in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+        devices = [device.strip() for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        return len(list(itertools.takewhile(lambda device: device not in ("", "-1", "NoDevFiles"), devices)))
     return _installed_gpus()
 
 
@@ -74,7 +77,16 @@ def num_gpus() -> int:
 def _installed_gpus() -> int:
     if not shutil.which("nvidia-smi"):
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+        says, is_broken = f"{listed.stdout} {listed.stderr}".strip(), listed.returncode != 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        says, is_broken = str(error), True
+    if is_broken and "no devices" not in says.lower():
+        raise UserError(
+            f"nvidia-smi fails ({says[:200]}): there may be GPUs that cannot be used; repair the driver, or set "
+            "CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
+        )
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
@@ -102,12 +114,12 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
             # waiting for the workers.
             start_new_session=True,
         )
-        with _forwarding_signals_to(process):
+        with _forwarding_signals_to(process) as forwarded:
             status = process.wait()
         message = read_error(error_file)
     if status == 2:
         raise UserError(message or FULL_DISK)
-    if status > 128:
+    if status > 128 or (status and forwarded and not message):
         raise KeyboardInterrupt
     if status:
         raise WorkerError(message or f"torchrun ended with exit status {status}")
@@ -119,12 +131,23 @@ def device_environment(num_gpus: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _forwarding_signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Signals that this process ignores, such as SIGHUP under nohup, stay ignored."""
+def _forwarding_signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Inside, the first signal goes to `process`, and the list names it.
+
+    At a second one torchrun would give up waiting for its workers, which are saving. Signals that this process ignores,
+    such as SIGHUP under nohup, stay ignored.
+    """
+    forwarded: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        if not forwarded:
+            process.send_signal(number)
+        forwarded.append(number)
+
     numbers = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
-    handlers = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers}
+    handlers = {number: signal.signal(number, forward) for number in numbers}
     try:
-        yield
+        yield forwarded
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -138,8 +161,9 @@ def end_with_launcher() -> None:
 
 def leave(status: int) -> NoReturn:
     """End a worker by os._exit, without interpreter shutdown, which gloo's or NCCL's threads may abort or hold up."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk, a closed pipe
+            stream.flush()
     os._exit(status)
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 AFTER_FAILURE_S = 3
-MEANINGS = {
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, stop.WARNING_SIGNAL)
+MEANINGS: dict[int, str] = {
     signal.SIGKILL: (
         ", usually out of memory (see dmesg, or the container's limit): `gowide plan` estimates what a process "
         "needs; fewer processes, or stages.STAGE.optim.accumulate, take less"
@@ -38,6 +39,7 @@ MEANINGS = {
 def main() -> int:
     """Run torchrun; a worker that fails without a line of its own gets one with its rank and exit code."""
     stop.end_with(int(os.environ[LAUNCHER_VARIABLE]))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torchrun has its own handler: no traceback
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
@@ -54,6 +56,11 @@ def main() -> int:
     except ChildFailedError as error:
         if Path(os.environ[ERROR_FILE_VARIABLE]).exists():
             return 2
+        stopped = [f.exitcode - 128 for f in error.failures.values() if f.exitcode - 128 in STOP_SIGNALS]
+        if stopped and all(
+            f.exitcode - 128 in STOP_SIGNALS or f.exitcode == -signal.SIGTERM for f in error.failures.values()
+        ):
+            return 128 + max(stopped)  # a signal reached a worker alone: all have saved
         leave_error(describe(error.failures.values()))
         return 1
     return 0
@@ -75,8 +82,11 @@ def explain(exitcode: int) -> str:
     """What became of a process, what that mostly means and what to do."""
     if exitcode >= 0:
         return f"ended with exit code {exitcode}; see its error above"
-    signum = signal.Signals(-exitcode)
-    return f"was killed by {signum.name}{MEANINGS.get(signum, '')}"
+    try:
+        name = signal.Signals(-exitcode).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-exitcode}"
+    return f"was killed by {name}{MEANINGS.get(-exitcode, '')}"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,10 @@ def save_checkpoint(
     path = folder / f"step-{step:09d}.pt"
     with atomic(path) as file:
         hashing = HashingFile(file)  # the state is never in memory a second time
-        torch.save(state, hashing)  # type: ignore[arg-type]
+        try:
+            torch.save(state, hashing)  # type: ignore[arg-type]
+        except RuntimeError as error:  # of torch's zip writer, also where the disk is full
+            raise hashing.failure or error from error
         description = {"format": FORMAT, "step": step, **metadata, "sha256": hashing.sync()}
     write_atomically(path.with_suffix(".json"), json.dumps(description, indent=2) + "\n")
     states = sorted(folder.glob("step-*.pt"))

@@ -29,6 +29,7 @@ from gowide_dist.train.stream import Stream
 from gowide_dist.train.student import Student, TrainingError
 from gowide_dist.train.writing import Writer
 
+OUT_OF_MEMORY = "can't allocate memory", "out of memory", "ALLOC_FAILED"  # of the CPU, CUDA and cuBLAS
 DATA_BOUND = 0.3  # warn above this fraction of time spent waiting for data
 
 
@@ -68,8 +69,9 @@ def _explaining_out_of_memory(instance: Instance) -> Iterator[None]:
     """Raises TrainingError in place of PyTorch's error where memory does not suffice."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not named and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise TrainingError(
             f"{instance.key}: out of memory; stages.{instance.stage_name}.optim.accumulate=2 takes half the images at "
