@@ -114,6 +114,16 @@ def test_two_commands_do_not_submit_the_same_jobs(prepared, slurm):
         chain.submit()
 
 
+def test_sbatch_is_asked_about_a_script_on_its_standard_input(prepared, slurm):
+    sbatch = slurm() / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho $@ $(grep -o 'job-name=.*') >&2\n")
+    _, chain = prepared()
+    assert chain.try_out() == [f"{job.key}: --test-only job-name={job.name}" for job in chain.jobs]
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: no such partition' >&2\nexit 1\n")
+    with pytest.raises(SlurmError, match="teacher/wide: sbatch: no such partition"):
+        chain.try_out()
+
+
 def test_jobs_of_a_stage_that_the_recipe_no_longer_has(prepared, slurm, tmp_path):
     plan, _ = prepared()
     write_run(plan)
