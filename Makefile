@@ -32,7 +32,7 @@ $(SETUP): constraints.txt pyproject.toml Makefile
 
 demo: setup
 	$(BIN)/gowide encode fashion-mnist --out data/fashion-mnist
-	$(BIN)/gowide run jobs/demo.yaml --nproc 2
+	$(BIN)/gowide run jobs/demo.yaml
 
 test: setup lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

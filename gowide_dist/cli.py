@@ -6,7 +6,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
@@ -70,6 +70,7 @@ Only = Annotated[
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of run directories.")]
 Fresh = Annotated[bool, typer.Option(help="Delete what another recipe has left in this run's folder.")]
+Nproc = Annotated[int | None, typer.Option(help="Processes; default: one per GPU, else one per two cores.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -80,32 +81,23 @@ def load_job(job: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(job, overrides or [])
 
 
-class DatasetKind(StrEnum):
-    """What `gowide encode` reads."""
-
-    FASHION_MNIST = "fashion-mnist"
-    CIFAR10 = "cifar10"
-    CIFAR100 = "cifar100"
-    IMAGEFOLDER = "imagefolder"
-    FFCV = "ffcv"
+Dataset = Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "ffcv"]
 
 
 @app.command()
 def encode(
-    dataset: Annotated[
-        DatasetKind, typer.Argument(help="What to encode: torchvision's layouts on disk, or FFCV's files.")
-    ],
+    dataset: Annotated[Dataset, typer.Argument(help="What to encode: torchvision's layouts on disk, or FFCV's files.")],
     out: Annotated[Path, typer.Option(help="Folder for train.beton, val.beton and dataset.json.")],
     root: Annotated[Path | None, typer.Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
     write_mode: Annotated[
         str | None,
         typer.Option(help="raw, jpg or a fraction as JPEG; default: imagefolder jpg, ffcv unchanged, else raw."),
     ] = None,
-    quality: Annotated[int, typer.Option(help="JPEG quality, 1-100.")] = 90,
-    max_side_px: Annotated[int | None, typer.Option(help="Shrink images whose longer side exceeds this.")] = None,
-    subset: Annotated[int | None, typer.Option(help="Use only N training images, stratified by class.")] = None,
+    quality: Annotated[int, typer.Option(help="JPEG quality.", min=1, max=100)] = 90,
+    max_side_px: Annotated[int | None, typer.Option(help="Shrink images whose longer side exceeds it.", min=1)] = None,
+    subset: Annotated[int | None, typer.Option(help="Use only N training images, stratified by class.", min=1)] = None,
     held_out: Annotated[
-        int | None, typer.Option(help="Hold out N training images as the validation split, stratified by class.")
+        int | None, typer.Option(help="Use N training images for validation, stratified.", min=1)
     ] = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave out damaged images, and list them in skipped.txt.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that read files; default: one a core.", min=0)] = 0,
@@ -121,7 +113,7 @@ def encode(
     from gowide_dist.data import encode as encoders
     from gowide_dist.stop import raise_on_sigterm
 
-    jpg_share = encoders.jpg_share_of(dataset.value, write_mode)
+    jpg_share = encoders.jpg_share_of(dataset, write_mode)
     options = encoders.Options(jpg_share, quality, max_side_px, subset, held_out, skip_bad, workers)
     if dry_run and not cluster:
         raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
@@ -130,7 +122,7 @@ def encode(
         from gowide_dist.launch.profile import load_profile
         from gowide_dist.launch.slurm import log_file
 
-        chain = encode_job(dataset.value, out, root, options, load_profile(cluster), rehearse=dry_run)
+        chain = encode_job(dataset, out, root, options, load_profile(cluster), rehearse=dry_run)
         if dry_run:
             print_line("\n".join(chain.scripts()))
             return
@@ -138,9 +130,8 @@ def encode(
         print_line(f"{out}  job {job_id}{'' if chain.jobs else ' already'}  {log_file(chain.folder, job_id)}")
         return
     raise_on_sigterm()
-    info = encoders.encode(dataset.value, out, root, options)
-    counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
-    print_line(f"{out}: {info.source}, {counts} images in {len(info.classes)} classes")
+    info = encoders.encode(dataset, out, root, options)
+    print_line(f"{out}: {info.source}, {info.summary}")
 
 
 @data_app.command()
@@ -153,9 +144,7 @@ def verify(
     """
     from gowide_dist.data.verify import verify_dataset
 
-    info = verify_dataset(folder)
-    counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
-    print_line(f"{folder}: whole, {counts} images in {len(info.classes)} classes")
+    print_line(f"{folder}: OK, {verify_dataset(folder).summary}")
 
 
 class BenchPart(StrEnum):
@@ -169,11 +158,11 @@ class BenchPart(StrEnum):
 def bench(
     job: Job,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes that train; default as of run.", min=1)] = None,
+    nproc: Nproc = None,
     data: Annotated[Path | None, typer.Option(help="Another dataset than the recipe's, for the loader.")] = None,
     images: Annotated[Path | None, typer.Option(help="The same images as class folders, for torchvision.")] = None,
     only: Annotated[list[BenchPart] | None, typer.Option(help="Measure only this.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure whether this machine feeds and trains a recipe.
 
@@ -187,11 +176,9 @@ def bench(
     """
     from gowide_dist.bench import loader, machine, stages, tables
     from gowide_dist.insight.text import table
-    from gowide_dist.launch.local import default_num_processes
-    from gowide_dist.recipe import load_recipe
+    from gowide_dist.launch.local import choose_num_processes
 
-    recipe = load_recipe(job, overrides or [])
-    parts = only or list(BenchPart)
+    recipe, parts = load_job(job, overrides), only or list(BenchPart)
     if (data or images) and BenchPart.LOADER not in parts:
         raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
     results: dict[str, Any] = {"machine": machine()}
@@ -200,9 +187,9 @@ def bench(
         folder = data or recipe.data.train.parent
         results["loader"] = loader(folder, images, batch_size=recipe.batch_size, resolution=resolution)
     if BenchPart.STAGES in parts:
-        results["stages"] = stages(recipe, nproc or default_num_processes())
+        results["stages"] = stages(recipe, choose_num_processes(recipe, nproc))
     if as_json:
-        print_line(json.dumps(results, indent=2))
+        print_line(to_json(results))
     else:
         print_line(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
         print_line("\n".join(table(head, rows) for head, rows in tables(results)))
@@ -212,9 +199,7 @@ def bench(
 def run(
     job: Job,
     overrides: Overrides = None,
-    nproc: Annotated[
-        int | None, typer.Option(help="Processes; default: one per GPU, else one per two cores.", min=1)
-    ] = None,
+    nproc: Nproc = None,
     runs: Runs = Path("runs"),
     only: Only = None,
     fresh: Fresh = False,
@@ -229,17 +214,18 @@ def run(
 
     Example: `gowide run jobs/demo.yaml --nproc 2 stages.finetune.epochs=5`
     """
-    from gowide_dist.insight.report import write_report
-    from gowide_dist.launch.local import default_num_processes, num_gpus, run_here
+    from gowide_dist.insight.report import report
+    from gowide_dist.launch.local import choose_num_processes, num_gpus, run_here
     from gowide_dist.prepare import prepare
 
-    recipe, num_processes = load_job(job, overrides), nproc or default_num_processes()
+    recipe = load_job(job, overrides)
+    num_processes = choose_num_processes(recipe, nproc)
     prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=num_gpus() > 0, only=only or [], fresh=fresh)
     total, left = len(prepared.selected), len(prepared.unfinished)
     to_train = f"{total - left} of {total} stages done, {left} to train in {num_processes} processes"
     print_line(f"{prepared.run.path}: {to_train if left else f'all {total} stages are done, nothing to train'}")
     run_here(prepared, num_processes, sequential=sequential)
-    print_line(write_report(prepared.run))
+    print_line(report([prepared.run], measure=False)[0])
 
 
 @app.command()
@@ -248,14 +234,14 @@ def plan(
     overrides: Overrides = None,
     cluster: Annotated[Path | None, typer.Option(help="A cluster profile; default: the cores of this machine.")] = None,
     runs: Runs = Path("runs"),
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default as of run.", min=1)] = None,
+    nproc: Nproc = None,
     images: Annotated[int | None, typer.Option(help="Training images, where they are not encoded.", min=1)] = None,
     classes: Annotated[int | None, typer.Option(help="Classes, where the images are not encoded.", min=1)] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time a few real steps of each stage here.")] = False,
     scale: Annotated[
         bool, typer.Option("--scale", help="Simulate 1 to 64 nodes: the profile's, else of 8 GPUs.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a recipe costs before anything is spent: FLOPs, memory, hours, requeues, and what looks wrong.
 
@@ -269,14 +255,13 @@ def plan(
     from gowide_dist.insight.plan import plan, plan_table
     from gowide_dist.insight.scale import scale_nodes, scale_table
     from gowide_dist.insight.timing import measured_cores
-    from gowide_dist.launch.local import default_num_processes
+    from gowide_dist.launch.local import choose_num_processes
     from gowide_dist.launch.profile import load_profile
-    from gowide_dist.recipe import load_recipe
 
-    recipe, profile = load_recipe(job, overrides or []), load_profile(cluster) if cluster else None
+    recipe, profile = load_job(job, overrides), load_profile(cluster) if cluster else None
     if measure and (profile or scale):
         raise UserError("plan: --measure times this machine; leave out --cluster and --scale, or run it in a job there")
-    size, num_processes = data_size(recipe, images, classes), nproc or default_num_processes()
+    size, num_processes = data_size(recipe, images, classes), choose_num_processes(recipe, nproc)
     if scale:
         assumptions, nodes = scale_nodes(recipe, size, profile)
         data, text = {"assumptions": assumptions, "nodes": nodes}, scale_table(assumptions, nodes)
@@ -284,7 +269,7 @@ def plan(
         cores = measured_cores(recipe, num_processes) if measure else this_machines_cores(num_processes)
         result = plan(recipe, size, profile or cores, runs=None if images else runs)
         data, text = asdict(result), plan_table(result)
-    print_line(json.dumps(data, indent=2) if as_json else text)
+    print_line(to_json(data) if as_json else text)
 
 
 @app.command()
@@ -304,7 +289,7 @@ def submit(
 
     Example: `gowide submit jobs/demo.yaml --cluster slurm/clusters/devcluster.yaml`
     """
-    from gowide_dist.insight.status import submitted_table
+    from gowide_dist.insight.status import submitted
     from gowide_dist.launch.chain import prepare_chain, rehearse_chain
     from gowide_dist.launch.profile import load_profile
     from gowide_dist.launch.queue import require
@@ -318,7 +303,7 @@ def submit(
     require("sbatch")
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
     write_run(prepared, fresh=fresh, in_jobs=chain.in_jobs)
-    print_line(submitted_table(prepared, chain.submit()))
+    print_line(submitted(prepared, chain.submit()))
 
 
 @app.command()
@@ -333,7 +318,7 @@ def status(run: RunDir, as_json: Json = False) -> None:
     from gowide_dist.run import Run
 
     rows = status(Run(run))
-    print_line(json.dumps([asdict(row) for row in rows], indent=2) if as_json else status_table(rows))
+    print_line(to_json([asdict(row) for row in rows]) if as_json else status_table(rows))
 
 
 @app.command()
@@ -391,7 +376,7 @@ def evaluate(
     evaluation = evaluate.evaluate(open_trained(run, stage), path)
     if out:
         evaluate.write_evaluation(evaluation, out)
-    print_line(evaluation.to_json() if as_json else evaluate.table(evaluation))
+    print_line(json.dumps(evaluation, indent=2) if as_json else evaluate.table(evaluation))
 
 
 @app.command()
@@ -401,7 +386,7 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder for the files: new, empty, or of an export of the same weights.")],
     int8: Annotated[bool, typer.Option(help="Also write model.int8.onnx.")] = True,
     images: Annotated[int | None, typer.Option(help="Compare on N validation images; default: all.", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print export.json.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX; compare and time each.
 
@@ -411,7 +396,7 @@ def export(
     from gowide_dist.insight.trained import open_trained
 
     report = export.export(open_trained(run, stage), to, int8=int8, images=images)
-    print_line(json.dumps(report, indent=2) if as_json else export.table(report))
+    print_line(to_json(report) if as_json else export.table(report))
 
 
 @app.command()
@@ -421,7 +406,7 @@ def report(
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure/--no-measure", help="Latency, dead channels and agreement with the teacher, once per network."
+            "--measure/--no-measure", help="Latency, dead channels, agreement with the teacher: once per network."
         ),
     ] = True,
     as_json: Json = False,
@@ -437,14 +422,14 @@ def report(
     from gowide_dist.run import Run
 
     text, data = report([Run(path) for path in runs], measure=measure, out=out)
-    print_line(json.dumps(data, indent=2) if as_json else text)
+    print_line(to_json(data) if as_json else text)
 
 
 @app.command()
 def doctor(
     runs: Runs = Path("runs"),
     cluster: Annotated[Path | None, typer.Option(help="A cluster profile to check.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check this machine, and say what mends each fault: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk.
 
@@ -460,7 +445,7 @@ def doctor(
         if not as_json:
             print_line(str(finding))
     if as_json:
-        print_line(json.dumps([finding._asdict() for finding in findings], indent=2))
+        print_line(to_json([finding._asdict() for finding in findings]))
     if any(finding.state == BAD for finding in findings):
         raise typer.Exit(1)
 
@@ -469,6 +454,11 @@ def print_line(text: str) -> None:
     """Print to stdout, without rich's markup and line breaks."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def to_json(data: object) -> str:
+    """As `--json` prints it."""
+    return json.dumps(data, indent=2)
 
 
 def main() -> None:

@@ -104,16 +104,16 @@ def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNe
 def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Recipe, Instance, Done]:
     """The finished instance of a stage, and its recipe. Raises UserError as `load_model` does."""
     recipe = load_recipe(run.recipe_path)
-    found = [
+    instances = [
         instance
         for instance in recipe.instances.values()
         if instance.stage_name == stage and network in (None, instance.network_name)
     ]
-    if len(found) != 1:
+    if len(instances) != 1:
         raise RunError(f"{run.path}: name one of its stages and networks: {', '.join(recipe.instances)}")
-    if (done := run.finished(recipe).get(found[0].key)) is None:
-        raise RunError(f"{run.path}: {found[0].key} is not finished; run the recipe again to continue it")
-    return recipe, found[0], done
+    if (done := run.finished(recipe).get(instances[0].key)) is None:
+        raise RunError(f"{run.path}: {instances[0].key} is not finished; run the recipe again to continue it")
+    return recipe, instances[0], done
 
 
 def _devices(device: Any) -> list[str]:

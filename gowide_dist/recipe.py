@@ -125,7 +125,7 @@ class Instance(NamedTuple):
     """One stage for one network: what is trained, stored and fingerprinted. Other instances are named by their key.
 
     The same instance elsewhere: `StageDir` is its folder, `Done` its result, `StagePlan` its expected cost,
-    `StageStatus` its progress and its job, `Result` its row in a report.
+    `StageStatus` its progress and its job, `RunResults.rows` has its row in a report.
     """
 
     stage_name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -186,11 +187,24 @@ class World:
         return nullcontext()
 
 
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of this process on which batches are copied to a GPU, beside what it computes on its current one."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on the device; to a GPU without waiting for what it computes, which a copy from pageable memory may."""
-    if device.type == "cuda" and not values.is_pinned():
+    """`values` on the device. A copy to a GPU waits for nothing, and what is computed next waits for the copy alone."""
+    if device.type != "cuda":
+        return values.to(device)
+    if not values.is_pinned():
         values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    with torch.cuda.stream(copy_stream(device)):
+        copy = values.to(device, non_blocking=True)
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(copy_stream(device))
+    copy.record_stream(current)  # its memory was allocated for the other stream
+    return copy
 
 
 def is_lost_connection(error: Exception) -> bool:

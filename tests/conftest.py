@@ -8,6 +8,8 @@ from hypothesis import settings
 # Before torch is imported, also by what tests start. Tests run side by side, one on each core: with a thread for each
 # core every one of them, OpenMP's threads wait for each other most of the time, and burn the cores while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests start several processes and compare bits: on the CPU, also where there are GPUs, unless a test asks for them.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")

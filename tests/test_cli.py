@@ -29,7 +29,7 @@ def test_encode_then_verify(tmp_path):
     assert "30 train, 20 val images in 10 classes" in encoded.stdout
     verified = gowide("data", "verify", tmp_path / "data")
     assert verified.returncode == 0, verified.stderr
-    assert "whole, 30 train, 20 val images" in verified.stdout
+    assert "OK, 30 train, 20 val images" in verified.stdout
     beton = tmp_path / "data" / "train.beton"
     beton.write_bytes(beton.read_bytes()[:-8] + b"12345678")
     damaged = gowide("data", "verify", tmp_path / "data")
@@ -65,8 +65,11 @@ def test_encode_an_image_folder(tmp_path):
             ["encode", "fashion-mnist", "--out", "x", "--write-mode", "bmp"],
             "--write-mode bmp: should be raw, jpg or a fraction",
         ),
-        (["encode", "fashion-mnist", "--out", "x", "--quality", "0"], "--quality 0: give a number from 1 to 100"),
-        (["encode", "fashion-mnist", "--out", "x", "--write-mode", "2"], "--write-mode 2: give a number from 0 to 1"),
+        (["encode", "fashion-mnist", "--out", "x", "--quality", "0"], "Invalid value for '--quality'"),
+        (
+            ["encode", "fashion-mnist", "--out", "x", "--write-mode", "2"],
+            "--write-mode 2: should be raw, jpg or a fraction",
+        ),
         (["encode", "mnist", "--out", "x"], "'mnist' is not one of 'fashion-mnist', 'cifar10'"),
         (["runn"], "No such command 'runn'"),
         (["run"], "Missing argument 'JOB'; see `gowide run --help`"),

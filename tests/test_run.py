@@ -14,7 +14,7 @@ import pytest
 from gowide_dist import load_recipe
 from gowide_dist.errors import RunError, mendable
 from gowide_dist.identity import fingerprint
-from gowide_dist.insight.report import write_report
+from gowide_dist.insight.report import report
 from gowide_dist.insight.status import status
 from gowide_dist.pipeline import find_finished
 from gowide_dist.prepare import check_run, write_run
@@ -53,7 +53,7 @@ def test_results_of_another_recipe_are_not_shown(data, tmp_path):
     rows = status(run)
     assert [row.state for row in rows] == ["done", "absent", "absent", "absent"]
     assert rows[2].note == "its folder holds the result of another recipe"
-    assert "1 of 4 stages done" in write_report(run)
+    assert "1 of 4 stages done" in report([run], measure=False)[0]
     with pytest.raises(RunError, match="distill/thin is not finished"):
         find_finished(run, "distill")
 

@@ -8,14 +8,14 @@ import hashlib
 import mmap
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gowide_dist.data.info import check_split
+from gowide_dist.data.info import Split, check_split
 from gowide_dist.errors import DataError
+from gowide_dist.files import sha256
 
 JPEG, RAW = 0, 1
 PAGE_BYTES = 1 << 23
@@ -28,10 +28,8 @@ _FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1",
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
 _ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _VERSION = 2
-_FIELDS: dict[int, tuple[str, np.dtype[np.void] | str]] = {  # by FFCV's numbers of RGBImageField and IntField
-    2: ("image", _IMAGE),
-    1: ("label", "<i8"),
-}
+# By FFCV's numbers of RGBImageField and IntField.
+_FIELDS: dict[int, tuple[str, np.dtype[np.void] | str]] = {2: ("image", _IMAGE), 1: ("label", "<i8")}
 _SAMPLE = np.dtype(list(_FIELDS.values()), align=True)
 _TABLE_OFFSET = _HEADER.itemsize + len(_FIELDS) * _FIELD.itemsize
 
@@ -53,63 +51,50 @@ def _next_page(offset: int) -> int:
 
 
 class BetonWriter:
-    """Writes samples in the order given; the same samples give the same bytes. A context manager.
+    """Writes samples in the order given; the same samples give the same bytes.
 
-    capacity: the largest number of samples. Raises DataError for an image larger than a page.
+    file: new and empty. capacity: the largest number of samples. No image may be larger than a page.
     """
 
-    def __init__(self, path: Path, capacity: int):
-        self._path = path
-        self._samples = np.zeros(capacity, _SAMPLE)
-        self._sizes = np.zeros(capacity, np.uint64)
-        self._file: BinaryIO = path.open("wb")
-        self.num_samples = 0
+    def __init__(self, file: BinaryIO, capacity: int):
+        self._file, self.num_samples = file, 0
+        self._samples, self._allocations = np.zeros(capacity, _SAMPLE), np.zeros(capacity, _ALLOCATION)
         self._end = _next_page(_TABLE_OFFSET + self._samples.nbytes)
 
     def write(self, image: EncodedImage, label: int) -> None:
         size = len(image.data)
-        if size > PAGE_BYTES:
-            raise DataError(
-                f"{self._path.name}: an image of {image.width}x{image.height} px takes {size:,} bytes, more than a "
-                f"page of {PAGE_BYTES:,}; encode with --write-mode jpg or a smaller --max-side-px"
-            )
         if self._end % PAGE_BYTES + size > PAGE_BYTES:
             self._end = _next_page(self._end)
         self._file.seek(self._end)
         self._file.write(image.data)
         self._samples[self.num_samples] = ((image.mode, image.width, image.height, self._end), label)
-        self._sizes[self.num_samples] = size
+        self._allocations[self.num_samples] = (self.num_samples, self._end, size)
         self._end += size
         self.num_samples += 1
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with self._file:
-            if error_type is None:
-                self._write_tables()
-                self._file.flush()
-                os.fsync(self._file.fileno())  # after a power cut the index must not point at unwritten images
-
-    def _write_tables(self) -> None:
-        samples = self._samples[: self.num_samples]
-        allocations = np.zeros(self.num_samples, _ALLOCATION)
-        allocations["sample"] = np.arange(self.num_samples)
-        allocations["offset"] = samples["image"]["offset"]
-        allocations["size"] = self._sizes[: self.num_samples]
-        self._file.seek(self._end)
-        self._file.write(allocations.tobytes())
-
+    def finish(self) -> Split:
+        """Write the tables, and all of the file to the disk."""
         header = np.array([(_VERSION, len(_FIELDS), PAGE_BYTES, self.num_samples, self._end)], _HEADER)
         fields = np.zeros(len(_FIELDS), _FIELD)
         for field, (type_id, (name, _)) in zip(fields, _FIELDS.items(), strict=True):
             field["type_id"] = type_id
             field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        head = header.tobytes() + fields.tobytes() + self._samples[: self.num_samples].tobytes()
+        tail = self._allocations[: self.num_samples].tobytes()
+        self._file.seek(self._end)
+        self._file.write(tail)
         self._file.seek(0)
-        self._file.write(header.tobytes() + fields.tobytes() + samples.tobytes())
+        self._file.write(head)
+        self._file.flush()
+        os.fsync(self._file.fileno())  # after a power cut dataset.json must not name a file without its images
+        path = Path(self._file.name)
+        return Split(
+            file=path.name,
+            samples=self.num_samples,
+            bytes=path.stat().st_size,
+            checksum=sha256(path),
+            index_checksum=hashlib.sha256(head + tail).hexdigest(),
+        )
 
 
 class StoredImage(NamedTuple):
@@ -123,13 +108,10 @@ class StoredImage(NamedTuple):
     size: int
 
     def read(self) -> EncodedImage:
-        """Raises OSError if the file cannot be read, ValueError if it is too short."""
+        """Raises OSError if the file cannot be read."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            data = file.read(self.size)
-        if len(data) != self.size:
-            raise ValueError(f"{len(data):,} bytes instead of {self.size:,}")
-        return EncodedImage(self.mode, self.height, self.width, data)
+            return EncodedImage(self.mode, self.height, self.width, file.read(self.size))
 
 
 def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:
@@ -137,46 +119,29 @@ def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:
 
     Raises DataError unless it is a whole file of the format's version 2 whose samples are an image and an integer.
     """
-    content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
     broken = DataError(f"{path}: damaged, or no FFCV file of version {_VERSION}; write it again with FFCV")
-    if len(content) < _HEADER.itemsize:
+    try:
+        content = np.memmap(path, np.uint8, "r")
+        version, num_fields, _, num_samples, tail = np.frombuffer(content, _HEADER, 1)[0].item()
+        if version != _VERSION or not num_samples:
+            raise broken
+        types = np.frombuffer(content, _FIELD, num_fields, _HEADER.itemsize)["type_id"].tolist()
+        if sorted(types) != sorted(_FIELDS):
+            raise DataError(f"{path}: its samples have other fields than one RGBImageField and one IntField")
+        row = np.dtype([_FIELDS[type_id] for type_id in types], align=True)
+        samples = np.frombuffer(content, row, num_samples, _TABLE_OFFSET)
+        allocations = np.frombuffer(content, _ALLOCATION, offset=tail)
+        # Stock FFCV's writers append to the table in any order: an image's allocation is the one with its offset.
+        sizes = dict(zip(allocations["offset"].tolist(), allocations["size"].tolist(), strict=True))
+        images = [
+            StoredImage(path, mode, height, width, offset, sizes[offset])
+            for mode, width, height, offset in samples["image"].tolist()
+        ]
+    except (ValueError, OverflowError, KeyError):  # too short for a table, or no allocation
+        raise broken from None
+    if any(image.offset + image.size > len(content) for image in images):
         raise broken
-    header = content[: _HEADER.itemsize].view(_HEADER)[0]
-    num_fields, num_samples, tail = int(header["num_fields"]), int(header["num_samples"]), int(header["alloc_table"])
-    start = _HEADER.itemsize + num_fields * _FIELD.itemsize
-    if header["version"] != _VERSION or not num_samples or not start < tail < len(content):
-        raise broken
-    types = content[_HEADER.itemsize : start].view(_FIELD)["type_id"].tolist()
-    if sorted(types) != sorted(_FIELDS):
-        raise DataError(f"{path}: its samples have other fields than one RGBImageField and one IntField")
-    row = np.dtype([_FIELDS[type_id] for type_id in types], align=True)
-    if start + num_samples * row.itemsize > tail or (len(content) - tail) % _ALLOCATION.itemsize:
-        raise broken
-    samples = content[start : start + num_samples * row.itemsize].view(row)
-    allocations = content[tail:].view(_ALLOCATION)
-    allocations = allocations[np.argsort(allocations["offset"])]
-    images = samples["image"]
-    # Stock FFCV's writers append to the table in any order: an image's allocation is the one with its offset.
-    allocations = allocations[np.searchsorted(allocations["offset"], images["offset"]).clip(max=len(allocations) - 1)]
-    ends = allocations["offset"] + allocations["size"]
-    if (allocations["offset"] != images["offset"]).any() or ends.max() > len(content):
-        raise broken
-    columns = (images["mode"], images["height"], images["width"], images["offset"], allocations["size"])
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [StoredImage(path, *row) for row in rows], samples["label"].astype(np.int64)
-
-
-def read_index(path: Path, num_samples: int) -> tuple[bytes, bytes]:
-    """The bytes of a file without its images: the header with the table of samples, and the allocation table."""
-    with path.open("rb") as file:
-        head = file.read(_TABLE_OFFSET + num_samples * _SAMPLE.itemsize)
-        file.seek(-num_samples * _ALLOCATION.itemsize, os.SEEK_END)
-        return head, file.read()
-
-
-def index_checksum(index: tuple[bytes, bytes]) -> str:
-    """SHA-256 of what read_index returns."""
-    return hashlib.sha256(b"".join(index)).hexdigest()
+    return images, samples["label"].astype(np.int64)
 
 
 class Beton:
@@ -188,34 +153,37 @@ class Beton:
     """
 
     def __init__(self, path: Path):
-        split = check_split(path)
+        self.path, split = path, check_split(path)
         try:
-            index = read_index(path, split.samples)
             with path.open("rb") as file:
+                head = file.read(_TABLE_OFFSET + split.samples * _SAMPLE.itemsize)
+                file.seek(-split.samples * _ALLOCATION.itemsize, os.SEEK_END)
+                tail = file.read()
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        if index_checksum(index) != split.index_checksum:
+        if hashlib.sha256(head + tail).hexdigest() != split.index_checksum:
             raise DataError(f"{path}: damaged: its index has changed since it was written; delete it and encode again")
-        head, tail = index
-        self.path = path
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
-        self.page_bytes = int(np.frombuffer(head, _HEADER, 1)["page_size"][0])
         samples = np.frombuffer(head, _SAMPLE, offset=_TABLE_OFFSET)
         images = samples["image"]
         self.labels = samples["label"].copy()
         self.modes = images["mode"].copy()
-        self.heights = images["height"].astype(np.int64)
-        self.widths = images["width"].astype(np.int64)
+        self.heights, self.widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
         self.offsets = images["offset"].astype(np.int64)
         self.sizes = np.frombuffer(tail, _ALLOCATION)["size"].astype(np.int64)
-        self.pages = self.offsets // self.page_bytes
+        self.pages = self.offsets // PAGE_BYTES
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def image(self, index: int) -> EncodedImage:
+        """An image as it is stored."""
+        data = self.bytes[self.offsets[index] :][: self.sizes[index]].tobytes()
+        return EncodedImage(int(self.modes[index]), int(self.heights[index]), int(self.widths[index]), data)
+
     def read_ahead(self, page: int) -> None:
         """Ask the system to read a page of the file into its cache. Returns at once."""
-        end = min((page + 1) * self.page_bytes, len(self._map))
-        for start in range(page * self.page_bytes, end, _READ_AHEAD_BYTES):
+        end = min((page + 1) * PAGE_BYTES, len(self._map))
+        for start in range(page * PAGE_BYTES, end, _READ_AHEAD_BYTES):
             self._map.madvise(mmap.MADV_WILLNEED, start, min(_READ_AHEAD_BYTES, end - start))

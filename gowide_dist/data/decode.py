@@ -5,17 +5,17 @@ computed without re-ordered floating point: the same on every processor. numba c
 compiling on the first run, well under one later.
 
 Shapes: N samples in the file, B images in a batch, R the resolution. In compiled functions `beton` is a BetonArrays,
-`scratch` a Scratch, `index` a sample of the file, `key` a uint64, `imdecode` the C function.
+`scratch` a Scratch, `index` a sample of the file, `key` a uint64.
 """
 
 import ctypes
 import importlib.util
 import math
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import llvmlite.binding
 import numba
-import numba.experimental.function_type  # lets compiled code take `imdecode` as an argument, which keeps it cacheable
 import numpy as np
 from numba import types
 
@@ -77,44 +77,25 @@ class Scratch(NamedTuple):
     """One thread's memory to decode JPEGs: uint8, as large as the file's largest stream and largest image."""
 
     jpeg: np.ndarray
-    pixels: np.ndarray
-    decoded: np.ndarray  # a read-only view of `pixels`, so that numba sees the type of BetonArrays.bytes
-
-    @property
-    def num_bytes(self) -> int:
-        return self.jpeg.nbytes + self.pixels.nbytes
+    pixels: np.ndarray  # read-only but for imdecode, so that numba sees the type of BetonArrays.bytes
 
     @classmethod
     def of(cls, beton: BetonArrays) -> "Scratch":
         """Scratch for any image of the file. Pages of it that stay untouched take no memory."""
         jpegs = beton.modes == JPEG
         pixels = np.empty((beton.heights * beton.widths)[jpegs].max(initial=0) * 3, np.uint8)
-        decoded = pixels.view()
-        decoded.setflags(write=False)
-        return cls(np.empty(beton.sizes[jpegs].max(initial=0), np.uint8), pixels, decoded)
+        pixels.setflags(write=False)
+        return cls(np.empty(beton.sizes[jpegs].max(initial=0), np.uint8), pixels)
 
 
-class _Imdecode(types.WrapperAddressProtocol):
-    """`imdecode` of FFCV's C library (libffcv.cpp), its 13 arguments widened to 64 bits.
-
-    They are: input and its size, the image's height and width, output, the crop's height, width, x and y, the
-    scale's numerator and denominator, whether to crop, whether to flip.
-    """
-
-    def __init__(self) -> None:
-        package = importlib.util.find_spec("ffcv")
-        assert package is not None and package.origin is not None, "ffcv is a dependency"
-        library = next(Path(package.origin).parent.glob("_libffcv*.so"))
-        self._address = ctypes.cast(ctypes.CDLL(str(library)).imdecode, ctypes.c_void_p).value
-
-    def __wrapper_address__(self):
-        return self._address
-
-    def signature(self):
-        return types.int32(*[types.int64] * 13)
-
-
-imdecode = _Imdecode()
+# `imdecode` of FFCV's C library (libffcv.cpp), its 13 arguments widened to 64 bits: input and its size, the image's
+# height and width, output, the crop's height, width, x and y, the scale's numerator and denominator, whether to crop,
+# whether to flip. Compiled code finds it by name, so that it can be cached: the address differs between processes.
+_package = importlib.util.find_spec("ffcv")
+assert _package is not None and _package.origin is not None, "ffcv is a dependency"
+_library = ctypes.CDLL(str(next(Path(_package.origin).parent.glob("_libffcv*.so"))))
+llvmlite.binding.add_symbol("ffcv_imdecode", ctypes.cast(_library.imdecode, ctypes.c_void_p).value)
+_imdecode: Any = types.ExternalFunction("ffcv_imdecode", types.int32(*[types.int64] * 13))
 
 _draw = numba.njit(order.draw)
 
@@ -131,20 +112,17 @@ def _uniform_int(key, position, low, high):
 
 
 @numba.njit
-def _decode_jpeg(beton, index, num_rows, scratch, imdecode):
+def _decode_jpeg(beton, index, num_rows, scratch):
     """Decode at least the top num_rows rows of a JPEG into scratch.pixels: uint8, rows of `width` RGB pixels.
 
     A crop rarely needs the rows below it, but imdecode has no way to stop there. So it decodes a copy of the stream
     whose frame header claims fewer rows. The status is ignored: libjpeg warns of the data that then remain, and every
     image was decoded once when it was encoded.
     """
-    offset, size = beton.offsets[index], beton.sizes[index]
-    height, width = beton.heights[index], beton.widths[index]
-    stream = scratch.jpeg
-    for i in range(size):
-        stream[i] = beton.bytes[offset + i]
+    stream, size, width = scratch.jpeg, beton.sizes[index], beton.widths[index]
+    stream[:size] = beton.bytes[beton.offsets[index] :][:size]
     # Whole MCU rows, and one more, from which chroma upsampling takes the neighbours of the last row.
-    height = min(height, (num_rows + _MCU_PX) // _MCU_PX * _MCU_PX + _MCU_PX)
+    height = min(beton.heights[index], (num_rows + _MCU_PX) // _MCU_PX * _MCU_PX + _MCU_PX)
     # ITU T.81, B.1.1.4: SOI (2 bytes) is followed by marker segments: 0xFF, the marker's code, and a length of 2 bytes
     # that counts itself but not the marker. B.2.2: in the frame header, which is SOF0 (baseline), SOF1 (extended) or
     # SOF2 (progressive), P (precision, 1 byte) and Y (number of lines, 2 bytes, big-endian) follow: Y is bytes 5 and 6.
@@ -154,52 +132,43 @@ def _decode_jpeg(beton, index, num_rows, scratch, imdecode):
             stream[marker + 5], stream[marker + 6] = height >> 8, height & 0xFF
             break
         marker += 2 + (np.int64(stream[marker + 2]) << 8) + stream[marker + 3]
-    destination = np.int64(scratch.pixels.ctypes.data)
-    imdecode(np.int64(stream.ctypes.data), size, height, width, destination, height, width, 0, 0, 1, 1, 0, 0)
+    _imdecode(stream.ctypes.data, size, height, width, scratch.pixels.ctypes.data, height, width, 0, 0, 1, 1, 0, 0)
+
+
+@numba.njit
+def _rgb(beton, index, num_rows, scratch):
+    """At least the top num_rows rows of an image, decoded if it is a JPEG: uint8, flat, read-only."""
+    if beton.modes[index] == JPEG:
+        _decode_jpeg(beton, index, num_rows, scratch)
+        return scratch.pixels
+    return beton.bytes[beton.offsets[index] :][: beton.sizes[index]]
 
 
 @numba.njit(nogil=True, cache=True)
-def _decode_whole(beton, indices, scratch, imdecode):
-    for index in indices:
-        _decode_jpeg(beton, index, beton.heights[index], scratch, imdecode)
-
-
-def decode_whole(beton: BetonArrays, indices: np.ndarray, scratch: Scratch) -> None:
+def decode_whole(beton, indices, scratch):
     """Decode JPEGs `indices` (int64 [B]) and drop the pixels: the limit of a loader that decodes whole images."""
-    _decode_whole(beton, indices, scratch, imdecode)
+    for index in indices:
+        _decode_jpeg(beton, index, beton.heights[index], scratch)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def decode_shifted(beton, indices, key, shift, images, scratch, imdecode):
+def decode_shifted(beton, indices, key, shift, images, scratch):
     """Fill images (uint8 [B, R, R, 3]) with samples `indices` (int64 [B]), flipped and shifted as `shift` says.
 
     Uncovered pixels are black, as in torchvision's RandomCrop(R, padding=translate). key: of the epoch.
     """
-    height, width = images.shape[1], images.shape[2]
-    for b in range(len(indices)):
-        if beton.modes[indices[b]] == JPEG:
-            _decode_jpeg(beton, indices[b], height, scratch, imdecode)
-            pixels, start = scratch.decoded, 0
-        else:
-            pixels, start = beton.bytes, beton.offsets[indices[b]]
-        sample_key = _draw(key, np.uint64(indices[b]))
-        flipped = shift.flip and _uniform_int(sample_key, 0, 0, 1) == 1
+    side = images.shape[1]
+    for b, index in enumerate(indices):
+        source = _rgb(beton, index, side, scratch)[: side * side * 3].reshape(side, side, 3)
+        sample_key = _draw(key, np.uint64(index))
+        step = -1 if shift.flip and _uniform_int(sample_key, 0, 0, 1) == 1 else 1
         down = _uniform_int(sample_key, 1, -shift.translate, shift.translate)
         right = _uniform_int(sample_key, 2, -shift.translate, shift.translate)
-        first = width - 1 + right if flipped else -right  # column of the source that lands at x = 0
-        step = -1 if flipped else 1
-        left_px, right_px = max(right, 0), width + min(right, 0)
-        for y in range(height):
-            row = start + (y - down) * width * 3
-            covered = 0 <= y - down < height
-            for x in range(width):
-                if covered and left_px <= x < right_px:
-                    pixel = row + (first + step * x) * 3
-                    for channel in range(3):
-                        images[b, y, x, channel] = pixels[pixel + channel]
-                else:
-                    for channel in range(3):
-                        images[b, y, x, channel] = 0
+        if down or right:
+            images[b] = 0
+        images[b, max(down, 0) : side + min(down, 0), max(right, 0) : side + min(right, 0)] = source[:, ::step][
+            max(-down, 0) : side - max(down, 0), max(-right, 0) : side - max(right, 0)
+        ]
 
 
 @numba.njit
@@ -259,11 +228,11 @@ def _taps(start, length, size, low, high):
 
 
 @numba.njit
-def _resize(pixels, start, width, rows, columns, flipped, image):
+def _resize(pixels, width, rows, columns, flipped, image):
     """Sum weighted source rows, then columns, into image (uint8 [R, R, 3]). rows, columns: of _taps.
 
-    pixels: uint8, flat; the source image begins at `start`, its rows are `width` RGB pixels long. The indices are
-    unsigned, which spares numba's check for negative ones: twice as fast.
+    pixels: uint8, flat, rows of `width` RGB pixels. The indices are unsigned, which spares numba's check for negative
+    ones: twice as fast.
     """
     size = image.shape[0]
     row_first, row_weights, row_most = rows
@@ -278,13 +247,11 @@ def _resize(pixels, start, width, rows, columns, flipped, image):
     for y in range(size):
         for k in range(row_most):
             weight = row_weights[y, k]
-            begin = start + ((row_first[y] + k) * width + left) * 3
+            values = pixels[((row_first[y] + k) * width + left) * 3 :][:num_values]
             if k == 0:
-                values = pixels[begin : begin + num_values]
                 for x in range(num_values):
                     row[x] = weight * values[x]
             elif weight:
-                values = pixels[begin : begin + num_values]
                 for x in range(num_values):
                     row[x] += weight * values[x]
         line = image[y].reshape(-1)
@@ -308,48 +275,41 @@ def _resize(pixels, start, width, rows, columns, flipped, image):
 
 
 @numba.njit
-def _resize_crop(beton, index, top, left, height, width, inside, flipped, image, scratch, imdecode):
-    """Resize a box (float64, pixels) of sample `index` to image (uint8 [R, R, 3]).
+def _resize_crop(beton, index, box, inside, flipped, image, scratch):
+    """Resize a box (top, left, height, width: float64, pixels) of sample `index` to image (uint8 [R, R, 3]).
 
     inside: use no pixel outside the box, as a crop before a resize does; else neighbours blend in, as after one.
     """
+    top, left, height, width = box
     num_rows, num_columns = beton.heights[index], beton.widths[index]
     size = image.shape[0]
     low, high = (np.int64(top), np.int64(top + height)) if inside else (0, num_rows)
     rows = _taps(top, height, size, low, high)
     low, high = (np.int64(left), np.int64(left + width)) if inside else (0, num_columns)
     columns = _taps(left, width, size, low, high)
-    if beton.modes[index] == JPEG:
-        _decode_jpeg(beton, index, rows[0][size - 1] + rows[2], scratch, imdecode)
-        pixels, start = scratch.decoded, 0
-    else:
-        pixels, start = beton.bytes, beton.offsets[index]
-    _resize(pixels, start, num_columns, rows, columns, flipped, image)
+    pixels = _rgb(beton, index, rows[0][size - 1] + rows[2], scratch)
+    _resize(pixels, num_columns, rows, columns, flipped, image)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def decode_random_crops(beton, indices, key, crop, images, scratch, imdecode):
+def decode_random_crops(beton, indices, key, crop, images, scratch):
     """Fill images (uint8 [B, R, R, 3]) with a random crop of samples `indices` (int64 [B]), half of them flipped."""
-    for b in range(len(indices)):
-        index = indices[b]
+    for b, index in enumerate(indices):
         sample_key = _draw(key, np.uint64(index))
         top, left, height, width = _random_box(sample_key, beton.heights[index], beton.widths[index], crop)
         flipped = crop.flip and _uniform_int(sample_key, 0, 0, 1) == 1
         box = np.float64(top), np.float64(left), np.float64(height), np.float64(width)
-        _resize_crop(beton, index, *box, True, flipped, images[b], scratch, imdecode)
+        _resize_crop(beton, index, box, True, flipped, images[b], scratch)
 
 
 @numba.njit(nogil=True, error_model="numpy", cache=True)
-def decode_center_crops(beton, indices, key, crop, images, scratch, imdecode):
+def decode_center_crops(beton, indices, key, crop, images, scratch):
     """Fill images (uint8 [B, R, R, 3]) with the center of samples `indices` (int64 [B]). key: unused."""
-    resolution = images.shape[1]
-    for b in range(len(indices)):
-        index = indices[b]
-        height, width = beton.heights[index], beton.widths[index]
-        short_side = min(height, width)
-        top, box_height = _center_span(height, short_side, resolution, crop.ratio)
-        left, box_width = _center_span(width, short_side, resolution, crop.ratio)
-        _resize_crop(beton, index, top, left, box_height, box_width, False, False, images[b], scratch, imdecode)
+    for b, index in enumerate(indices):
+        sides = beton.heights[index], beton.widths[index]
+        top, height = _center_span(sides[0], min(sides), images.shape[1], crop.ratio)
+        left, width = _center_span(sides[1], min(sides), images.shape[1], crop.ratio)
+        _resize_crop(beton, index, (top, left, height, width), False, False, images[b], scratch)
 
 
 _KERNELS = {Shift: decode_shifted, RandomResizedCrop: decode_random_crops, CenterCrop: decode_center_crops}
@@ -359,4 +319,4 @@ def fill(
     beton: BetonArrays, indices: np.ndarray, key: np.uint64, geometry: Geometry, images: np.ndarray, scratch: Scratch
 ) -> None:
     """Fill images (uint8 [B, R, R, 3]) with samples `indices` (int64 [B]) as `geometry` says. key: of the epoch."""
-    _KERNELS[type(geometry)](beton, indices, key, geometry, images, scratch, imdecode)
+    _KERNELS[type(geometry)](beton, indices, key, geometry, images, scratch)

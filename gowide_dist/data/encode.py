@@ -1,5 +1,6 @@
 """`gowide encode`: a dataset in its usual form on disk becomes train.beton, val.beton and dataset.json."""
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -8,32 +9,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gowide_dist import stop
-from gowide_dist.data.beton import Beton, BetonWriter, index_checksum, read_index
-from gowide_dist.data.images import BadImage, Sample, Storage, encode_sample
+from gowide_dist.data import sources
+from gowide_dist.data.beton import Beton, BetonWriter
+from gowide_dist.data.images import BadImage, Sample, encode_sample
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
-from gowide_dist.data.sources import (
-    FASHION_MNIST_ROOT,
-    ImageList,
-    SourceDataset,
-    SplitName,
-    check_utf8,
-    read_cifar,
-    read_fashion_mnist,
-    read_ffcv,
-    read_image_folder,
-    stratified,
-)
+from gowide_dist.data.sources import ImageList, SourceDataset, SplitName
 from gowide_dist.errors import DataError
-from gowide_dist.files import PARTIAL, replacing, sha256, try_lock, writing_to
+from gowide_dist.files import PARTIAL, replacing, try_lock, writing_to
 from gowide_dist.progress import say, track
 
 SKIPPED_FILE_NAME, LOCK_FILE_NAME = "skipped.txt", ".lock"
@@ -43,11 +33,11 @@ _CHUNK = 8  # files that a worker is sent at a time; raw ones take up to 8 MB ea
 _CHUNKS_AHEAD = 4  # for each worker
 
 READERS: dict[str, Callable[[Path], SourceDataset]] = {
-    "fashion-mnist": read_fashion_mnist,
-    "cifar10": partial(read_cifar, num_classes=10),
-    "cifar100": partial(read_cifar, num_classes=100),
-    "imagefolder": read_image_folder,
-    "ffcv": read_ffcv,
+    "fashion-mnist": sources.read_fashion_mnist,
+    "cifar10": partial(sources.read_cifar, num_classes=10),
+    "cifar100": partial(sources.read_cifar, num_classes=100),
+    "imagefolder": sources.read_image_folder,
+    "ffcv": sources.read_ffcv,
 }
 
 Encoding: TypeAlias = dict[str, str | int | float | bool | None]
@@ -55,7 +45,7 @@ Encoding: TypeAlias = dict[str, str | int | float | bool | None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to encode. Raises DataError for a value out of range.
+    """How to encode. Raises DataError for options that need a write mode.
 
     jpg_share: the fraction of the images stored as JPEG, of `quality` 1 to 100; the others are stored raw; None, for
     FFCV files alone, leaves every image as it is. max_side_px: larger images are shrunk to it. subset: use only this
@@ -73,42 +63,26 @@ class Options:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for option, value, low, high in (("write-mode", self.jpg_share, 0, 1), ("quality", self.quality, 1, 100)):
-            if value is not None and not low <= value <= high:
-                raise DataError(f"--{option} {value:g}: give a number from {low} to {high}")
-        for name in ("max_side_px", "subset", "held_out"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DataError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-        for name in ("max_side_px", "quality"):
-            if self.jpg_share is None and getattr(self, name) != getattr(Options, name):
-                raise DataError(
-                    f"--{name.replace('_', '-')}: stored images stay as they are unless --write-mode says how to "
-                    "store them"
-                )
-
-    @property
-    def storage(self) -> Storage:
-        """What concerns the single image."""
-        return Storage(self.jpg_share, self.quality, self.max_side_px)
+        if self.jpg_share is None and (self.quality != Options.quality or self.max_side_px):
+            raise DataError("--quality and --max-side-px need a --write-mode: without, stored images stay as they are")
 
     def non_default(self) -> Encoding:
         """The options that change the result, where they differ from their default."""
-        default = asdict(Options())
-        return {name: value for name, value in asdict(self).items() if value != default[name] and name != "workers"}
+        default = vars(Options())
+        return {name: value for name, value in vars(self).items() if value != default[name] and name != "workers"}
 
 
 def jpg_share_of(dataset: str, write_mode: str | None = None) -> float | None:
-    """Options.jpg_share for a `--write-mode` (raw, jpg or a fraction as JPEG), or the default of a dataset.
-
-    Raises DataError for any other text.
-    """
+    """Options.jpg_share for a `--write-mode` (raw, jpg or a fraction as JPEG), or the default of a dataset."""
     if not write_mode:
         return {"imagefolder": 1.0, "ffcv": None}.get(dataset, 0.0)
     try:
-        return float({"raw": "0", "jpg": "1"}.get(write_mode, write_mode))
+        jpg_share = float({"raw": "0", "jpg": "1"}.get(write_mode, write_mode))
     except ValueError:
-        raise DataError(f"--write-mode {write_mode}: should be raw, jpg or a fraction such as 0.5") from None
+        jpg_share = math.nan
+    if not 0 <= jpg_share <= 1:
+        raise DataError(f"--write-mode {write_mode}: should be raw, jpg or a fraction from 0 to 1")
+    return jpg_share
 
 
 def encode(dataset: str, out: Path, root: Path | None = None, options: Options | None = None) -> DatasetInfo:
@@ -119,8 +93,7 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
     if the disk is full. Nothing is then left under the final names.
     """
     options = options or Options(jpg_share_of(dataset))
-    if root is None and dataset == "fashion-mnist":
-        root = FASHION_MNIST_ROOT
+    root = root or (sources.FASHION_MNIST_ROOT if dataset == "fashion-mnist" else None)
     if root is None:
         raise DataError(f"encode {dataset}: give the folder of the dataset as --root")
     if options.jpg_share is None and dataset != "ffcv":
@@ -129,14 +102,17 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
         raise DataError(f"{out}: is no folder; choose another --out")
     if out.resolve() == root.resolve():
         raise DataError(f"{out}: is the folder of the images; choose another --out")
-    check_utf8(root.resolve())
     encoding: Encoding = {"dataset": dataset, "root": str(root.resolve()), **options.non_default()}
     if info := find_encoded(out, encoding):
         return info
     try:
         source = READERS[dataset](root)
+        for name in (str(root.resolve()), *source.classes):
+            name.encode()  # dataset.json will hold it
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    except UnicodeEncodeError as error:
+        raise DataError(f"{error.object!a}: its name is no UTF-8; rename it") from None
     return write_dataset(out, _divide(source, options), encoding, options)
 
 
@@ -149,19 +125,14 @@ def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
         return None
     try:
         info = read_dataset_info(out / FILE_NAME)
+        for split in info.splits.values() if info.encoding == encoding else ():
+            Beton(out / split.file)
     except DataError as error:
         say(f"{error}; encoding now")
         return None
     if info.encoding != encoding:
         raise DataError(f"{out}: holds another dataset ({info.encoding}); remove it or choose another --out")
-    try:
-        for split in info.splits.values():
-            Beton(out / split.file)
-    except DataError as error:
-        say(f"{error}; encoding now")
-        return None
-    counts = ", ".join(f"{split.samples:,} {name}" for name, split in info.splits.items())
-    say(f"{out}: already encoded ({counts}); nothing to do")
+    say(f"{out}: already encoded ({info.summary}); nothing to do")
     return info
 
 
@@ -169,21 +140,21 @@ def _divide(dataset: SourceDataset, options: Options) -> SourceDataset:
     """Hold out the validation split, then take the subset of the training images, as the options say."""
     splits = dict(dataset.splits)
     for option, count in (("held-out", options.held_out), ("subset", options.subset)):
-        train = splits["train"]
         if count is None:
             continue
+        train = splits["train"]
         if count >= len(train) + (option == "subset"):
             raise DataError(f"--{option} {count:,}: there are {len(train):,} training images")
-        chosen = stratified(train.labels, count)
+        chosen = sources.stratified(train.labels, count)
         if option == "held-out":
             if "val" in splits:
                 splits["test"] = splits["val"]
-            splits["val"] = train.take(np.flatnonzero(chosen))
+            splits["val"] = train.take(chosen)
             chosen = ~chosen
-        splits["train"] = train.take(np.flatnonzero(chosen))
+        splits["train"] = train.take(chosen)
     if "val" not in splits:
         raise DataError(f"{dataset.description}: no validation images; --held-out takes some of the training images")
-    return SourceDataset(dataset.description, dataset.classes, splits)
+    return replace(dataset, splits=splits)
 
 
 def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options: Options) -> DatasetInfo:
@@ -199,7 +170,11 @@ def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options
             if not locked:
                 raise DataError(f"{out}: another process is encoding into it; wait for it, or choose another --out")
             try:
-                _check_unclaimed(out)
+                betons = sorted(path.name for path in out.glob("*.beton"))
+                if betons and not (out / FILE_NAME).exists() and not (out / PARTIAL).exists():  # of a killed encode
+                    raise DataError(
+                        f"{out}: holds {betons[0]}, which was not encoded there; move it, or choose another --out"
+                    )
                 with replacing(out, marker=FILE_NAME) as folder:
                     return _write_files(folder, dataset, encoding, options)
             except BaseException:
@@ -208,21 +183,14 @@ def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options
                 raise
 
 
-def _check_unclaimed(out: Path) -> None:
-    """Raises DataError if `out` holds FFCV files that neither a finished nor a killed encode has left there."""
-    betons = sorted(path.name for path in out.glob("*.beton"))
-    if betons and not (out / FILE_NAME).exists() and not (out / PARTIAL).exists():
-        raise DataError(f"{out}: holds {betons[0]}, which was not encoded there; move it, or choose another --out")
-
-
 def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, options: Options) -> DatasetInfo:
     sides: set[int] = set()
     moments = np.zeros((2, 3))
     bad: list[BadImage] = []
     splits: dict[SplitName, Split] = {}
     for name, images in dataset.splits.items():
-        path = folder / f"{name}.beton"
-        with BetonWriter(path, len(images)) as writer:
+        with (folder / f"{name}.beton").open("wb") as file:
+            writer = BetonWriter(file, len(images))
             for sample in track(_encode_samples(images, options), f"encoding {name}", len(images)):
                 if isinstance(sample, BadImage):
                     bad.append(sample)
@@ -232,18 +200,10 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
                 sides |= {sample.image.height, sample.image.width}
                 if name == "train":
                     moments += sample.moments
-        num_samples = writer.num_samples
-        if not num_samples:
-            raise DataError(f"{dataset.description}: no good image in {name}")
-        if name == "train":
-            moments /= num_samples
-        splits[name] = Split(
-            file=path.name,
-            samples=num_samples,
-            bytes=path.stat().st_size,
-            checksum=sha256(path),
-            index_checksum=index_checksum(read_index(path, num_samples)),
-        )
+            if not writer.num_samples:
+                raise DataError(f"{dataset.description}: no good image in {name}")
+            splits[name] = writer.finish()
+    moments /= splits["train"].samples
     if bad and not options.skip_bad:
         raise DataError(
             f"{len(bad):,} bad images, listed above, the first {bad[0].path} ({bad[0].reason}); "
@@ -271,10 +231,8 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
 def _encode_samples(images: ImageList, options: Options) -> Iterator[Sample | BadImage]:
     """Encode in the order given, files in worker processes: the bytes written do not depend on their number."""
     workers = options.workers or len(os.sched_getaffinity(0))
-    chunks = (
-        (images.items[start : start + _CHUNK], images.labels[start : start + _CHUNK], start, options.storage)
-        for start in range(0, len(images), _CHUNK)
-    )
+    starts = range(0, len(images), _CHUNK)
+    chunks = ((images.take(slice(start, start + _CHUNK)), start, options) for start in starts)
     if images.items.dtype != object or workers == 1:
         for chunk in chunks:
             yield from _encode_chunk(*chunk)
@@ -300,10 +258,7 @@ def _begin_worker(parent: int) -> None:
     stop.end_with(parent)
 
 
-def _encode_chunk(
-    items: NDArray[Any], labels: NDArray[np.int64], start: int, storage: Storage
-) -> list[Sample | BadImage]:
-    return [
-        encode_sample(item, int(label), start + offset, storage)
-        for offset, (item, label) in enumerate(zip(items, labels, strict=True))
-    ]
+def _encode_chunk(images: ImageList, start: int, options: Options) -> list[Sample | BadImage]:
+    storage = options.jpg_share, options.quality, options.max_side_px
+    samples = zip(images.items, images.labels.tolist(), strict=True)
+    return [encode_sample(item, label, index, *storage) for index, (item, label) in enumerate(samples, start)]

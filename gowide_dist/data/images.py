@@ -37,18 +37,13 @@ class BadImage(NamedTuple):
     reason: str
 
 
-class Storage(NamedTuple):
-    """How pixels are stored. jpg_share: the fraction as JPEG, the others raw; None: as the FFCV file has them."""
-
-    jpg_share: float | None
-    quality: int
-    max_side_px: int | None
-
-
-def encode_sample(source: Path | StoredImage | Pixels, label: int, index: int, storage: Storage) -> Sample | BadImage:
-    """Encode a file, or pixels [H, W] or [H, W, 3]; `index` decides which samples become JPEG."""
-    stored: EncodedImage | None = None
+def encode_sample(
+    source: Path | StoredImage | Pixels, label: int, index: int, jpg_share: float | None, quality: int = 90,
+    max_side_px: int | None = None,
+) -> Sample | BadImage:  # fmt: skip
+    """Encode a file, or pixels [H, W] or [H, W, 3], as `encode.Options` says; `index` decides which become JPEG."""
     path = Path(f"sample {index}")
+    image: EncodedImage | None = None
     try:
         if isinstance(source, np.ndarray):
             pixels = source if source.ndim == 3 else np.repeat(source[:, :, None], 3, axis=2)
@@ -57,28 +52,25 @@ def encode_sample(source: Path | StoredImage | Pixels, label: int, index: int, s
             pixels = read_rgb(source.read_bytes())
         else:
             path = source.path / path
-            stored = source.read()
-            pixels = decode_stored(stored)
+            image = source.read()
+            pixels = decode_stored(image)
     except UnidentifiedImageError:
         return BadImage(path, "not an image in a format that Pillow knows")
     except Exception as error:  # on damaged files Pillow and its plugins may raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return BadImage(path, " ".join(reason.replace(f"{path}", "").split()) or type(error).__name__)
-    if storage.jpg_share is None:
-        assert stored is not None, "only the images of an FFCV file can stay as they are"
-        return Sample(stored, label, channel_moments(pixels))
-    pixels = _shrink(pixels, storage.max_side_px)
-    as_jpg = float(draw(np.zeros(1, np.uint64), np.array([index], np.uint64))[0]) / 2**64 < storage.jpg_share
-    longest = max(pixels.shape[:2])
-    if longest > (_JPEG_MAX_SIDE_PX if as_jpg else MAX_SIDE_PX):
-        return BadImage(path, f"{longest:,} px wide or high: too large; use --max-side-px")
-    image = encode_jpg(pixels, storage.quality) if as_jpg else encode_raw(pixels)
+    if jpg_share is not None:
+        pixels = _shrink(pixels, max_side_px)
+        as_jpg = float(draw(np.zeros(1, np.uint64), np.array([index], np.uint64))[0]) / 2**64 < jpg_share
+        height, width = pixels.shape[:2]
+        longest = max(height, width)
+        if longest > (_JPEG_MAX_SIDE_PX if as_jpg else MAX_SIDE_PX):
+            return BadImage(path, f"{longest:,} px wide or high: too large; use --max-side-px")
+        image = encode_jpg(pixels, quality) if as_jpg else EncodedImage(RAW, height, width, pixels.tobytes())
+    assert image is not None, "only the images of an FFCV file can stay as they are"
     if len(image.data) > PAGE_BYTES:
-        return BadImage(
-            path,
-            f"{image.width}x{image.height} px take {len(image.data):,} bytes, more than a page of {PAGE_BYTES:,}; "
-            "use --write-mode jpg or a smaller --max-side-px",
-        )
+        sizes = f"{image.width}x{image.height} px take {len(image.data):,} bytes, more than a page of {PAGE_BYTES:,}"
+        return BadImage(path, f"{sizes}; use --write-mode jpg or a smaller --max-side-px")
     return Sample(image, label, channel_moments(pixels))
 
 
@@ -94,11 +86,9 @@ def read_rgb(content: bytes) -> Pixels:
         turned = _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
         image: Image.Image = file if turned is None else file.transpose(turned)
         if image.mode == "F" or (image.mode == "I" and file.format == "TIFF"):
-            raise ValueError(
-                "floating-point or 32-bit pixels, whose white level is unknown; convert it to 8 or 16 bits"
-            )
+            raise ValueError("floating-point or 32-bit pixels, whose white level is unknown; convert to 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits a channel, which convert() would clip at 255 instead of scaling
-            return np.repeat((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[:, :, None], 3, 2)
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         return np.asarray(image.convert("RGB"))
 
 
@@ -112,11 +102,6 @@ def decode_stored(image: EncodedImage) -> Pixels:
     if pixels.shape[:2] != (image.height, image.width):
         raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} px instead of {image.width}x{image.height}")
     return pixels
-
-
-def encode_raw(pixels: Pixels) -> EncodedImage:
-    """pixels: [H, W, 3] RGB."""
-    return EncodedImage(RAW, pixels.shape[0], pixels.shape[1], pixels.tobytes())
 
 
 def encode_jpg(pixels: Pixels, quality: int) -> EncodedImage:

@@ -49,6 +49,12 @@ class DatasetInfo(_Model):
     std: Channels
     splits: dict[Literal["train", "val", "test"], Split]
 
+    @property
+    def summary(self) -> str:
+        """For example "60,000 train, 10,000 val images in 10 classes"."""
+        counts = ", ".join(f"{split.samples:,} {name}" for name, split in self.splits.items())
+        return f"{counts} images in {len(self.classes)} classes"
+
 
 def read_dataset_info(beton_path: Path) -> DatasetInfo:
     """Read the dataset.json beside an FFCV file. Raises DataError if it is absent or damaged."""
@@ -67,17 +73,13 @@ def read_dataset_info(beton_path: Path) -> DatasetInfo:
 
 def check_split(beton_path: Path) -> Split:
     """The entry of an FFCV file in dataset.json. Raises DataError unless the file exists in the size noted there."""
-    info = read_dataset_info(beton_path)
-    split = next((split for split in info.splits.values() if split.file == beton_path.name), None)
-    if split is None:
-        known = ", ".join(split.file for split in info.splits.values())
-        raise DataError(f"{beton_path}: not one of the files in {FILE_NAME} ({known})")
+    splits = {split.file: split for split in read_dataset_info(beton_path).splits.values()}
+    if (split := splits.get(beton_path.name)) is None:
+        raise DataError(f"{beton_path}: not one of the files in {FILE_NAME} ({', '.join(splits)})")
     try:
         size = beton_path.stat().st_size
     except OSError as error:
         raise DataError(f"{beton_path}: cannot be read ({error.strerror}); `gowide encode` makes it") from None
     if size != split.bytes:
-        raise DataError(
-            f"{beton_path}: {size:,} bytes instead of {split.bytes:,}: truncated or changed; delete it and encode again"
-        )
+        raise DataError(f"{beton_path}: {size:,} bytes instead of {split.bytes:,}; delete it and encode again")
     return split

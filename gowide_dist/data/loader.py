@@ -1,13 +1,13 @@
 """The data stream: one process's part of every batch, in an order that is the same for any number of processes."""
 
 import math
+import multiprocessing
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, wait
-from functools import partial
+from contextlib import closing
 from itertools import islice
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -26,13 +26,12 @@ from gowide_dist.data.order import (
     read_ahead_schedule,
     validation_part,
 )
-from gowide_dist.data.threads import DaemonThreads
 from gowide_dist.errors import DataError
 from gowide_dist.recipe import Data
 from gowide_dist.timeline import Batching
+from gowide_dist.world import copy_stream
 
 _BATCHES_AHEAD = 2  # decoded ones that wait, beside one in the hands of each thread
-_WINDOW_PAGES = 256  # 2 GiB of the file
 
 Result = TypeVar("Result")
 Indices: TypeAlias = NDArray[np.int64]
@@ -41,8 +40,8 @@ Indices: TypeAlias = NDArray[np.int64]
 class Batch(NamedTuple):
     """images: uint8 [B, H, W, 3] RGB, pinned where there is a GPU; labels: int64 [B]; sample indices: int64 [B].
 
-    The images are valid until the next batch is asked for: then their memory is used again. A copy to a GPU that has
-    been started by then, on the current stream, is waited for.
+    The images are valid until the next batch is asked for: then their memory is used again. A copy to a GPU that
+    `world.to_device` has started by then is waited for.
     """
 
     images: Tensor
@@ -60,32 +59,13 @@ def geometry_of(data: Data, *, train: bool) -> decode.Geometry:
     return decode.CenterCrop(data.center_crop) if data.center_crop else decode.UNCHANGED
 
 
-class _BufferRing:
-    """The memory of the batches between the decoding threads and the consumer: step s uses buffer s modulo N.
-
-    num_ahead batches are submitted ahead of the consumer, which still holds the last one it was given: so N is
-    num_ahead + 1. When the consumer asks for batch s it returns batch s - 1, and step s + num_ahead is submitted. Its
-    buffer is the one just returned, because s + num_ahead = s - 1 modulo N.
-    """
-
-    def __init__(self, num_buffers: int, batch_bytes: int):
-        pinned = torch.cuda.is_available()  # a copy to the GPU then runs beside the computation
-        self.buffers = torch.empty((num_buffers, batch_bytes), dtype=torch.uint8, pin_memory=pinned)
-
-    def images(self, step: int, num_images: int, side: int) -> Tensor:
-        """The memory of a step's images: uint8 [num_images, side, side, 3]."""
-        buffer = self.buffers[step % len(self.buffers)]
-        return buffer[: num_images * side * side * 3].view(num_images, side, side, 3)
-
-
 class Loader:
     """One process's part of the data stream of an FFCV file.
 
     Training (train=True) goes through all samples in a random order, in whole batches. The images are augmented as
     `geometry` says, keyed by (seed, epoch, sample). order="quasi-random" reads a window of `window_pages` pages (8 MiB
-    each) at a time, ahead: for files larger than memory on slow disks.
-
-    Validation goes once through this process's part of the samples, or through `samples` alone (int64 [N]).
+    each) at a time, ahead: for files larger than memory on slow disks. Validation goes once through
+    this process's part of the samples, or through `samples` alone (int64 [N]).
 
     resolution: side of the images in pixels. num_threads: decoding threads of this process. Raises DataError if the
     file is damaged, if its images or the free memory do not fit, or if it cannot be read within timeout_s.
@@ -102,7 +82,7 @@ class Loader:
         seed: int = 0,
         samples: Indices | None = None,
         order: Literal["random", "quasi-random"] = "random",
-        window_pages: int = _WINDOW_PAGES,
+        window_pages: int = 256,
         num_threads: int = 1,
         timeout_s: float = 300.0,
     ):
@@ -111,44 +91,41 @@ class Loader:
         self._order, self._window_pages = order, window_pages
         self._timeout_s, self._stalled = timeout_s, False
         self._num_ahead = num_threads + _BATCHES_AHEAD
-        # A thread that waits for an event of another GPU would otherwise open a context of half a GB on the first.
-        on_gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
-        self._threads = DaemonThreads(num_threads, on_gpu)
+        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        self._threads = ThreadPool(num_threads)  # daemons: one stuck in a hanging file system does not keep the process
         try:
-            self._beton = self._wait(self._threads.submit(partial(Beton, beton)))
+            self._beton = self._wait(self._threads.apply_async(Beton, (beton,)))
             self.num_samples = len(self._beton)
             _check_images(self._beton, batching, geometry, resolution, train=train, chosen=samples is not None)
             if train:
-                self._samples = None
                 self._batching, self.steps_per_epoch = batching, self.num_samples // batching.global_batch
             else:  # a process goes through its part of the samples alone
                 if samples is None:
                     samples = validation_part(self.num_samples, batching.rank, batching.num_processes)
-                self._samples = samples
                 self._batching = Batching(batching.local_batch)
                 self.steps_per_epoch = math.ceil(len(samples) / batching.local_batch)
+            self._samples = samples
             self._arrays = decode.BetonArrays.of(self._beton)
             scratches = [decode.Scratch.of(self._arrays) for _ in range(num_threads)]
-            num_buffers, batch_bytes = self._num_ahead + 1, batching.local_batch * resolution * resolution * 3
-            _check_memory(beton, num_buffers * batch_bytes + sum(scratch.num_bytes for scratch in scratches))
+            buffers = self._num_ahead + 1, batching.local_batch * resolution * resolution * 3
+            _check_memory(beton, math.prod(buffers) + sum(array.nbytes for scratch in scratches for array in scratch))
         except Exception:
             self.close()
             raise
-        self._ring = _BufferRing(num_buffers, batch_bytes)
-        self._scratch: SimpleQueue[decode.Scratch] = SimpleQueue()
-        for scratch in scratches:
-            self._scratch.put(scratch)
+        self._scratches = deque(scratches)
+        # A ring: step s uses buffer s modulo N, and N is one more than the batches ahead of the consumer, which still
+        # holds the last one it was given. When it asks for batch s it returns that of step s - 1, and step
+        # s + num_ahead is submitted, into the same buffer: s + num_ahead = s - 1 modulo N.
+        # Where there is a GPU the memory is pinned: a copy to the GPU then runs beside the computation.
+        self._buffers = torch.empty(buffers, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
     def preflight(self, num_classes: int) -> None:
         """Check before a long run: labels in range, a first batch in time. Raises DataError."""
-        labels = self._beton.labels
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise DataError(
-                f"{self._path}: labels {labels.min()} to {labels.max()}, but there are {num_classes} classes"
-            )
-        batches = self.batches()
-        next(batches)
-        batches.close()
+        low, high = self._beton.labels.min(), self._beton.labels.max()
+        if low < 0 or high >= num_classes:
+            raise DataError(f"{self._path}: labels {low} to {high}, but there are {num_classes} classes")
+        with closing(self.batches()) as batches:
+            next(batches)
 
     def batches(self, epoch: int = 0, start: int = 0, resolution: int | None = None) -> Generator[Batch, None, None]:
         """The batches of an epoch from step `start` on. One iteration at a time; closing it early stops the work ahead.
@@ -160,18 +137,23 @@ class Loader:
         order, read_ahead = self._epoch_order(epoch, start)
         key = epoch_key(self._seed, epoch, AUGMENT_STREAM)
         steps = iter(range(start, self.steps_per_epoch))
-        pending: deque[Future[Batch]] = deque()
+        pending: deque[AsyncResult[Batch]] = deque()
 
         def submit(count: int) -> None:
-            # The consumer may have returned a buffer whose copy to the GPU still runs: this event is after the copy.
-            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            # The consumer may have returned a buffer whose copy to the GPU still runs. This event is behind the copy,
+            # and not behind the step that it was for; a thread that waits for it sleeps, where it would else spin.
+            copied: torch.cuda.Event | None = None
+            if self._device:
+                copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                copied.record(copy_stream(self._device))
             for step in islice(steps, count):
                 while read_ahead and read_ahead[0][0] <= step:
                     self._beton.read_ahead(read_ahead.popleft()[1])
                 rows = self._batching.local_rows(step)
                 indices = order[rows.start : rows.stop]
-                images = self._ring.images(step, len(indices), side)
-                pending.append(self._threads.submit(partial(self._decode, indices, key, images, copied)))
+                buffer = self._buffers[step % len(self._buffers)]
+                images = buffer[: len(indices) * side * side * 3].view(len(indices), side, side, 3)
+                pending.append(self._threads.apply_async(self._decode, (indices, key, images, copied)))
 
         try:
             submit(self._num_ahead)
@@ -179,15 +161,14 @@ class Loader:
                 submit(1)  # into the buffer that the consumer has just returned
                 yield self._wait(pending.popleft())
         finally:
-            for future in pending:
-                future.cancel()
-            if not self._stalled:
-                wait(pending)
+            while pending and not self._stalled:
+                pending.popleft().wait()
 
     def close(self) -> None:
         """End the threads, except a stuck one: it ends with the process."""
         if not self._stalled:
             self._threads.close()
+            self._threads.join()
 
     def _epoch_order(self, epoch: int, start: int) -> tuple[Indices, deque[tuple[int, int]]]:
         """The epoch's order of the samples (in validation this process's part of them), and the pages to read ahead."""
@@ -200,34 +181,33 @@ class Loader:
 
     def _decode(self, indices: Indices, key: np.uint64, images: Tensor, copied: torch.cuda.Event | None) -> Batch:
         if copied is not None:
+            torch.cuda.set_device(self._device)  # or waiting would open a context of half a GB on the first GPU
             copied.synchronize()
-        scratch = self._scratch.get()
+        scratch = self._scratches.pop()  # as many as threads
         try:
             decode.fill(self._arrays, indices, key, self._geometry, images.numpy(), scratch)
         finally:
-            self._scratch.put(scratch)
+            self._scratches.append(scratch)
         return Batch(images, torch.from_numpy(self._beton.labels[indices]), torch.from_numpy(indices))
 
-    def _wait(self, future: Future[Result]) -> Result:
+    def _wait(self, result: "AsyncResult[Result]") -> Result:
         try:
-            return future.result(self._timeout_s)
-        except TimeoutError:
+            return result.get(self._timeout_s)
+        except multiprocessing.TimeoutError:
             self._stalled = True
-            raise DataError(
-                f"{self._path}: no data within {self._timeout_s:g} s; is the file system hanging?"
-            ) from None
+            line = f"{self._path}: no data within {self._timeout_s:g} s; is the file system hanging?"
+            raise DataError(line) from None
 
 
 def _check_images(
     beton: Beton, batching: Batching, geometry: decode.Geometry, resolution: int, *, train: bool, chosen: bool
 ) -> None:
     """Raises DataError if the images are too few, or if a Shift gets images of other sides than the resolution."""
-    if train and len(beton) < batching.global_batch:
-        raise DataError(f"{beton.path}: {len(beton):,} images, fewer than one batch of {batching.global_batch:,}")
-    if not train and not chosen and len(beton) < batching.num_processes:
-        raise DataError(
-            f"{beton.path}: {len(beton):,} images for {batching.num_processes} processes; start at most {len(beton):,}"
-        )
+    num, num_processes = len(beton), batching.num_processes
+    if train and num < batching.global_batch:
+        raise DataError(f"{beton.path}: {num:,} images, fewer than one batch of {batching.global_batch:,}")
+    if not train and not chosen and num < num_processes:
+        raise DataError(f"{beton.path}: {num:,} images for {num_processes} processes; start at most {num:,}")
     sides = np.concatenate([beton.heights, beton.widths])
     if isinstance(geometry, decode.Shift) and (sides.min() != resolution or sides.max() != resolution):
         raise DataError(
@@ -237,8 +217,7 @@ def _check_images(
 
 
 def _check_memory(path: Path, needed_bytes: int) -> None:
-    available = available_memory_bytes()
-    if needed_bytes > available:
+    if needed_bytes > (available := available_memory_bytes()):
         raise DataError(
             f"{path}: loading takes {needed_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free; "
             "take a smaller batch, fewer threads or more processes"

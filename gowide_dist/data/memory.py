@@ -1,13 +1,13 @@
 """The memory that is left to this process."""
 
+import re
 from pathlib import Path
 
 
 def available_memory_bytes() -> int:
     """Bytes free on the machine, or fewer where a control group (a container, a Slurm job) limits this process."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    return min([available, *_cgroup_headrooms()])
+    return min([int(meminfo["MemAvailable"].split()[0]) * 1024, *_cgroup_headrooms()])
 
 
 def _cgroup_headrooms() -> list[int]:
@@ -15,22 +15,13 @@ def _cgroup_headrooms() -> list[int]:
 
     The kernel counts cached files as used, but frees that memory on demand.
     """
-    root = Path("/sys/fs/cgroup")
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    if own is None:
-        return []
-    group = root / own
+    own = re.search(r"^0::/(.*)", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+    group = Path("/sys/fs/cgroup") / (own[1] if own else "")
     headrooms = []
     for folder in (group, *group.parents):
-        limit, use = folder / "memory.max", folder / "memory.current"
-        if limit.exists() and (text := limit.read_text().strip()) != "max":
-            headrooms.append(int(text) - int(use.read_text()) + _cached_files(folder / "memory.stat"))
-        if folder == root:
-            break
+        limit = folder / "memory.max"
+        if limit.exists() and (limit_bytes := limit.read_text().strip()) != "max":
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(stat["inactive_file"]) + int(stat["active_file"])
+            headrooms.append(int(limit_bytes) - int((folder / "memory.current").read_text()) + cached)
     return headrooms
-
-
-def _cached_files(stat: Path) -> int:
-    values = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-    return int(values.get("inactive_file", 0)) + int(values.get("active_file", 0))

@@ -34,10 +34,14 @@ def epoch_key(seed: int, epoch: int, stream: int) -> np.uint64:
     return np.uint64(key[0])
 
 
+def draws(key: np.uint64, num: int) -> NDArray[np.uint64]:
+    """The first draws of `key`: [num], all different."""
+    return np.asarray(draw(key, np.arange(num, dtype=np.uint64)))
+
+
 def random_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """A permutation of the samples, the same for every process: [num_samples], sorted by their draws."""
-    draws: NDArray[np.uint64] = draw(epoch_key(seed, epoch, ORDER_STREAM), np.arange(num_samples, dtype=np.uint64))
-    return np.argsort(draws, kind="stable")
+    return np.argsort(draws(epoch_key(seed, epoch, ORDER_STREAM), num_samples))
 
 
 def quasi_random_order(
@@ -50,11 +54,11 @@ def quasi_random_order(
     """
     key = epoch_key(seed, epoch, PAGE_STREAM)
     distinct, page_of_sample = np.unique(pages, return_inverse=True)
-    shuffled = np.argsort(draw(key, distinct.astype(np.uint64)), kind="stable")
+    shuffled = np.argsort(draw(key, distinct.astype(np.uint64)))
     window = np.empty(len(distinct), np.int64)
     window[shuffled] = np.arange(len(distinct)) // window_pages
-    draws = draw(epoch_key(seed, epoch, ORDER_STREAM), np.arange(len(pages), dtype=np.uint64))
-    return np.lexsort((draws, window[page_of_sample])), distinct[shuffled]
+    by_draw = draws(epoch_key(seed, epoch, ORDER_STREAM), len(pages))
+    return np.lexsort((by_draw, window[page_of_sample])), distinct[shuffled]
 
 
 def read_ahead_schedule(

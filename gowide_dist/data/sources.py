@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -10,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gowide_dist.data.beton import StoredImage, read_foreign
+from gowide_dist.data.beton import read_foreign
 from gowide_dist.data.idx import read_idx
-from gowide_dist.data.order import draw
+from gowide_dist.data.order import draws
 from gowide_dist.errors import DataError
 
 SplitName: TypeAlias = Literal["train", "val", "test"]
@@ -34,9 +33,9 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: NDArray[np.int64]) -> "ImageList":
-        """The images `indices` (int64 [M]), in that order."""
-        return ImageList(self.items[indices], self.labels[indices])
+    def take(self, index: Any) -> "ImageList":
+        """The images of a slice, of indices (int64 [M], in that order) or of a mask (bool [N])."""
+        return ImageList(self.items[index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -52,63 +51,57 @@ def read_fashion_mnist(root: Path) -> SourceDataset:
     """Four idx files, gzipped or not. Raises DataError if one is missing or damaged."""
     if not root.is_dir():
         raise DataError(f"{root}: not found; run `apt install dataset-fashion-mnist` or give --root")
-    splits: dict[SplitName, ImageList] = {"train": _read_idx_split(root, "train"), "val": _read_idx_split(root, "t10k")}
+    prefixes: dict[SplitName, str] = {"train": "train", "val": "t10k"}
+    splits: dict[SplitName, ImageList] = {}
+    for split, prefix in prefixes.items():
+        images = read_idx(root / f"{prefix}-images-idx3-ubyte", 3)
+        labels = read_idx(root / f"{prefix}-labels-idx1-ubyte", 1)
+        if len(images) != len(labels):
+            raise DataError(f"{root}: {len(images):,} images but {len(labels):,} labels in the files {prefix}-*")
+        if labels.max() >= len(FASHION_MNIST_CLASSES):
+            raise DataError(f"{root}/{prefix}-labels-idx1-ubyte: label {labels.max()}; the classes are 0 to 9")
+        splits[split] = ImageList(images, labels.astype(np.int64))
     return SourceDataset(f"Fashion-MNIST from {root}", FASHION_MNIST_CLASSES, splits)
-
-
-def _read_idx_split(root: Path, prefix: str) -> ImageList:
-    images = read_idx(root / f"{prefix}-images-idx3-ubyte", 3)
-    labels = read_idx(root / f"{prefix}-labels-idx1-ubyte", 1)
-    if len(images) != len(labels) or not len(images):
-        raise DataError(f"{root}: {len(images):,} images but {len(labels):,} labels in the files {prefix}-*")
-    if labels.max() >= len(FASHION_MNIST_CLASSES):
-        raise DataError(f"{root}/{prefix}-labels-idx1-ubyte: label {labels.max()}; the classes are 0 to 9")
-    return ImageList(images, labels.astype(np.int64))
 
 
 def read_cifar(root: Path, num_classes: Literal[10, 100]) -> SourceDataset:
     """CIFAR's pickles for Python, in `root` or its usual sub-folder. Raises DataError as read_fashion_mnist does."""
     if num_classes == 10:
-        folder, train, val = "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
-        labels_key, meta, names_key = "labels", "batches.meta", "label_names"
+        files: dict[SplitName, list[str]] = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
+        folder, labels_key, meta, names_key = "cifar-10-batches-py", "labels", "batches.meta", "label_names"
     else:
-        folder, train, val = "cifar-100-python", ["train"], ["test"]
-        labels_key, meta, names_key = "fine_labels", "meta", "fine_label_names"
+        files = {"train": ["train"], "val": ["test"]}
+        folder, labels_key, meta, names_key = "cifar-100-python", "fine_labels", "meta", "fine_label_names"
     root = root / folder if (root / folder).is_dir() else root
     classes = tuple(map(str, _read_pickle(root / meta, names_key)[names_key]))
     if len(classes) != num_classes:
         raise DataError(f"{root / meta}: {len(classes)} classes instead of {num_classes}")
-    splits: dict[SplitName, ImageList] = {
-        "train": _read_cifar_split(root, train, labels_key, num_classes),
-        "val": _read_cifar_split(root, val, labels_key, num_classes),
-    }
+    splits: dict[SplitName, ImageList] = {}
+    for split, names in files.items():
+        parts = [_read_cifar_file(root / name, labels_key, num_classes) for name in names]
+        splits[split] = ImageList(*map(np.concatenate, zip(*parts, strict=True)))
     return SourceDataset(f"CIFAR-{num_classes} from {root}", classes, splits)
 
 
-def _read_cifar_split(root: Path, names: list[str], labels_key: str, num_classes: int) -> ImageList:
-    images, labels = [], []
-    for name in names:
-        content = _read_pickle(root / name, "data", labels_key)
-        pixels, given = content["data"], np.asarray(content[labels_key])
-        shaped = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(given), 3072)
-        if not shaped or not len(given):
-            raise DataError(f"{root / name}: not CIFAR images of 3,072 bytes with a label each; get the file again")
-        if given.dtype.kind != "i" or given.min() < 0 or given.max() >= num_classes:
-            raise DataError(f"{root / name}: labels outside of 0 to {num_classes - 1}; get the file again")
-        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels.append(given.astype(np.int64))
-    return ImageList(np.concatenate(images), np.concatenate(labels))
+def _read_cifar_file(path: Path, labels_key: str, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    content = _read_pickle(path, "data", labels_key)
+    pixels, labels = content["data"], np.asarray(content[labels_key])
+    shaped = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3072)
+    if not shaped or not len(labels):
+        raise DataError(f"{path}: not CIFAR images of 3,072 bytes with a label each; get the file again")
+    if labels.dtype.kind != "i" or labels.min() < 0 or labels.max() >= num_classes:
+        raise DataError(f"{path}: labels outside of 0 to {num_classes - 1}; get the file again")
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels.astype(np.int64)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Loads arrays and plain values; refuses a pickle that would call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("numpy") and name in {"_reconstruct", "ndarray", "dtype"}:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 writes them for Python 2
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        is_array = module.startswith("numpy") and name in {"_reconstruct", "ndarray", "dtype"}
+        if not is_array and (module, name) != ("_codecs", "encode"):  # bytes, as Python 3 writes them for Python 2
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def _read_pickle(path: Path, *keys: str) -> dict[str, Any]:
@@ -130,7 +123,7 @@ def read_image_folder(root: Path) -> SourceDataset:
     Every file that is not hidden counts as an image, at any depth. Training images are shuffled, so that a page of the
     FFCV file holds many classes. Raises DataError for missing or empty folders and for classes that only val/ has.
     """
-    train = root / "train"
+    train, val = root / "train", root / "val"
     if not train.is_dir():
         raise DataError(f"{train}: not found; images go into {root}/train/CLASS/ and {root}/val/CLASS/")
     classes = _class_names(train)
@@ -138,14 +131,13 @@ def read_image_folder(root: Path) -> SourceDataset:
     if empty := sorted(set(range(len(classes))) - set(images.labels.tolist())):
         names = ", ".join(classes[label] for label in empty[:5])
         raise DataError(f"{train}: {len(empty)} class folders without images ({names}); remove or fill them")
-    shuffled = np.argsort(draw(np.zeros(1, np.uint64), np.arange(len(images), dtype=np.uint64)), kind="stable")
-    splits: dict[SplitName, ImageList] = {"train": images.take(shuffled)}
-    if (root / "val").is_dir():
-        if unknown := sorted(set(_class_names(root / "val")) - set(classes)):
-            raise DataError(f"{root / 'val'}: class folder {unknown[0]} has no counterpart in {train}")
-        splits["val"] = _list_images(root / "val", classes)
+    splits: dict[SplitName, ImageList] = {"train": images.take(np.argsort(draws(np.uint64(0), len(images))))}
+    if val.is_dir():
+        if unknown := sorted(set(_class_names(val)) - set(classes)):
+            raise DataError(f"{val}: class folder {unknown[0]} has no counterpart in {train}")
+        splits["val"] = _list_images(val, classes)
         if not len(splits["val"]):
-            raise DataError(f"{root / 'val'}: no images; fill it, or remove it and use --held-out")
+            raise DataError(f"{val}: no images; fill it, or remove it and use --held-out")
     return SourceDataset(f"image folder {root}", classes, splits)
 
 
@@ -153,17 +145,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder}: no class folders in it")
-    for name in names:
-        check_utf8(folder / name)
     return tuple(names)
-
-
-def check_utf8(path: Path) -> None:
-    """Raises DataError unless a path is UTF-8, so that dataset.json can hold it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{str(path)!a}: its name is no UTF-8; rename it") from None
 
 
 def _list_images(folder: Path, classes: tuple[str, ...]) -> ImageList:
@@ -177,17 +159,9 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> ImageList:
             continue  # the validation split need not have every class
         for parent, folders, files in os.walk(folder / name, onerror=fail, followlinks=True):
             folders.sort()
-            images = [Path(parent, file) for file in sorted(files) if not file.startswith(".")]
-            paths += images
-            labels += [label] * len(images)
-    return _as_image_list(paths, np.array(labels, np.int64))
-
-
-def _as_image_list(items: Sequence[Path | StoredImage], labels: NDArray[np.int64]) -> ImageList:
-    array = np.empty(len(items), object)
-    for index, item in enumerate(items):
-        array[index] = item
-    return ImageList(array, labels)
+            paths += [Path(parent, file) for file in sorted(files) if not file.startswith(".")]
+        labels += [label] * (len(paths) - len(labels))
+    return ImageList(np.fromiter(paths, object), np.array(labels, np.int64))
 
 
 def read_ffcv(root: Path) -> SourceDataset:
@@ -196,38 +170,38 @@ def read_ffcv(root: Path) -> SourceDataset:
     Class names, which such files don't hold, are the lines of classes.txt in `root`, or else the labels' numbers.
     Raises DataError if a file is missing, damaged or holds something else than images with labels.
     """
-    names: tuple[SplitName, ...] = ("train", "val")
-    splits = {name: _as_image_list(*read_foreign(path)) for name in names if (path := _find_ffcv(root, name))}
+    splits: dict[SplitName, ImageList] = {}
+    for name in ("train", "val"):
+        paths = sorted(path for suffix in ("beton", "ffcv") for path in root.glob(f"{name}*.{suffix}"))
+        if len(paths) > 1:
+            listed = ", ".join(path.name for path in paths)
+            raise DataError(f"{root}: {len(paths)} files for {name} ({listed}); leave one")
+        for path in paths:
+            images, labels = read_foreign(path)
+            splits[name] = ImageList(np.fromiter(images, object), labels)
     if "train" not in splits:
         raise DataError(f"{root}: no file train*.beton or train*.ffcv in it")
-    highest = max(int(split.labels.max()) for split in splits.values())
-    lowest = min(int(split.labels.min()) for split in splits.values())
+    all_labels = np.concatenate([split.labels for split in splits.values()])
+    lowest, highest = int(all_labels.min()), int(all_labels.max())
     file = root / "classes.txt"
-    if highest > MAX_UNNAMED_CLASSES and not file.exists():
+    if file.exists():
+        classes = tuple(file.read_text(errors="replace").splitlines())
+    elif highest > MAX_UNNAMED_CLASSES:
         raise DataError(f"{root}: labels up to {highest:,}; name that many classes in {file}, or mend the labels")
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else map(str, range(highest + 1))
-    classes = tuple(lines)
+    else:
+        classes = tuple(map(str, range(highest + 1)))
     if lowest < 0 or highest >= len(classes):
         raise DataError(f"{root}: labels {lowest} to {highest}, but {len(classes):,} classes; mend {file}")
     return SourceDataset(f"FFCV files in {root}", classes, splits)
 
 
-def _find_ffcv(root: Path, name: str) -> Path | None:
-    paths = sorted(path for suffix in ("beton", "ffcv") for path in root.glob(f"{name}*.{suffix}"))
-    if len(paths) > 1:
-        raise DataError(f"{root}: {len(paths)} files for {name} ({', '.join(path.name for path in paths)}); leave one")
-    return paths[0] if paths else None
-
-
 def stratified(labels: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
     """Choose `count` samples, stratified by class: bool [N]. The same labels give the same choice."""
-    draws = draw(np.zeros(1, np.uint64), np.arange(len(labels), dtype=np.uint64))
-    by_class = np.lexsort((draws, labels))
+    by_draw = draws(np.uint64(0), len(labels))
+    by_class = np.lexsort((by_draw, labels))
     sizes = np.bincount(labels)
-    starts = np.cumsum(sizes) - sizes
-    rank_in_class = np.empty(len(labels))
-    rank_in_class[by_class] = np.arange(len(labels)) - np.repeat(starts, sizes)
-    chosen = np.lexsort((draws, (rank_in_class + 0.5) / sizes[labels]))[:count]
+    ranks = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each image in its class
+    by_fraction = by_class[np.lexsort((by_draw[by_class], (ranks + 0.5) / np.repeat(sizes, sizes)))]
     mask = np.zeros(len(labels), np.bool_)
-    mask[chosen] = True
+    mask[by_fraction[:count]] = True
     return mask

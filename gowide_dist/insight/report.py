@@ -5,63 +5,52 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gowide_dist.files import write_atomically, writing_to
-from gowide_dist.insight.latency import measure_networks
-from gowide_dist.insight.results import Group, Result, RunResults, Spread, group_runs, read_results
+from gowide_dist.insight.results import Group, Row, RunResults, group_runs, read_results
 from gowide_dist.insight.text import table, used_columns
 from gowide_dist.run import Run
 
-COLUMNS = {  # of a run's table: the field of a Result, and its format
-    "stage": ("stage", ""), "network": ("network", ""), "parameters": ("parameters", ","), "MFLOPs": ("mflops", ",.3f"),
-    "epochs": ("epochs", ""), "top-1 %": ("top1", ".2f"), "top-5 %": ("top5", ".2f"), "seconds": ("seconds", ",.0f"),
-    "student epochs": ("student_epochs", ""), "train TFLOPs": ("train_tflops", ",.2f"),
-    "agrees %": ("agreement", ".2f"), "ms at 1": ("latency_ms_1", ",.2f"), "ms at 64": ("latency_ms_64", ",.1f"),
+COLUMNS = {  # of results.csv; those of a run's table with their title and format
+    "stage": ("stage", ""), "network": ("network", ""), "parameters": ("parameters", ","), "mflops": ("MFLOPs", ",.3f"),
+    "epochs": ("epochs", ""), "top1": ("top-1 %", ".2f"), "top5": ("top-5 %", ".2f"), "seconds": ("seconds", ",.0f"),
+    "student_epochs": ("student epochs", ""), "images": None, "train_tflops": ("train TFLOPs", ",.2f"), "hours": None,
+    "teacher": None, "agreement": ("agrees %", ".2f"), "latency_ms_1": ("ms at 1", ",.2f"),
+    "latency_ms_64": ("ms at 64", ",.1f"),
 }  # fmt: skip
-GROUP_COLUMNS = (
-    "stage", "network", "student epochs", "top-1 %, mean ± sd", "n", "min", "max", "minus baseline, mean ± sd", "n",
-    "min", "max",
-)  # fmt: skip
-SPREAD = ("n", "mean", "sd", "min", "max")
-GROUPS_CSV = (
-    "recipe", "seeds", "stage", "network", "student_epochs",
-    *(f"top1_{name}" for name in SPREAD), *(f"minus_baseline_{name}" for name in SPREAD),
-)  # fmt: skip
-RUN_CAPTION = (
+SHOWN = {name: column for name, column in COLUMNS.items() if column}
+GROUP_KEY = ("stage", "network", "student_epochs")
+RANGE = ("n", "min", "max")
+GROUP_HEAD = ("stage", "network", "student epochs", "top-1 %, mean ± sd", *RANGE, "minus baseline, mean ± sd", *RANGE)
+SPREADS = [(name, key) for name in ("top1", "minus_baseline") for key in ("n", "mean", "sd", "min", "max")]
+GROUPS_CSV = ["recipe", "seeds", *GROUP_KEY, *(f"{name}_{key}" for name, key in SPREADS)]
+CAPTION = (
     "Epochs and seconds are of the stage alone; student epochs and train TFLOPs include the stages that it started "
-    "from and the teacher's forward passes. FLOPs are multiply-adds."
+    "from and the teacher's forward passes. FLOPs are multiply-adds. Agrees: part of the validation images that "
+    "network and teacher put in one class. Latency: median of batches of 1 and 64, PyTorch float32. "
 )
 CURVES_CAPTION = (
-    "Lines: training images. Dots: validation images. Imitation does not train the classifier: its top-1 can be low."
+    "Lines: training images, dots: validation. Imitation does not train the classifier, so its top-1 is low."
 )
 GROUPS_CAPTION = (
-    "n counts networks that were trained: one that several runs share counts once. sd: standard deviation, with n - 1. "
-    "Minus baseline: points of top-1, within each run, at equal student epochs. In the figures a network is a dot."
+    "n: networks that were trained; one that several runs share counts once. sd: standard deviation, with n - 1. "
+    "Minus baseline: points of top-1, within each run, at equal student epochs."
 )
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, whose table the terminal shows as well."""
+    """A part of the page. The terminal shows its table as well."""
 
     title: str
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    left: Sequence[int] = (0, 1)  # columns of words
     lines: Sequence[str] = ()  # above the table
     figures: Mapping[str, str] = field(default_factory=dict)  # SVG, by what it shows
-    code: str = ""
     caption: str = ""
-
-    @property
-    def columns(self) -> list[int]:
-        return used_columns(self.head, self.rows)
-
-    def text(self, *, markdown: bool = False) -> str:
-        return table(self.head, self.rows, left=self.left, markdown=markdown)
 
 
 def report(runs: Sequence[Run], *, measure: bool = True, out: Path | None = None) -> tuple[str, dict[str, Any]]:
@@ -70,63 +59,41 @@ def report(runs: Sequence[Run], *, measure: bool = True, out: Path | None = None
     measure: measure what is missing of the finished networks of a single run. out: a folder; by default report/ of the
     first run. Raises UserError if something is no run, or the folder cannot be written.
     """
-    results = [read_results(run) for run in {run.path.resolve(): run for run in runs}.values()]
+    unique = list({run.path.resolve(): run for run in runs}.values())
+    results = [read_results(run, measure=measure and len(unique) == 1) for run in unique]
+    groups = group_runs(results)
     folder = out or runs[0].report
     with writing_to(folder, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-        if len(results) > 1:
-            return _report_groups(group_runs(results), folder)
-        [single] = results
-        if measure:
-            single = replace(single, measurements=measure_networks(single.run, single.recipe))
-        return _report_run(single, folder)
-
-
-def write_report(run: Run) -> str:
-    """Write the report of a run without measuring its networks; its table as text. Raises RunError if it is no run."""
-    return report([run], measure=False)[0]
+        return _report_groups(groups, folder) if len(results) > 1 else _report_run(results[0], folder)
 
 
 def _report_run(results: RunResults, folder: Path) -> tuple[str, dict[str, Any]]:
     from gowide_dist.insight.plots import figures_of_run
 
-    _write_csv(folder / "results.csv", Result._fields, results.rows.values())
-    caption = RUN_CAPTION
-    if teachers := [f"{key} with {row.teacher}" for key, row in results.rows.items() if row.agreement is not None]:
-        caption += f" Agrees: part of the validation images that both put in one class: {', '.join(teachers)}."
-    if places := {latency.where for latency in results.measurements.latency.values()}:
-        caption += f" Latency: median of batches of 1 and 64, PyTorch float32, on {'; '.join(sorted(places))}."
-    section = replace(_run_section(results), title="Results", caption=caption)
-    environment = results.run.path / "environment.json"
-    sections = [
-        section,
-        Section("Curves", figures=figures_of_run(results, folder), caption=CURVES_CAPTION),
-        Section("Recipe", code=results.run.recipe_path.read_text()),
-        Section("Environment of the last start", code=environment.read_text() if environment.exists() else ""),
-    ]
-    _write_page(folder / "report.html", results.recipe.name, sections)
+    _write_csv(folder / "results.csv", list(COLUMNS), results.rows.values())
+    section = _run_section(results)
+    curves = Section("Curves", figures=figures_of_run(results, folder), caption=CURVES_CAPTION)
+    _write_page(folder / "report.html", results.recipe.name, [section, curves])
     notes = [f"  {line}" for line in (*section.lines, f"more in {folder}")]
-    return "\n".join([section.text(), "", *notes]), results.as_json()
+    return "\n".join([table(section.head, section.rows, left=(0, 1)), "", *notes]), results.as_json()
 
 
 def _report_groups(groups: list[Group], folder: Path) -> tuple[str, dict[str, Any]]:
-    from gowide_dist.insight.plots import figures_of_groups
-
-    rows = [
-        (group.name, group.seeds, row.stage, row.network, row.student_epochs, *_numbers(row.top1, row.minus_baseline))
+    csv_rows = [
+        {"recipe": group.name, "seeds": group.seeds}
+        | {name: row[name] for name in GROUP_KEY}
+        | {f"{name}_{key}": row[name][key] for name, key in SPREADS if row[name]}
         for group in groups
         for row in group.statistics.values()
     ]
-    _write_csv(folder / "runs.csv", GROUPS_CSV, rows)
+    _write_csv(folder / "runs.csv", GROUPS_CSV, csv_rows)
     sections = [_group_section(group) for group in groups]
     if len(groups) > 1:
-        sections += _side_by_side(groups)
-    text = [f"{section.title}\n\n{section.text(markdown=True)}" for section in sections]
+        sections.append(_differences(groups))
+    text = [f"{section.title}\n\n{table(section.head, section.rows, markdown=True)}" for section in sections]
     runs = [run for group in groups for run in group.runs]
-    sections += [
-        Section("Every run", figures=figures_of_groups(groups, folder), caption=GROUPS_CAPTION),
-        *(_run_section(run) for run in runs),
-    ]
+    sections += [_run_section(run) for run in runs]
     _write_page(folder / "runs.html", ", ".join(group.name for group in groups), sections)
     data = {"runs": [run.as_json() for run in runs], "groups": [group.as_json() for group in groups]}
     return "\n\n".join([*text, f"more in {folder / 'runs.html'}"]), data
@@ -134,64 +101,52 @@ def _report_groups(groups: list[Group], folder: Path) -> tuple[str, dict[str, An
 
 def _run_section(results: RunResults) -> Section:
     rows = [
-        ["" if (value := getattr(row, name)) is None else format(value, spec) for name, spec in COLUMNS.values()]
+        ["" if row[name] is None else format(row[name], spec) for name, (_, spec) in SHOWN.items()]
         for row in results.rows.values()
     ]
-    lines = [f"{results.run.path}: {len(rows)} of {len(results.recipe.instances)} stages done"]
-    lines += [] if rows else ["No stage is finished yet."]
-    title = f"{results.run.path}, seed {results.recipe.seed}"
-    return Section(title, list(COLUMNS), rows, lines=[*lines, *results.notes])
+    progress = f"{results.run.path}: {len(rows)} of {len(results.recipe.instances)} stages done"
+    places = sorted({measured["where"] for measured in results.measured.values() if "where" in measured})
+    title, head = f"{results.run.path}, seed {results.recipe.seed}", [title for title, _ in SHOWN.values()]
+    return Section(title, head, rows, [progress, *results.notes()], caption=CAPTION + "; ".join(places))
 
 
 def _group_section(group: Group) -> Section:
-    def numbers(spread: Spread | None, sign: str = "") -> list[str]:
+    def cells(spread: dict[str, Any] | None, sign: str = "") -> list[str]:
         """Mean ± sd, n, min, max."""
         if spread is None:
             return [""] * 4
-        return [spread.text(sign), str(spread.n), f"{spread.min:{sign}.2f}", f"{spread.max:{sign}.2f}"]
+        sd = "" if spread["sd"] is None else f" ± {spread['sd']:.2f}"
+        numbers = (f"{spread[name]:{sign}.2f}" for name in ("min", "max"))
+        return [f"{spread['mean']:{sign}.2f}{sd}", str(spread["n"]), *numbers]
 
     rows = [
-        [row.stage, row.network, str(row.student_epochs), *numbers(row.top1), *numbers(row.minus_baseline, "+")]
+        [*(str(row[name]) for name in GROUP_KEY), *cells(row["top1"]), *cells(row["minus_baseline"], "+")]
         for row in group.statistics.values()
     ]
     title = f"{', '.join(str(run.run.path) for run in group.runs)} (seeds {group.seeds})"
-    return Section(title, GROUP_COLUMNS, rows, lines=[] if rows else ["No stage is finished yet."])
+    return Section(title, GROUP_HEAD, rows, caption=GROUPS_CAPTION)
 
 
-def _side_by_side(groups: list[Group]) -> list[Section]:
-    """Top-1 of every instance in each group, and the settings in which the groups' recipes differ."""
-    names = [group.name for group in groups]
-    top1 = []
-    for key in dict.fromkeys(key for group in groups for key in group.statistics):
-        spreads = [group.statistics[key].top1 if key in group.statistics else None for group in groups]
-        top1.append([key, *(f"{spread.text()} (n={spread.n})" if spread else "" for spread in spreads)])
+def _differences(groups: list[Group]) -> Section:
+    """The settings in which the groups' recipes differ."""
     settings = [group.runs[0].settings for group in groups]
-    keys = dict.fromkeys(key for values in settings for key in values)
-    rows = [[key, *(values.get(key, "absent") for values in settings)] for key in keys]
+    names = dict.fromkeys(name for values in settings for name in values)
+    rows = [[name, *(values.get(name, "absent") for values in settings)] for name in names]
     differences = [row for row in rows if len(set(row[1:])) > 1]
-    return [
-        Section("Side by side", ["top-1 %", *names], top1, left=(0,)),
-        Section("Differences between the recipes", ["setting", *names], differences, left=(0,)),
-    ]
+    return Section("Differences between the recipes", ["setting", *(group.name for group in groups)], differences)
 
 
-def _numbers(*spreads: Spread | None) -> list[float | None]:
-    """Under the columns of runs.csv that SPREAD names, for each."""
-    values = [getattr(spread, name, None) for spread in spreads for name in SPREAD]
-    return [round(value, 4) if isinstance(value, float) else value for value in values]
-
-
-def _write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
     text = io.StringIO()
-    csv.writer(text).writerows([head, *rows])
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
     write_atomically(path, text.getvalue())
 
 
 def _write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import StrictUndefined, Template
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(title=title, sections=sections)
-    write_atomically(path, page)
+    text = Path(__file__).with_name("report.html.j2").read_text()
+    template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    write_atomically(path, template.render(title=title, sections=sections, used_columns=used_columns))

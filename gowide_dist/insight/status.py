@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gowide_dist.data.info import check_split
 from gowide_dist.errors import RunError, UserError
@@ -17,27 +18,24 @@ from gowide_dist.launch.slurm import log_file, start_of
 from gowide_dist.prepare import Prepared
 from gowide_dist.progress import clock
 from gowide_dist.recipe import Recipe, load_recipe
-from gowide_dist.run import Done, Run, StageDir, read_metrics
+from gowide_dist.run import Run, read_metrics
 
 FOLLOW_EVERY_S = 0.5
-ASK_SLURM_EVERY_S = 5.0
+ASK_SLURM_EVERY = 10  # of these
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageStatus:
-    """Where a stage instance stands. `state`: done, running, queued, failed, cancelled, stopped or absent (not begun).
-
-    `steps`: of the whole stage. `seconds_left`: of its training, without evaluations.
-    """
+    """Where a stage instance stands."""
 
     stage: str
-    state: str
+    state: str = "absent"  # not begun; or done, running, queued, failed, cancelled, stopped
     job: str | None = None
     where: str | None = None
     step: int | None = None
-    steps: int | None = None
+    steps: int | None = None  # of the whole stage
     images_per_s: float | None = None
-    seconds_left: float | None = None
+    seconds_left: float | None = None  # of its training, without evaluations
     restarts: int | None = None
     top1: float | None = None
     note: str = ""
@@ -46,57 +44,53 @@ class StageStatus:
 def status(run: Run) -> list[StageStatus]:
     """The stages of a run, parents first. Raises UserError if there is no run or Slurm does not answer."""
     recipe = load_recipe(run.recipe_path)
-    jobs = newest_jobs(run.slurm, recipe.name)
-    ids = read_jobs(run.slurm)
-    finished = run.finished(recipe)
+    jobs, ids, finished = newest_jobs(run.slurm, recipe.name), read_jobs(run.slurm), run.finished(recipe)
     rows = []
     for key in {**recipe.instances, **jobs}:
         job = jobs.get(key)
-        row = StageStatus(key, "absent", ids[key][-1] if key in ids else None, restarts=job.restarts if job else None)
-        if key in recipe.instances:
-            rows.append(_status(row, run, recipe, finished.get(key), job))
+        row = StageStatus(key, job=ids[key][-1] if key in ids else None, restarts=job.restarts if job else None)
+        if done := finished.get(key):
+            row.state, row.step, row.steps, row.top1 = "done", done.steps, done.steps, done.top1
+        elif key in recipe.instances:
+            _add_state(row, run, recipe, job)
         elif job and (job.is_waiting or job.is_running):
-            state = "queued" if job.is_waiting else "running"
-            rows.append(replace(row, state=state, where=job.nodes or None, note="the recipe no longer has it"))
+            row.state, row.where = "queued" if job.is_waiting else "running", job.nodes or None
+            row.note = "the recipe no longer has it"
+        else:
+            continue
+        rows.append(row)
     return rows
 
 
-def _status(row: StageStatus, run: Run, recipe: Recipe, done: Done | None, job: JobState | None) -> StageStatus:
-    """The row, of which the instance and its job are known, with all the rest."""
-    stage_dir = run.stage(row.stage)
-    if done:
-        return replace(row, state="done", step=done.steps, steps=done.steps, top1=done.top1)
+def _add_state(row: StageStatus, run: Run, recipe: Recipe, job: JobState | None) -> None:
+    """Where an unfinished instance stands: by its metrics, the number of training images, its job and its lock."""
+    stage_dir, writer = run.stage(row.stage), None
     if stage_dir.done:
-        return replace(row, note="its folder holds the result of another recipe")
-    running = _running(row, recipe, stage_dir)
-    row = replace(row, step=running.step, steps=running.steps)
-    if job and (job.is_running or job.is_leaving):
-        return replace(running, where=job.nodes, note=job.state.lower() if job.is_leaving else "")
-    if not (job and job.is_waiting):
-        with contextlib.suppress(RunError):  # a file system without locks does not tell who trains without Slurm
-            if writer := stage_dir.writer():
-                return replace(running, where=writer)
-    if job is None:
-        return replace(row, state="stopped" if row.step else "absent")
-    if job.is_waiting:
-        starts = f", starts {job.starts}" if job.starts else ""
-        return replace(row, state="queued", note=f"{job.reason or job.state}{starts}")
-    if job.state == "CANCELLED":
-        return replace(row, state="cancelled", where=job.nodes)
-    return replace(row, state="failed", where=job.nodes, note=_failure(run, job))
-
-
-def _running(row: StageStatus, recipe: Recipe, stage_dir: StageDir) -> StageStatus:
-    """The row with its progress, from the metrics and the number of training images."""
-    try:
-        steps = check_split(recipe.data.train).samples // recipe.batch_size * recipe.instances[row.stage].stage.epochs
-    except UserError:
-        steps = None
+        row.note = "its folder holds the result of another recipe"
+        return
+    with contextlib.suppress(UserError):
+        epochs = recipe.instances[row.stage].stage.epochs
+        row.steps = check_split(recipe.data.train).samples // recipe.batch_size * epochs
     lines = [line for line in read_metrics(stage_dir.metrics) if line["kind"] == "train"]
-    step = lines[-1]["step"] if lines else 0
-    rate = lines[-1]["images_per_s"] if lines else None
-    left = (steps - step) * recipe.batch_size / rate if steps and rate else None
-    return replace(row, state="running", step=step, steps=steps, images_per_s=rate, seconds_left=left)
+    row.step = lines[-1]["step"] if lines else 0
+    if job is None or job.is_over:
+        with contextlib.suppress(RunError):  # a file system without locks does not tell who trains without Slurm
+            writer = stage_dir.writer()
+    row.where = writer or (job.nodes or None if job else None)
+    if writer or (job and (job.is_running or job.is_leaving)):
+        row.state, row.note = "running", job.state.lower() if job and job.is_leaving else ""
+        row.images_per_s = lines[-1]["images_per_s"] if lines else None
+        if row.steps and row.images_per_s:
+            row.seconds_left = (row.steps - row.step) * recipe.batch_size / row.images_per_s
+    elif job is None:
+        row.state = "stopped" if row.step else "absent"
+    elif job.is_waiting:
+        starts = f", starts {job.starts}" if job.starts else ""
+        row.state, row.note = "queued", f"{job.reason or job.state}{starts}"
+    elif job.state == "CANCELLED":
+        row.state = "cancelled"
+    else:
+        row.state, row.note = "failed", _failure(run, job)
 
 
 def _failure(run: Run, job: JobState) -> str:
@@ -121,27 +115,24 @@ def status_table(rows: Iterable[StageStatus]) -> str:
         rate = f"{row.images_per_s:,.0f}" if row.images_per_s else ""
         left = clock(row.seconds_left) if row.seconds_left is not None else ""
         note = f"top-1 {row.top1:.2f} %" if row.top1 is not None else row.note
-        cells.append(
-            (row.stage, row.state, row.job or "", row.where or "", step, rate, left, str(row.restarts or ""), note)
-        )
+        job, where, restarts = row.job or "", row.where or "", str(row.restarts or "")
+        cells.append((row.stage, row.state, job, where, step, rate, left, restarts, note))
     return table(head, cells, left=(0, 1, 2, 3, 8))
 
 
-def submitted_table(prepared: Prepared, ids: Mapping[str, str]) -> str:
-    """Every selected instance with its job, the instances that it waits for, and its log."""
-    rows = [[key, "done", "", ""] for key in prepared.selected]
-    for row, instance in zip(rows, prepared.selected.values(), strict=True):
-        if job_id := ids.get(instance.key):
-            parents = ", ".join(parent for parent in instance.parents if parent in ids)
-            row[1:] = job_id, parents, str(log_file(prepared.run.slurm, job_id))
-    return table(("stage", "job", "after", "log"), rows, left=range(4))
+def submitted(prepared: Prepared, ids: Mapping[str, str]) -> str:
+    """A line for every selected instance: its job, the instances that it waits for, and its log."""
+    lines = []
+    for key, instance in prepared.selected.items():
+        parents = ", ".join(parent for parent in instance.parents if parent in ids)
+        after = f"  after {parents}" if parents else ""
+        job = f"job {ids[key]}{after}  {log_file(prepared.run.slurm, ids[key])}" if key in ids else "done"
+        lines.append(f"{key}  {job}")
+    return "\n".join(lines)
 
 
 def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterator[str]:
-    """What a stage's newest job prints; with `follow` as it prints it, until the job is over.
-
-    Raises UserError if the stage has no job or it has not printed anything.
-    """
+    """What a stage's newest job prints, with `follow` until it is over. Raises UserError if it has printed nothing."""
     recipe = load_recipe(run.recipe_path)
     ids = read_jobs(run.slurm)
     keys = [key for key in ids if stage in (key, key.partition("/")[0])]
@@ -151,20 +142,19 @@ def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterat
     path = log_file(run.slurm, job_id, rank)
     if not path.exists() and not follow:
         raise RunError(f"{path}: job {job_id} of {keys[0]} has not printed anything; `gowide status` says where it is")
-    position, asked_at, is_over = 0, time.monotonic(), not follow
-    while True:
+    position = 0
+    for turn in itertools.count(1):
         if path.exists():
             with path.open(errors="replace") as file:
                 file.seek(position)
                 yield file.read()
                 position = file.tell()
-        if is_over:
+        if not follow:
             return
         time.sleep(FOLLOW_EVERY_S)
-        if time.monotonic() - asked_at > ASK_SLURM_EVERY_S:
-            asked_at = time.monotonic()
+        if turn % ASK_SLURM_EVERY == 0:
             job = newest_jobs(run.slurm, recipe.name).get(keys[0])
-            is_over = job is None or not (job.is_waiting or job.is_running or job.is_leaving)
+            follow = job is not None and not job.is_over  # over: what it has printed since the last turn is left
 
 
 def cancel_run(run: Run) -> list[str]:

@@ -1,13 +1,12 @@
-"""A finished network of a run with all that using it takes: classes, normalisation, images.
-
-The one place where a finished network and its data are opened.
-"""
+"""A finished network of a run with all that using it takes: classes, normalisation, images."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from gowide_dist.data.decode import CenterCrop, Geometry
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.data.loader import Loader, geometry_of
-from gowide_dist.errors import DataError, RunError
+from gowide_dist.errors import DataError
 from gowide_dist.networks.resnet import ResNet
 from gowide_dist.pipeline import find_finished
 from gowide_dist.progress import track
@@ -26,8 +25,6 @@ from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run
 from gowide_dist.timeline import Batching
 from gowide_dist.train.start import load_trained
-
-BATCH_SIZE = 64
 
 
 class Classifier(nn.Module):
@@ -64,7 +61,7 @@ class Trained:
     val_checksum: str  # of the validation images whose accuracies `done` holds
 
     def network(self) -> ResNet:
-        """The network on the CPU, in eval mode."""
+        """The network on the CPU, in eval mode. Raises RunError if its weights have changed."""
         return load_trained(self.instance, self.run, len(self.info.classes)).eval()
 
     def training_images(self, limit: int) -> Loader:
@@ -78,55 +75,34 @@ class Trained:
 
         Raises DataError if the file has other classes than the network.
         """
-        classes, expected = read_dataset_info(path).classes, self.info.classes
-        if classes != expected:
-            pairs = enumerate(zip(classes, expected, strict=False))
-            first = next(
-                (f"class {i} is '{name}' instead of '{known}'" for i, (name, known) in pairs if name != known), ""
-            )
-            raise DataError(
-                f"{path}: other classes than those of {self.instance.key} in {self.run.path}: "
-                f"{first or f'{len(classes)} instead of {len(expected)}'}"
-            )
+        pairs = zip_longest(read_dataset_info(path).classes, self.info.classes, fillvalue="missing")
+        for label, (name, expected) in enumerate(pairs):
+            if name != expected:
+                other = f"class {label} is '{name}' instead of '{expected}'"
+                raise DataError(f"{path}: other classes than those of {self.instance.key} in {self.run.path}: {other}")
         return self._images(path, geometry_of(self.recipe.data, train=False), limit)
 
-    def is_own_validation(self, path: Path) -> bool:
-        """Whether an FFCV file holds the validation images whose accuracies `done` holds."""
-        return check_split(path).checksum == self.val_checksum
-
     def _images(self, path: Path, geometry: Geometry, limit: int | None) -> Loader:
-        total = check_split(path).samples
-        count = total if limit is None else min(limit, total)
-        return Loader(
-            path,
-            Batching(BATCH_SIZE),
-            train=False,
-            resolution=self.recipe.data.resolution,
-            geometry=geometry,
-            samples=np.linspace(0, total - 1, count).round().astype(np.int64),
-            num_threads=len(os.sched_getaffinity(0)),
-        )
+        total, side, cores = check_split(path).samples, self.recipe.data.resolution, len(os.sched_getaffinity(0))
+        samples = np.linspace(0, total - 1, min(limit or total, total)).round().astype(np.int64)
+        load = partial(Loader, path, Batching(64), train=False, resolution=side)
+        return load(geometry=geometry, samples=samples, num_threads=cores)
 
 
 def open_trained(path: Path, name: str) -> Trained:
     """The finished network `name` (`stage` or `stage/network`) of the run at `path`.
 
-    Raises UserError if there is none, or if its weights or the dataset that it was trained on have changed.
+    Raises UserError if there is none, or if the dataset that it was trained on has changed.
     """
     run = Run(path)
     stage, _, network = name.partition("/")
     recipe, instance, done = find_finished(run, stage, network or None)
-    stage_dir = run.stage(instance.key)
-    stage_dir.check_weights()
-    identity = stage_dir.read_identity()
-    if identity is None:
-        raise RunError(f"{stage_dir.path}: identity.json is missing; delete the folder to train {instance.key} again")
+    identity = run.stage(instance.key).read_identity()
+    assert identity is not None, "without one no stage is finished"
     train, info = recipe.data.train, read_dataset_info(recipe.data.train)
-    if identity["data"]["train"] not in [split.checksum for split in info.splits.values() if split.file == train.name]:
-        raise DataError(
-            f"{train}: not the images that {instance.key} was trained on, whose mean and standard deviation it needs; "
-            "encode them again as before"
-        )
+    checksums = {split.file: split.checksum for split in info.splits.values()}
+    if checksums.get(train.name) != identity["data"]["train"]:  # the network needs their mean and standard deviation
+        raise DataError(f"{train}: not the images that {instance.key} was trained on; encode them again as before")
     return Trained(run, recipe, instance, done, info, identity["data"]["val"])
 
 

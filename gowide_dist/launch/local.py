@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from gowide_dist import stop
-from gowide_dist.errors import FULL_DISK, InternalError, UserError
+from gowide_dist.errors import FULL_DISK, InternalError, RecipeError, UserError
 from gowide_dist.prepare import Prepared
+from gowide_dist.progress import say
+from gowide_dist.recipe import Recipe
 
 ERROR_FILE_VARIABLE = "GOWIDE_ERROR_FILE"  # where a worker writes the error that the launcher shows
 LAUNCHER_VARIABLE = "GOWIDE_LAUNCHER"  # id of the parent process, whose end is the worker's end
@@ -37,6 +39,29 @@ class WorkerError(InternalError):
 def default_num_processes() -> int:
     """One process per GPU; without GPUs one per two cores, each with two threads."""
     return num_gpus() or max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def choose_num_processes(recipe: Recipe, asked: int | None) -> int:
+    """As many as asked for, else the default, or fewer, so that they divide the recipe's batches equally.
+
+    Raises RecipeError if those asked for do not divide it, UserError if they are more than the GPUs.
+    """
+    if asked is None:
+        default = default_num_processes()
+        for number in range(default, 1, -1):
+            with contextlib.suppress(RecipeError):
+                recipe.check_processes(number)
+                if number < default:
+                    say(f"{number} processes, for the batch of {recipe.batch_size} is not divisible by {default}")
+                return number
+        asked = 1
+    if 0 < num_gpus() < asked:
+        raise UserError(
+            f"--nproc {asked}: there is one process per GPU, and this machine has {num_gpus()}; leave --nproc out, or "
+            "set CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
+        )
+    recipe.check_processes(asked)
+    return asked
 
 
 def num_gpus() -> int:

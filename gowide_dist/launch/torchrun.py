@@ -62,11 +62,12 @@ def main() -> int:
 def describe(failures: Iterable[ProcessFailure]) -> str:
     """Which process failed first, and how: one that was killed, for the others then lost their connections to it.
 
-    Those that torchrun has killed afterwards are left out.
+    Those that torchrun has ended afterwards, by SIGTERM and then by SIGKILL, are left out.
     """
-    failures = sorted(failures, key=lambda failure: failure.timestamp)
+    failures = sorted(failures, key=lambda failure: (failure.exitcode == -signal.SIGTERM, failure.timestamp))
     first = [failure for failure in failures if failure.timestamp < failures[0].timestamp + AFTER_FAILURE_S - 1]
-    cause = min(first, key=lambda failure: failure.exitcode)  # a signal's is negative
+    # a signal's exit code is negative
+    cause = min(first, key=lambda failure: (failure.exitcode == -signal.SIGTERM, failure.exitcode))
     return f"process {cause.local_rank} {explain(cause.exitcode)}"
 
 

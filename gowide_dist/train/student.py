@@ -90,7 +90,7 @@ class Student:
             return self.losses.flush(self.ctx.world)
         except NonFiniteLossError as error:
             newest = self.ctx.world.on_main(self._newest_checkpoint)
-            raise self._diverged(error.step, newest) from error
+            raise diverged(self.instance, self.timeline, error.step, newest) from error
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write a line of metrics, of `kind` train or val; rank 0 only."""
@@ -103,7 +103,7 @@ class Student:
         Raises TrainingError if a parameter is not finite: the last good checkpoint must stay.
         """
         if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
-            raise self._diverged(step, self._newest_checkpoint())
+            raise diverged(self.instance, self.timeline, step, self._newest_checkpoint())
         state = {
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -171,13 +171,15 @@ class Student:
         self.writer.wait()
         return max(self.stage_dir.checkpoints.glob("step-*.pt"), default=None)
 
-    def _diverged(self, step: int, newest: Path | None) -> TrainingError:
-        stage = self.instance.stage
-        assert stage.optim is not None
-        steps = self.timeline.phase(self.timeline.phase_of(step - 1))
-        lr = learning_rate(step - 1, steps, self.timeline.steps_per_epoch, stage.optim, stage.schedule)
-        kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was due before"
-        return TrainingError(
-            f"{self.instance.key}: the loss is not finite at step {step:,} (learning rate {lr:g}); "
-            f"lower stages.{self.instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
-        )
+
+def diverged(instance: Instance, timeline: Timeline, step: int, newest: Path | None) -> TrainingError:
+    """The error for a loss that is not finite at `step`, counted from 1. newest: the last checkpoint."""
+    stage = instance.stage
+    assert stage.optim is not None
+    steps = timeline.phase(timeline.phase_of(step - 1))
+    lr = learning_rate(step - 1, steps, timeline.steps_per_epoch, stage.optim, stage.schedule)
+    kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was due before"
+    return TrainingError(
+        f"{instance.key}: the loss is not finite at step {step:,} (learning rate {lr:g}); "
+        f"lower stages.{instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
+    )

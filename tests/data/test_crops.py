@@ -158,11 +158,13 @@ def test_partial_decoding_gives_the_top_rows_of_the_whole():
     column = np.zeros(1, np.int64)
     arrays = decode.BetonArrays(data, column, column + len(data), np.zeros(1, np.uint8), column + 133, column + 150)
     scratch = decode.Scratch.of(arrays)
-    decode._decode_jpeg(arrays, 0, 133, scratch, decode.imdecode)
+    decode._decode_jpeg(arrays, 0, 133, scratch)
     whole = scratch.pixels.reshape(133, 150, 3).copy()
     for num_rows in range(1, 134):
+        scratch.pixels.setflags(write=True)
         scratch.pixels[:] = 0
-        decode._decode_jpeg(arrays, 0, num_rows, scratch, decode.imdecode)
+        scratch.pixels.setflags(write=False)
+        decode._decode_jpeg(arrays, 0, num_rows, scratch)
         assert (scratch.pixels.reshape(133, 150, 3)[:num_rows] == whole[:num_rows]).all()
     assert abs(whole.astype(int) - read_rgb(data.tobytes())).mean() < 3
 

@@ -79,10 +79,10 @@ def test_another_dataset_is_not_overwritten(idx_root: Path, tmp_path: Path):
 
 
 def test_interruption_leaves_nothing(idx_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(source, label, index, storage):
+    def interrupted(source, label, index, *storage):
         if index == 25:
             raise KeyboardInterrupt
-        return encode_sample(source, label, index, storage)
+        return encode_sample(source, label, index, *storage)
 
     monkeypatch.setattr("gowide_dist.data.encode.encode_sample", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from gowide_dist.data.beton import JPEG, Beton
-from gowide_dist.data.encode import Options, _encode_samples, encode, write_dataset
+from gowide_dist.data.encode import Options, _encode_samples, encode, jpg_share_of, write_dataset
 from gowide_dist.data.images import encode_sample, read_rgb
 from gowide_dist.data.sources import ImageList, read_image_folder, stratified
 from gowide_dist.errors import DataError
+from tests.command import refused
 from tests.data.conftest import photo, write_image_folder
 
 RAW = Options(workers=1)
@@ -109,7 +110,7 @@ def test_unusual_images_become_upright_rgb(tmp_path: Path, save, jpg_share: floa
 def bad_root(tmp_path: Path) -> Path:
     root = folder_of(tmp_path / "images", "one/a.png", "one/b.png", "two/c.png")
     whole = (root / "train" / "one" / "a.png").read_bytes()
-    jpeg = encode_sample(PICTURE, 0, 0, Options(jpg_share=1.0).storage).image.data
+    jpeg = encode_sample(PICTURE, 0, 0, jpg_share=1.0).image.data
     (root / "train" / "one" / "empty.jpg").write_bytes(b"")
     (root / "train" / "one" / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     (root / "train" / "two" / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -250,14 +251,16 @@ def test_stratified_keeps_the_proportions_of_uneven_classes():
     assert np.bincount(labels[chosen]).tolist() == [200, 20, 2]
 
 
-@pytest.mark.parametrize(
-    "options", [{"jpg_share": 1.5}, {"quality": 0}, {"max_side_px": 0}, {"subset": 0}, {"held_out": -1}]
-)
-def test_bad_options(options: dict[str, float]):
-    (name,) = options
-    flag = {"jpg_share": "write-mode"}.get(name, name.replace("_", "-"))
-    with pytest.raises(DataError, match=f"^--{flag} "):
-        Options(**options)
+@pytest.mark.parametrize("option", ["quality=0", "quality=101", "max-side-px=0", "subset=0", "held-out=-1"])
+def test_bad_options(tmp_path: Path, option: str):
+    line = refused("encode", "imagefolder", "--root", tmp_path, "--out", tmp_path / "out", f"--{option}")
+    assert f"Invalid value for '--{option.split('=')[0]}'" in line
+
+
+@pytest.mark.parametrize("write_mode", ["1.5", "-0.1", "nan", "bmp"])
+def test_bad_write_modes(write_mode: str):
+    with pytest.raises(DataError, match=f"^--write-mode {write_mode}: should be raw, jpg or a fraction from 0 to 1"):
+        jpg_share_of("imagefolder", write_mode)
 
 
 @pytest.mark.parametrize("options", [{"subset": 4}, {"held_out": 3}])

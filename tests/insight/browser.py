@@ -21,7 +21,8 @@ addEventListener("load", async () => {
     const page = frame.contentDocument;
     found[width] = {
       figures: [...page.querySelectorAll("figure svg")].map(svg => [svg.getBBox().width, svg.getBoundingClientRect().width]),
-      ink: getComputedStyle(page.querySelector("figure text, figure [id^=text_] g")).fill,
+      ink: getComputedStyle(page.body).color,
+      words: [...page.querySelectorAll("figure text, figure [id^=text_] g")].map(words => getComputedStyle(words).fill),
       paper: getComputedStyle(page.body).backgroundColor,
       text: page.body.innerText,
       overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,

@@ -22,6 +22,7 @@ from gowide_dist.errors import RunError, UserError
 from gowide_dist.files import sha256
 from gowide_dist.insight import export
 from gowide_dist.insight.trained import open_trained
+from gowide_dist.networks.architecture import Architecture
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
 from gowide_dist.timeline import Batching
@@ -191,6 +192,20 @@ def test_a_public_network(finished_run, val, tmp_path):
     with torch.inference_mode():
         expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std).numpy()
     assert np.abs(onnx_logits(tmp_path / "export" / "model.onnx", images) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("network", "model"),
+    [
+        ({"arch": "resnet50", "width": 2}, "resnet50"),
+        ({"arch": "resnet50", "width": 0.3}, None),  # 19.2 channels a group
+        ({"arch": "resnet18", "width": 2}, None),
+        ({"arch": "resnet50", "stem": "small"}, None),
+    ],
+)
+def test_networks_of_torchvision(network, model):
+    found = export._in_torchvision(Architecture.model_validate(network), 10)
+    assert found == (model and {"model": model, "arguments": {"num_classes": 10, "width_per_group": 128}})
 
 
 def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from gowide_dist.insight.assumed import data_size, this_machines_cores
 from gowide_dist.insight.costs import IMPORTS
 from gowide_dist.insight.plan import longest_path, plan, plan_table, restarts
 from gowide_dist.insight.text import duration
+from gowide_dist.launch.local import KEEP_FREED_MEMORY
 from gowide_dist.launch.profile import Device, Profile
 from gowide_dist.prepare import check_data, prepare
 from gowide_dist.run import Done, Run
@@ -149,7 +151,8 @@ def test_memory_is_what_training_takes(data, tmp_path):
     }
     prepared = prepare(load_recipe(write_job(tmp_path, values)), tmp_path / "runs")
     command = [sys.executable, "-c", PEAK, str(prepared.run.path)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, **KEEP_FREED_MEMORY}  # as the launcher starts it
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     recipe = prepared.recipe
     memory = plan(recipe, data_size(recipe), this_machines_cores(1)).stages[0].memory
     assert int(shown.split()[-1]) == pytest.approx(sum(memory.values()) - IMPORTS, rel=0.35)

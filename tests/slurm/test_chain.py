@@ -42,14 +42,14 @@ def test_the_chain_over_two_nodes_with_two_processes_each(cluster, data, tmp_pat
     assert [submitted.id(key) == ids[key] for key in stages] == [True, False, False, False, True]
     submitted.finishes("finetune/thin")
     until(lambda: not cluster.run("squeue", "-h"), "the end of the last job")
-    assert submitted.submit().split() == [word for key in stages for word in (key, "done")]
+    assert [line.split() for line in submitted.submit().splitlines()] == [[key, "done"] for key in stages]
     assert "distill/thin  done: top-1" in gowide("logs", submitted.run.path, "distill", "-f").stdout
 
     result = gowide("run", submitted.job, "--nproc", 4, "--runs", tmp_path / "torchrun")
     assert result.returncode == 0, result.stderr
     for key in stages:
-        here = json.loads((tmp_path / "torchrun" / "chain" / "stages" / key / "done.json").read_text())
-        assert submitted.run.stage(key).done.model_sha256 == here["model_sha256"]
+        by_torchrun = json.loads((tmp_path / "torchrun" / "chain" / "stages" / key / "done.json").read_text())
+        assert submitted.run.stage(key).done.model_sha256 == by_torchrun["model_sha256"]
 
 
 def test_a_failed_parent_cancels_its_children(cluster, data, tmp_path):

@@ -1,4 +1,4 @@
-"""Whatever a cluster does to a job, the weights in the end are those of a job that was left alone."""
+"""Whatever a cluster does to a job, it ends with the weights of an undisturbed job."""
 
 import signal
 
@@ -14,17 +14,15 @@ def check_same(submitted, undisturbed):
     assert (done.steps, done.images, done.world_size) == (300, 18_000, 2)
 
 
-def went_on_at(submitted):
-    """The step at which it went on after its first stop."""
+def continued_at(submitted):
+    """The step at which it continued after its first stop."""
     submitted.until(KEY, lambda: "continues at step" in submitted.log(KEY), "another start")
     return int(submitted.log(KEY).split("continues at step ")[1].split(" ")[0])
 
 
 def check_nothing_lost(submitted):
-    """It went on exactly where it was told to stop."""
-    went_on = went_on_at(submitted)
-    assert f"saved at step {went_on} of 300: told to stop" in submitted.log(KEY)
-    assert went_on % 100, "that is no periodic checkpoint"
+    """It continued exactly where it was told to stop: not at an older, periodic checkpoint."""
+    assert f"saved at step {continued_at(submitted)} of 300: told to stop" in submitted.log(KEY)
 
 
 def test_a_time_limit(long, undisturbed):
@@ -48,7 +46,7 @@ def test_requeue(cluster, long, undisturbed):
     submitted = long()
     submitted.reaches(KEY, 130)
     cluster.run("scontrol", "requeue", submitted.id(KEY))
-    assert went_on_at(submitted) >= 100
+    assert continued_at(submitted) >= 100
     check_same(submitted, undisturbed)
     assert submitted.squeue(KEY, "RestartCnt") == "1"
 
@@ -58,7 +56,7 @@ def test_a_power_cut(cluster, long, undisturbed):
     submitted.reaches(KEY, 130)
     cluster("kill-node", 2)
     try:
-        assert went_on_at(submitted) % 100 == 0
+        assert continued_at(submitted) % 100 == 0
         check_same(submitted, undisturbed)
     finally:
         cluster("start-node", 2)
