@@ -81,6 +81,7 @@ def stages(recipe: Recipe, num_processes: int) -> dict[str, dict[str, Any]]:
 
 def tables(results: Mapping[str, Any]) -> Iterator[Table]:
     """The results of `loader` and `stages`, by these names, for people."""
+    rows: list[tuple[str, ...]]
     if loaders := results.get("loader"):
         rows = [
             (name, f"{rate:,}", str(loaders.get(_RATIOS.get(name, ""), "")), f"{loaders['memory_mib'][name]:,}")
