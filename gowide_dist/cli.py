@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 from typer.exceptions import TyperException
 
 from gowide_dist.errors import InternalError, UserError, mendable
+from gowide_dist.launch.local import choose_num_processes, num_gpus, torchrun
+from gowide_dist.launch.profile import load_profile
+from gowide_dist.recipe import load_recipe
+from gowide_dist.run import Run
 
-if TYPE_CHECKING:
-    from gowide_dist.recipe import Recipe
-
+to_json = functools.partial(json.dumps, indent=2)  # as `--json` prints it
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
@@ -32,7 +38,7 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=print_version)] = False,
+    version: Annotated[bool, Option("--version", help="Print the version.", callback=print_version)] = False,
 ) -> None:
     """Train deep thin image classifiers: go wide, then narrow."""
 
@@ -40,70 +46,53 @@ def common(
 data_app = typer.Typer(help="Check encoded datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Job = Annotated[Path, typer.Argument(help="A recipe, for example jobs/demo.yaml.", metavar="JOB")]
+Job = Annotated[Path, Argument(help="A recipe, for example jobs/demo.yaml.", metavar="JOB")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Values to set, by dotted key: seed=1 data.resolution=32.", metavar="[KEY=VALUE]..."),
+    list[str] | None, Argument(help="Values to set: seed=1 data.resolution=32.", metavar="[KEY=VALUE]...")
 ]
-RunDir = Annotated[Path, typer.Argument(help="A run directory, for example runs/demo.", metavar="RUN")]
+RunDir = Annotated[Path, Argument(help="A run directory, for example runs/demo.", metavar="RUN")]
 
 
 def complete_stage(context: typer.Context, incomplete: str) -> list[str]:
     """Shell completion: the stages of the recipe or run that is on the command line already."""
-    from gowide_dist.recipe import load_recipe
-
     words = [context.params.get("job"), context.params.get("run"), *context.args]  # args: words before an option
-    path = next((Path(str(word)) for word in words if word), None)
-    if path is None:
-        return []
-    try:
+    path = next((Path(str(word)) for word in words if word), Path())
+    with contextlib.suppress(UserError):
         recipe = load_recipe(path / "recipe.yaml" if path.is_dir() else path)
-    except UserError:
-        return []
-    return [name for name in (*recipe.stages, *recipe.instances) if name.startswith(incomplete)]
+        return [name for name in (*recipe.stages, *recipe.instances) if name.startswith(incomplete)]
+    return []
 
 
-StageName = Annotated[str, typer.Argument(help="A stage, or stage/network.", autocompletion=complete_stage)]
+StageName = Annotated[str, Argument(help="A stage, or stage/network.", autocompletion=complete_stage)]
 Only = Annotated[
-    list[str] | None,
-    typer.Option(help="A stage and those that it needs; may be repeated.", autocompletion=complete_stage),
+    list[str] | None, Option(help="A stage and those that it needs; may be repeated.", autocompletion=complete_stage)
 ]
-Runs = Annotated[Path, typer.Option(help="Folder of run directories.")]
-Fresh = Annotated[bool, typer.Option(help="Delete what another recipe has left in this run's folder.")]
-Nproc = Annotated[int | None, typer.Option(help="Processes; default: one per GPU, else one per two cores.", min=1)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def load_job(job: Path, overrides: list[str] | None) -> Recipe:
-    """The recipe of a command line."""
-    from gowide_dist.recipe import load_recipe
-
-    return load_recipe(job, overrides or [])
-
-
+Runs = Annotated[Path, Option(help="Folder of run directories.")]
+Fresh = Annotated[bool, Option(help="Discard what unfinished stages have left in this run's folder.")]
+Nproc = Annotated[int | None, Option(help="Processes; default: one per GPU, else one per two cores.", min=1)]
 Dataset = Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "ffcv"]
+BenchPart = StrEnum("BenchPart", ["loader", "stages"])  # typer has no lists of Literal
+Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
 @app.command()
 def encode(
-    dataset: Annotated[Dataset, typer.Argument(help="What to encode: torchvision's layouts on disk, or FFCV's files.")],
-    out: Annotated[Path, typer.Option(help="Folder for train.beton, val.beton and dataset.json.")],
-    root: Annotated[Path | None, typer.Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
+    dataset: Annotated[Dataset, Argument(help="What to encode: torchvision's layouts on disk, or FFCV's files.")],
+    out: Annotated[Path, Option(help="Folder for train.beton, val.beton and dataset.json.")],
+    root: Annotated[Path | None, Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
     write_mode: Annotated[
         str | None,
-        typer.Option(help="raw, jpg or a fraction as JPEG; default: imagefolder jpg, ffcv unchanged, else raw."),
+        Option(help="raw, jpg or a fraction as JPEG; default: imagefolder jpg, ffcv unchanged, else raw."),
     ] = None,
-    quality: Annotated[int, typer.Option(help="JPEG quality.", min=1, max=100)] = 90,
-    max_side_px: Annotated[int | None, typer.Option(help="Shrink images whose longer side exceeds it.", min=1)] = None,
-    subset: Annotated[int | None, typer.Option(help="Use only N training images, stratified by class.", min=1)] = None,
-    held_out: Annotated[
-        int | None, typer.Option(help="Use N training images for validation, stratified.", min=1)
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option(help="Leave out damaged images, and list them in skipped.txt.")] = False,
-    workers: Annotated[int, typer.Option(help="Processes that read files; default: one a core.", min=0)] = 0,
-    cluster: Annotated[Path | None, typer.Option(help="Encode in a Slurm job, by this cluster profile.")] = None,
+    quality: Annotated[int, Option(help="JPEG quality.", min=1, max=100)] = 90,
+    max_side_px: Annotated[int | None, Option(help="Shrink images whose longer side exceeds it.", min=1)] = None,
+    subset: Annotated[int | None, Option(help="Use only N training images, stratified by class.", min=1)] = None,
+    held_out: Annotated[int | None, Option(help="Use N training images for validation, stratified.", min=1)] = None,
+    skip_bad: Annotated[bool, Option(help="Leave out damaged images, and list them in skipped.txt.")] = False,
+    workers: Annotated[int, Option(help="Processes that read files; default: one a core.", min=0)] = 0,
+    cluster: Annotated[Path | None, Option(help="Encode in a Slurm job, by this cluster profile.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --cluster: print the sbatch script, and do nothing.")
+        bool, Option("--dry-run", help="With --cluster: print the sbatch script, and do nothing.")
     ] = False,
 ) -> None:
     """Write a dataset as FFCV files, every image decoded once on the way; with --cluster as a Slurm job.
@@ -119,7 +108,6 @@ def encode(
         raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
     if cluster:
         from gowide_dist.launch.encode import KEY, encode_job
-        from gowide_dist.launch.profile import load_profile
         from gowide_dist.launch.slurm import log_file
 
         chain = encode_job(dataset, out, root, options, load_profile(cluster), rehearse=dry_run)
@@ -135,9 +123,7 @@ def encode(
 
 
 @data_app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder written by `gowide encode`.", metavar="DIR")],
-) -> None:
+def verify(folder: Annotated[Path, Argument(help="A folder written by `gowide encode`.", metavar="DIR")]) -> None:
     """Check a whole dataset: checksums, counts, labels, and every image decoded.
 
     Example: `gowide data verify data/imagenet`
@@ -147,21 +133,14 @@ def verify(
     print_line(f"{folder}: OK, {verify_dataset(folder).summary}")
 
 
-class BenchPart(StrEnum):
-    """What `gowide bench` measures."""
-
-    LOADER = "loader"
-    STAGES = "stages"
-
-
 @app.command()
 def bench(
     job: Job,
     overrides: Overrides = None,
     nproc: Nproc = None,
-    data: Annotated[Path | None, typer.Option(help="Another dataset than the recipe's, for the loader.")] = None,
-    images: Annotated[Path | None, typer.Option(help="The same images as class folders, for torchvision.")] = None,
-    only: Annotated[list[BenchPart] | None, typer.Option(help="Measure only this.")] = None,
+    data: Annotated[Path | None, Option(help="Another dataset than the recipe's, for the loader.")] = None,
+    images: Annotated[Path | None, Option(help="The same images as class folders, for torchvision.")] = None,
+    only: Annotated[list[BenchPart] | None, Option(help="Measure only this.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure whether this machine feeds and trains a recipe.
@@ -176,17 +155,16 @@ def bench(
     """
     from gowide_dist.bench import loader, machine, stages, tables
     from gowide_dist.insight.text import table
-    from gowide_dist.launch.local import choose_num_processes
 
-    recipe, parts = load_job(job, overrides), only or list(BenchPart)
-    if (data or images) and BenchPart.LOADER not in parts:
+    recipe, parts = load_recipe(job, overrides or []), only or list(BenchPart)
+    if (data or images) and "loader" not in parts:
         raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
     results: dict[str, Any] = {"machine": machine()}
-    if BenchPart.LOADER in parts:
+    if "loader" in parts:
         resolution = recipe.data.resolution if recipe.data.augment.crop else None
         folder = data or recipe.data.train.parent
         results["loader"] = loader(folder, images, batch_size=recipe.batch_size, resolution=resolution)
-    if BenchPart.STAGES in parts:
+    if "stages" in parts:
         results["stages"] = stages(recipe, choose_num_processes(recipe, nproc))
     if as_json:
         print_line(to_json(results))
@@ -203,9 +181,7 @@ def run(
     runs: Runs = Path("runs"),
     only: Only = None,
     fresh: Fresh = False,
-    sequential: Annotated[
-        bool, typer.Option("--sequential", help="Train the networks of a stage one after the other: takes less memory.")
-    ] = False,
+    sequential: Annotated[bool, Option("--sequential", help="Train the networks one by one: less memory.")] = False,
 ) -> None:
     """Train the unfinished stages of a recipe on this machine, and print the table of results.
 
@@ -215,16 +191,18 @@ def run(
     Example: `gowide run jobs/demo.yaml --nproc 2 stages.finetune.epochs=5`
     """
     from gowide_dist.insight.report import report
-    from gowide_dist.launch.local import choose_num_processes, num_gpus, run_here
     from gowide_dist.prepare import prepare
 
-    recipe = load_job(job, overrides)
+    recipe = load_recipe(job, overrides or [])
     num_processes = choose_num_processes(recipe, nproc)
     prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=num_gpus() > 0, only=only or [], fresh=fresh)
     total, left = len(prepared.selected), len(prepared.unfinished)
     to_train = f"{total - left} of {total} stages done, {left} to train in {num_processes} processes"
     print_line(f"{prepared.run.path}: {to_train if left else f'all {total} stages are done, nothing to train'}")
-    run_here(prepared, num_processes, sequential=sequential)
+    if left:
+        keys = [instance.key for instance in prepared.unfinished]
+        options = ["--sequential"] if sequential else []
+        torchrun("gowide_dist.pipeline", [str(prepared.run.path), *keys, *options], num_processes)
     print_line(report([prepared.run], measure=False)[0])
 
 
@@ -232,15 +210,13 @@ def run(
 def plan(
     job: Job,
     overrides: Overrides = None,
-    cluster: Annotated[Path | None, typer.Option(help="A cluster profile; default: the cores of this machine.")] = None,
+    cluster: Annotated[Path | None, Option(help="A cluster profile; default: the cores of this machine.")] = None,
     runs: Runs = Path("runs"),
     nproc: Nproc = None,
-    images: Annotated[int | None, typer.Option(help="Training images, where they are not encoded.", min=1)] = None,
-    classes: Annotated[int | None, typer.Option(help="Classes, where the images are not encoded.", min=1)] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time a few real steps of each stage here.")] = False,
-    scale: Annotated[
-        bool, typer.Option("--scale", help="Simulate 1 to 64 nodes: the profile's, else of 8 GPUs.")
-    ] = False,
+    images: Annotated[int | None, Option(help="Training images, where they are not encoded.", min=1)] = None,
+    classes: Annotated[int | None, Option(help="Classes, where the images are not encoded.", min=1)] = None,
+    measure: Annotated[bool, Option("--measure", help="Time a few real steps of each stage here.")] = False,
+    scale: Annotated[bool, Option("--scale", help="Simulate 1 to 64 nodes: the profile's, else of 8 GPUs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a recipe costs before anything is spent: FLOPs, memory, hours, requeues, and what looks wrong.
@@ -249,16 +225,12 @@ def plan(
 
     Example: `gowide plan jobs/imagenet_rn50.yaml --cluster slurm/clusters/gpu8.yaml`
     """
-    from dataclasses import asdict
-
     from gowide_dist.insight.assumed import data_size, this_machines_cores
     from gowide_dist.insight.plan import plan, plan_table
     from gowide_dist.insight.scale import scale_nodes, scale_table
     from gowide_dist.insight.timing import measured_cores
-    from gowide_dist.launch.local import choose_num_processes
-    from gowide_dist.launch.profile import load_profile
 
-    recipe, profile = load_job(job, overrides), load_profile(cluster) if cluster else None
+    recipe, profile = load_recipe(job, overrides or []), load_profile(cluster) if cluster else None
     if measure and (profile or scale):
         raise UserError("plan: --measure times this machine; leave out --cluster and --scale, or run it in a job there")
     size, num_processes = data_size(recipe, images, classes), choose_num_processes(recipe, nproc)
@@ -275,13 +247,13 @@ def plan(
 @app.command()
 def submit(
     job: Job,
-    cluster: Annotated[Path, typer.Option(help="A cluster profile, for example slurm/clusters/gpu8.yaml.")],
+    cluster: Annotated[Path, Option(help="A cluster profile, for example slurm/clusters/gpu8.yaml.")],
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     only: Only = None,
     fresh: Fresh = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts, and do nothing.")] = False,
-    test_only: Annotated[bool, typer.Option("--test-only", help="Ask Slurm whether it would take the jobs.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the sbatch scripts, and do nothing.")] = False,
+    test_only: Annotated[bool, Option("--test-only", help="Ask Slurm whether it would take the jobs.")] = False,
 ) -> None:
     """Submit a Slurm job for each unfinished stage, which starts after those that it needs, and return.
 
@@ -291,11 +263,10 @@ def submit(
     """
     from gowide_dist.insight.status import submitted
     from gowide_dist.launch.chain import prepare_chain, rehearse_chain
-    from gowide_dist.launch.profile import load_profile
     from gowide_dist.launch.queue import require
     from gowide_dist.prepare import write_run
 
-    recipe, profile = load_job(job, overrides), load_profile(cluster)
+    recipe, profile = load_recipe(job, overrides or []), load_profile(cluster)
     if dry_run or test_only:
         chain = rehearse_chain(recipe, runs, profile, only=only or [], fresh=fresh)
         print_line("\n".join(chain.scripts() if dry_run else chain.try_out()) or "nothing to submit")
@@ -312,10 +283,7 @@ def status(run: RunDir, as_json: Json = False) -> None:
 
     Example: `gowide status runs/demo`
     """
-    from dataclasses import asdict
-
     from gowide_dist.insight.status import status, status_table
-    from gowide_dist.run import Run
 
     rows = status(Run(run))
     print_line(to_json([asdict(row) for row in rows]) if as_json else status_table(rows))
@@ -325,15 +293,14 @@ def status(run: RunDir, as_json: Json = False) -> None:
 def logs(
     run: RunDir,
     stage: StageName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print until the job is over.")] = False,
-    rank: Annotated[int, typer.Option(help="Rank of the process.", min=0)] = 0,
+    follow: Annotated[bool, Option("--follow", "-f", help="Print until the job is over.")] = False,
+    rank: Annotated[int, Option(help="Rank of the process.", min=0)] = 0,
 ) -> None:
     """Print the log of a stage's job.
 
     Example: `gowide logs runs/demo teacher -f`
     """
     from gowide_dist.insight.status import logs
-    from gowide_dist.run import Run
 
     for text in logs(Run(run), stage, follow=follow, rank=rank):
         sys.stdout.write(text)
@@ -347,7 +314,6 @@ def cancel(run: RunDir) -> None:
     Example: `gowide cancel runs/demo`
     """
     from gowide_dist.insight.status import cancel_run
-    from gowide_dist.run import Run
 
     print_line("\n".join(f"cancelled {job}" for job in cancel_run(Run(run))) or f"{run}: no job is queued or running")
 
@@ -356,14 +322,9 @@ def cancel(run: RunDir) -> None:
 def evaluate(
     run: RunDir,
     stage: StageName,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder that `gowide encode` wrote, or one of its files, as DIR/test.beton; default: the run's."
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and confusion.csv.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
+    data: Annotated[Path | None, Option(help="Encoded folder or file, as DIR/test.beton; default: the run's.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for eval.json and confusion.csv.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
 ) -> None:
     """Evaluate a finished network on every validation image: accuracies, also per class, confusion, calibration.
 
@@ -376,16 +337,16 @@ def evaluate(
     evaluation = evaluate.evaluate(open_trained(run, stage), path)
     if out:
         evaluate.write_evaluation(evaluation, out)
-    print_line(json.dumps(evaluation, indent=2) if as_json else evaluate.table(evaluation))
+    print_line(to_json(evaluation) if as_json else evaluate.table(evaluation))
 
 
 @app.command()
 def export(
     run: RunDir,
     stage: StageName,
-    to: Annotated[Path, typer.Option(help="Folder for the files: new, empty, or of an export of the same weights.")],
-    int8: Annotated[bool, typer.Option(help="Also write model.int8.onnx.")] = True,
-    images: Annotated[int | None, typer.Option(help="Compare on N validation images; default: all.", min=1)] = None,
+    to: Annotated[Path, Option(help="Folder for the files: new, empty, or of an export of the same weights.")],
+    int8: Annotated[bool, Option(help="Also write model.int8.onnx.")] = True,
+    images: Annotated[int | None, Option(help="Compare on N validation images; default: all.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX; compare and time each.
@@ -401,14 +362,9 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, finished or not.", metavar="RUN...")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: report/ of the first run.")] = None,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure/--no-measure", help="Latency, dead channels, agreement with the teacher: once per network."
-        ),
-    ] = True,
+    runs: Annotated[list[Path], Argument(help="Run directories, finished or not.", metavar="RUN...")],
+    out: Annotated[Path | None, Option(help="Folder to write to; default: report/ of the first run.")] = None,
+    measure: Annotated[bool, Option(help="Latency, dead channels, agreement with teacher: once per network.")] = True,
     as_json: Json = False,
 ) -> None:
     """Print the results of a run, and write report.html, a page with all plots, and CSV and PNG files beside it.
@@ -419,7 +375,6 @@ def report(
     Example: `gowide report runs/fashion_mnist runs/fashion_mnist-1`
     """
     from gowide_dist.insight.report import report
-    from gowide_dist.run import Run
 
     text, data = report([Run(path) for path in runs], measure=measure, out=out)
     print_line(to_json(data) if as_json else text)
@@ -428,7 +383,7 @@ def report(
 @app.command()
 def doctor(
     runs: Runs = Path("runs"),
-    cluster: Annotated[Path | None, typer.Option(help="A cluster profile to check.")] = None,
+    cluster: Annotated[Path | None, Option(help="A cluster profile to check.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check this machine, and say what mends each fault: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk.
@@ -456,18 +411,13 @@ def print_line(text: str) -> None:
     sys.stdout.flush()
 
 
-def to_json(data: object) -> str:
-    """As `--json` prints it."""
-    return json.dumps(data, indent=2)
-
-
 def main() -> None:
     """Run the command of `sys.argv`: an error that the user may see is one line on stderr."""
     line, status = "", 2
     try:
         status = app(prog_name="gowide", standalone_mode=False) or 0
         if status == 130:  # typer's, after Ctrl-C
-            line = "stopped; the same command continues"
+            line = "stopped; run the same command again to resume"
     except TyperException as error:  # wrong usage; without arguments the help is printed, and there is no message
         if message := error.format_message().replace("Value error, ", "").rstrip("."):
             command = getattr(getattr(error, "ctx", None), "command_path", "gowide")

@@ -26,7 +26,7 @@ class RunError(UserError):
     """A run directory is damaged, locked or another recipe's, or a file cannot be written."""
 
 
-FULL_DISK = "the disk is full or the quota used up; make room, and the same command continues"
+FULL_DISK = "disk full or quota exceeded; free space and run the same command again"
 
 
 def mendable(error: OSError) -> str | None:

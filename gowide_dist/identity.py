@@ -19,33 +19,6 @@ from gowide_dist.recipe import Instance, Recipe
 IDENTITY_FORMAT = 3  # raised when the code changes so that the same recipe gives other weights
 
 
-def identity(
-    instance: Instance, recipe: Recipe, data_checksums: Mapping[str, str], fingerprints: Mapping[str, str]
-) -> dict[str, Any]:
-    """All that determines the weights of a stage instance, and nothing of where or under which name it runs.
-
-    It holds the format, the values of `recipe_identity`, the checksums of the data's files, and of `init` and `teacher`
-    the fingerprint or, of a file, the checksum. Raises RunError if a file of weights cannot be read, or holds none.
-    """
-    own = recipe_identity(instance, recipe)
-    init = instance.init and fingerprints[instance.init]
-    if instance.init_file:
-        option = f"stages.{instance.stage_name}.init.file: {instance.init_file}"
-        try:
-            init = sha256(instance.init_file)
-            if not _looks_like_weights(instance.init_file):
-                raise RunError(f"{option}: {NO_WEIGHTS}")
-        except OSError as error:
-            raise RunError(f"{option}: cannot be read ({error.strerror})") from error
-    return {
-        "format": IDENTITY_FORMAT,
-        **own,
-        "data": {**data_checksums, **own["data"]},
-        "init": init,
-        "teacher": instance.teacher and fingerprints[instance.teacher],
-    }
-
-
 def recipe_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that comes from the recipe alone: seed, global batch, numerics, data, network, stage.
 
@@ -88,10 +61,32 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 
 def identities(recipe: Recipe, data_checksums: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The identity of every instance of a recipe, by key."""
+    """By key of an instance, all that determines its weights, and nothing of where or under which name it runs.
+
+    An identity holds the format, the values of `recipe_identity`, the checksums of the data's files, and of `init` and
+    `teacher` the fingerprint or, of a file, the checksum. Raises RunError if a file of weights cannot be read, or holds
+    none.
+    """
     by_key: dict[str, dict[str, Any]] = {}
-    fingerprints: dict[str, str] = {}
     for key, instance in recipe.instances.items():  # parents first
-        by_key[key] = identity(instance, recipe, data_checksums, fingerprints)
-        fingerprints[key] = fingerprint(by_key[key])
+        own = recipe_identity(instance, recipe)
+        by_key[key] = {
+            "format": IDENTITY_FORMAT,
+            **own,
+            "data": {**data_checksums, **own["data"]},
+            "init": _file_checksum(instance) or (instance.init and fingerprint(by_key[instance.init])),
+            "teacher": instance.teacher and fingerprint(by_key[instance.teacher]),
+        }
     return by_key
+
+
+def _file_checksum(instance: Instance) -> str | None:
+    if (path := instance.init_file) is None:
+        return None
+    option = f"stages.{instance.stage_name}.init.file: {path}"
+    try:
+        if _looks_like_weights(path):
+            return sha256(path)
+    except OSError as error:
+        raise RunError(f"{option}: cannot be read ({error.strerror})") from error
+    raise RunError(f"{option}: {NO_WEIGHTS}")

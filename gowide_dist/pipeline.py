@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gowide_dist import stop
 from gowide_dist.data.info import read_dataset_info
@@ -48,7 +48,7 @@ def walk(run: Run, keys: Sequence[str], *, sequential: bool = False) -> None:
     recipe, checksums = check_data(recipe)
     with join() as world:
         check_group(recipe, world.size, on_gpus=world.device.type == "cuda")
-        world.on_main(lambda: run.write_environment(_devices(world.device), world.size))
+        world.on_main(lambda: run.write_environment(world.device_names, world.size))
         with open_data(recipe, world) as data:
             ctx = TrainContext(recipe, run, world, data, world.on_main(lambda: identities(recipe, checksums)))
             for _, group in itertools.groupby(keys, lambda key: key if sequential else key.partition("/")[0]):
@@ -71,20 +71,18 @@ def _unfinished(keys: Sequence[str], ctx: TrainContext) -> list[str]:
 @contextlib.contextmanager
 def open_data(recipe: Recipe, world: World) -> Iterator[TrainData]:
     """This process's part of the data that a recipe names. Raises DataError if it cannot be read."""
+    import torch
+
     from gowide_dist.data.loader import Loader, geometry_of
     from gowide_dist.train.context import TrainData
 
     info, data = read_dataset_info(recipe.data.train), recipe.data
-    loader = functools.partial(
-        Loader,
-        batching=Batching(recipe.batch_size, world.size, world.rank),
-        resolution=data.resolution,
-        num_threads=world.num_loader_threads,
-    )
+    batching, num_threads = Batching(recipe.batch_size, world.size, world.rank), world.num_loader_threads
+    loader = functools.partial(Loader, batching=batching, resolution=data.resolution, num_threads=num_threads)
     train = functools.partial(loader, data.train, train=True, geometry=geometry_of(data, train=True), order=data.order)
     with contextlib.closing(loader(data.val, train=False, geometry=geometry_of(data, train=False))) as val:
         val.preflight(len(info.classes))
-        mean, std = (_channels(values, world.device) for values in (info.mean, info.std))
+        mean, std = (torch.tensor(channels, device=world.device) * 255 for channels in (info.mean, info.std))
         yield TrainData(lambda seed: train(seed=seed), val, len(info.classes), mean, std)
 
 
@@ -104,31 +102,14 @@ def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNe
 def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Recipe, Instance, Done]:
     """The finished instance of a stage, and its recipe. Raises UserError as `load_model` does."""
     recipe = load_recipe(run.recipe_path)
-    instances = [
-        instance
-        for instance in recipe.instances.values()
-        if instance.stage_name == stage and network in (None, instance.network_name)
+    keys = [
+        key for key in recipe.instances if key == f"{stage}/{network}" or (not network and key.startswith(f"{stage}/"))
     ]
-    if len(instances) != 1:
+    if len(keys) != 1:
         raise RunError(f"{run.path}: name one of its stages and networks: {', '.join(recipe.instances)}")
-    if (done := run.finished(recipe).get(instances[0].key)) is None:
-        raise RunError(f"{run.path}: {instances[0].key} is not finished; run the recipe again to continue it")
-    return recipe, instances[0], done
-
-
-def _devices(device: Any) -> list[str]:
-    import torch
-
-    if device.type == "cuda":
-        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return [str(device)]
-
-
-def _channels(values: Sequence[float], device: Any) -> Any:
-    """Channel values from 0 to 1 as a tensor [3] for pixels from 0 to 255."""
-    import torch
-
-    return torch.tensor(values, device=device) * 255
+    if (done := run.finished(recipe).get(keys[0])) is None:
+        raise RunError(f"{run.path}: {keys[0]} is not finished; run the recipe again to continue it")
+    return recipe, recipe.instances[keys[0]], done
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,19 +144,14 @@ def work(task: Callable[[], None], path: Path) -> int:
         if isinstance(error, OSError) and (line := mendable(error)):
             leave_error(f"{path}: {line}" if is_full(error) else line)
             return 2
-        print_failure(error)
+        from gowide_dist.world import is_lost_connection
+
+        if is_lost_connection(error):  # one line: the other process's own words are not to be drowned
+            sys.stderr.write(f"rank {os.environ.get('RANK', '0')}: lost the connection to another process\n")
+        else:
+            traceback.print_exception(error)
         return 1
     return 0
-
-
-def print_failure(error: Exception) -> None:
-    """Print a traceback, or one line where the cause is another process's: its own words are not to be drowned."""
-    from gowide_dist.world import is_lost_connection
-
-    if is_lost_connection(error):
-        sys.stderr.write(f"rank {os.environ.get('RANK', '0')}: lost the connection to another process\n")
-    else:
-        traceback.print_exception(error)
 
 
 if __name__ == "__main__":

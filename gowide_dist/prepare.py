@@ -15,8 +15,9 @@ from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.errors import DataError, RecipeError, RunError
 from gowide_dist.files import write_atomically
 from gowide_dist.identity import fingerprint, identities
-from gowide_dist.recipe import Data, Instance, KlStage, Recipe
+from gowide_dist.recipe import Data, Instance, Recipe
 from gowide_dist.run import Run, StageDir
+from gowide_dist.stages import KlStage
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,11 @@ class Prepared:
     @cached_property
     def unfinished(self) -> list[Instance]:
         """The selected instances that are not done, parents first."""
-        return [
-            instance
-            for key, instance in self.selected.items()
-            if not self.run.stage(key).is_done(fingerprint(self.identities[key]))
-        ]
+        done = {key for key in self.selected if self.run.stage(key).is_done(fingerprint(self.identities[key]))}
+        return [instance for key, instance in self.selected.items() if key not in done]
 
     @cached_property
-    def siblings(self) -> dict[str, StageDir]:
+    def _siblings(self) -> dict[str, StageDir]:
         """By fingerprint of an unfinished instance: where a run beside this one has finished it, weights intact."""
         wanted = {fingerprint(self.identities[instance.key]) for instance in self.unfinished}
         siblings: dict[str, StageDir] = {}
@@ -50,21 +48,15 @@ class Prepared:
                     siblings[stage_dir.done.fingerprint] = stage_dir
         return siblings
 
-
-def sibling(instance: Instance, prepared: Prepared) -> StageDir | None:
-    """Where another run beside this one has finished an unfinished instance."""
-    return prepared.siblings.get(fingerprint(prepared.identities[instance.key]))
+    def sibling(self, key: str) -> StageDir | None:
+        """Where another run in the same folder has finished the same training (fingerprint), to copy its results."""
+        return self._siblings.get(fingerprint(self.identities[key]))
 
 
 def prepare(
-    recipe: Recipe,
-    runs: Path,
-    *,
-    num_processes: int = 1,
-    on_gpus: bool = False,
-    only: Sequence[str] = (),
-    fresh: bool = False,
-) -> Prepared:
+    recipe: Recipe, runs: Path, *,
+    num_processes: int = 1, on_gpus: bool = False, only: Sequence[str] = (), fresh: bool = False,
+) -> Prepared:  # fmt: skip
     """Check the recipe against the data, the processes and the run directory, then write the directory.
 
     fresh: delete what another recipe has left in the folders of the selected stages. Raises UserError, with nothing
@@ -88,16 +80,15 @@ def check_run(
     run = Run(runs / recipe.name)
     for path in (runs, run.path):
         if path.exists() and not path.is_dir():
-            raise RunError(f"{path}: is no folder; choose another place with --runs")
+            raise RunError(f"{path}: is not a folder; choose another place with --runs")
     prepared = Prepared(recipe, run, selected, identities(recipe, checksums))
     for instance in prepared.unfinished:
         stage_dir = run.stage(instance.key)
         if instance.key not in in_jobs:
             stage_dir.check_unlocked()
         elif fresh:
-            raise RunError(
-                f"{stage_dir.path}: a Slurm job trains {instance.key}; `gowide cancel {run.path}` before --fresh"
-            )
+            fault = f"{stage_dir.path}: a Slurm job trains {instance.key}"
+            raise RunError(f"{fault}; `gowide cancel {run.path}` before --fresh")
         if not fresh:
             stage_dir.check_identity(prepared.identities[instance.key])
     return prepared
@@ -113,56 +104,49 @@ def write_run(prepared: Prepared, *, fresh: bool = False, in_jobs: Collection[st
         run.stage(instance.key).clear()
     run.write_recipe(prepared.recipe)
     for instance in prepared.unfinished:
-        if instance.key not in in_jobs and (finished := sibling(instance, prepared)):
-            _adopt(instance, finished, prepared)
+        if instance.key not in in_jobs and (finished := prepared.sibling(instance.key)):
+            _copy(finished, run.stage(instance.key), prepared.identities[instance.key])
 
 
-def _adopt(instance: Instance, finished: StageDir, prepared: Prepared) -> None:
+def _copy(finished: StageDir, to: StageDir, identity: Mapping[str, Any]) -> None:
     """Copy the results of a sibling run."""
-    stage_dir = prepared.run.stage(instance.key)
     assert finished.done is not None
-    with stage_dir.lock():
-        stage_dir.claim(prepared.identities[instance.key])
-        write_atomically(stage_dir.model, finished.model.read_bytes())
+    with to.lock():
+        to.claim(identity)
+        write_atomically(to.model, finished.model.read_bytes())
         if finished.metrics.exists():
-            shutil.copyfile(finished.metrics, stage_dir.metrics)
-        names = {"stage": instance.stage_name, "network": instance.network_name}
-        stage_dir.finish(finished.done.model_copy(update=names))
-    sys.stdout.write(f"{instance.key}  copied from {finished.path}, where the same stage is done\n")
+            shutil.copyfile(finished.metrics, to.metrics)
+        stage, _, network = to.key.partition("/")
+        to.finish(finished.done.model_copy(update={"stage": stage, "network": network}))
+    sys.stdout.write(f"{to.key}  copied from {finished.path}, where the same stage is done\n")
 
 
 def check_group(recipe: Recipe, num_processes: int, *, on_gpus: bool) -> None:
     """Raises RecipeError if this number of processes cannot train the recipe."""
     recipe.check_processes(num_processes)
     if recipe.sync_batch_norm and num_processes > 1 and not on_gpus:
-        raise RecipeError(
-            f"sync_batch_norm: PyTorch has it for GPUs only, and the {num_processes} processes have none; "
-            "set it to false"
-        )
+        fault = f"PyTorch has it for GPUs only, and the {num_processes} processes have none"
+        raise RecipeError(f"sync_batch_norm: {fault}; set it to false")
 
 
 def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
     """The recipe with its class count filled in, and the checksums of its files. Raises UserError if they don't fit."""
     data = recipe.data
-    train, val = read_dataset_info(data.train), read_dataset_info(data.val)
-    train_split, val_split = check_split(data.train), check_split(data.val)
-    for path, info in ((data.train, train), (data.val, val)):
+    infos = {path: read_dataset_info(path) for path in (data.train, data.val)}
+    splits = {path: check_split(path) for path in infos}
+    for path, info in infos.items():
         _check_classes(data, path, info)
         _check_resolution(data, path, info)
     if data.augment.crop is None:
-        _check_fixed_size("augment.crop: {scale: [0.08, 1.0]}", data, data.train, train)
+        _check_one_size(data, data.train, infos[data.train], "data.augment.crop", "{scale: [0.08, 1.0]}")
     if data.center_crop is None:
-        _check_fixed_size("center_crop: 0.875", data, data.val, val)
-    if train_split.samples < recipe.batch_size:
-        raise DataError(
-            f"batch_size: {recipe.batch_size} is more than the {train_split.samples} images of {data.train}; "
-            "take a smaller one"
-        )
-    if train.classes != val.classes:
-        raise DataError(f"data: {data.train} and {data.val} have different classes; encode both parts together")
-    _check_top_k(recipe, len(train.classes))
-    resolved = data.model_copy(update={"classes": len(train.classes)})
-    return recipe.model_copy(update={"data": resolved}), {"train": train_split.checksum, "val": val_split.checksum}
+        _check_one_size(data, data.val, infos[data.val], "data.center_crop", "0.875")
+    _check_batch_size(recipe, splits[data.train].samples)
+    _check_same_classes(data, infos)
+    num_classes = len(infos[data.train].classes)
+    _check_top_k(recipe, num_classes)
+    resolved = recipe.model_copy(update={"data": data.model_copy(update={"classes": num_classes})})
+    return resolved, {"train": splits[data.train].checksum, "val": splits[data.val].checksum}
 
 
 def _check_classes(data: Data, path: Path, info: DatasetInfo) -> None:
@@ -171,19 +155,29 @@ def _check_classes(data: Data, path: Path, info: DatasetInfo) -> None:
 
 
 def _check_resolution(data: Data, path: Path, info: DatasetInfo) -> None:
-    if info.fixed_side_px not in (None, data.resolution):
-        raise DataError(
-            f"data.resolution: the images of {path} have {info.fixed_side_px} px, the recipe says {data.resolution}"
-        )
+    side = info.fixed_side_px
+    if side not in (None, data.resolution):
+        raise DataError(f"data.resolution: the images of {path} have {side} px, the recipe says {data.resolution}")
 
 
-def _check_fixed_size(example: str, data: Data, path: Path, info: DatasetInfo) -> None:
-    """Images that are not cropped must all have one size. example: the option that would crop them."""
+def _check_one_size(data: Data, path: Path, info: DatasetInfo, option: str, example: str) -> None:
+    """Images that are not cropped must all have one size. option: crops them, for example by the value `example`."""
     if info.fixed_side_px is None:
         raise DataError(
-            f"data.{example.partition(':')[0]}: the images of {path} have {info.min_side_px} to {info.max_side_px} px; "
-            f"say how they become {data.resolution} px, for example data.{example}"
+            f"{option}: the images of {path} have {info.min_side_px} to {info.max_side_px} px; "
+            f"say how they become {data.resolution} px, for example {option}: {example}"
         )
+
+
+def _check_batch_size(recipe: Recipe, num_images: int) -> None:
+    if num_images < (size := recipe.batch_size):
+        path = recipe.data.train
+        raise DataError(f"batch_size: {size} is more than the {num_images} images of {path}; take a smaller one")
+
+
+def _check_same_classes(data: Data, infos: Mapping[Path, DatasetInfo]) -> None:
+    if infos[data.train].classes != infos[data.val].classes:
+        raise DataError(f"data: {data.train} and {data.val} have different classes; encode both parts together")
 
 
 def _check_top_k(recipe: Recipe, num_classes: int) -> None:

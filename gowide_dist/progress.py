@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Self, TypeVar
 
 from rich.console import Console
@@ -20,57 +20,47 @@ Item = TypeVar("Item")
 class Track:
     """Progress of a task of `total` items, which are called `unit`, the first `start` of them done before.
 
-    Rates are of `rate_unit`, of which an item has `per_thing`: steps can show images per second.
+    batch_size: the items are steps of this many images each, and the rate is in images.
     """
 
     def __init__(
-        self,
-        name: str,
-        total: int,
-        unit: str,
-        *,
-        start: int = 0,
-        rate_unit: str = "",
-        per_thing: int = 1,
-        quiet: bool = False,
-        stderr: bool = False,
-    ) -> None:
-        self._name, self._total, self._unit = name, total, unit
-        self._rate_unit, self._per_thing = rate_unit or unit, per_thing
-        self._start = start
+        self, name: str, total: int, unit: str, *,
+        start: int = 0, batch_size: int | None = None, quiet: bool = False, stderr: bool = False,
+    ) -> None:  # fmt: skip
+        self._name, self._total, self._unit, self._start = name, total, unit, start
+        self._per_item, self._rate_unit = batch_size or 1, "images" if batch_size else unit
         self._started = self._shown = time.monotonic()
         self._console = Console(quiet=quiet, stderr=stderr, highlight=False, markup=False)
-        self._bar: Progress | None = None
-        if self._console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task(name, total=total, completed=start, note="")
+        self._has_bar = self._console.is_terminal and not quiet
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._has_bar)
+        self._task = self._bar.add_task(name, total=total, completed=start, note="")
 
     def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        if self._bar:
+        if self._has_bar:
             with _ignoring_a_closed_terminal():
                 self._bar.stop()
 
     def update(self, done: int, note: str = "") -> None:
         """Show that `done` items are done. note: printed after the rate."""
         now = time.monotonic()
-        if now - self._shown < (BAR_EVERY_S if self._bar else PLAIN_LINE_EVERY_S):
+        if now - self._shown < (BAR_EVERY_S if self._has_bar else PLAIN_LINE_EVERY_S):
             return
         self._shown = now
-        rate = (done - self._start) * self._per_thing / max(now - self._started, 1e-9)
-        note = f"{rate:,.0f} {self._rate_unit}/s{'  ' + note if note else ''}"
-        if self._bar:
+        rate = (done - self._start) / (now - self._started)
+        note = f"{rate * self._per_item:,.0f} {self._rate_unit}/s{'  ' + note if note else ''}"
+        if self._has_bar:
             self._bar.update(self._task, completed=done, note=note)
         else:
-            left = (self._total - done) * self._per_thing / max(rate, 1e-9)
-            self.line(f"{self._name}  {done:,}/{self._total:,} {self._unit}  {note}  {clock(left)} left")
+            left = clock((self._total - done) / max(rate, 1e-9))
+            self.line(f"{self._name}  {done:,}/{self._total:,} {self._unit}  {note}  {left} left")
 
     def line(self, text: str) -> None:
         """Print a line that stays above the bar."""
@@ -78,7 +68,7 @@ class Track:
             self._console.print(text, soft_wrap=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _ignoring_a_closed_terminal() -> Iterator[None]:
     """Output to a closed terminal is lost, and the work goes on."""
     try:
@@ -90,13 +80,12 @@ def _ignoring_a_closed_terminal() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print a line on stderr."""
-    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+    Track("", 0, "", stderr=True).line(text)
 
 
 def track(items: Iterable[Item], name: str, total: int, unit: str = "images") -> Iterator[Item]:
     """Yield the items while showing their progress on stderr; at the end a line with the rate."""
-    started = time.monotonic()
-    done = 0
+    started, done = time.monotonic(), 0
     with Track(name, total, unit, stderr=True) as progress:
         for done, item in enumerate(items, start=1):
             yield item

@@ -15,38 +15,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from gowide_dist.errors import RecipeError
 from gowide_dist.networks.architecture import Architecture
-from gowide_dist.schema import (
-    Count,
-    Fraction,
-    Frozen,
-    Name,
-    Natural,
-    Positive,
-    Seed,
-    apply_override,
-    nearest,
-    read_yaml,
-    validate,
-)
-from gowide_dist.stages import (
-    BlocksStage,
-    File,
-    KlStage,
-    LabelsStage,
-    Optim,
-    Phase,
-    Ramp,
-    Schedule,
-    Stage,
-    StageBase,
-    TaughtStage,
-)
+from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, Positive, Seed, nearest, read_yaml, validate
+from gowide_dist.stages import BlocksStage, File, Stage, TaughtStage
 from gowide_dist.timeline import Batching
-
-__all__ = [
-    "Augment", "BlocksStage", "Checkpoints", "Data", "Instance", "KlStage", "LabelsStage", "Network", "Optim", "Phase",
-    "Ramp", "RandomCrop", "Recipe", "Schedule", "Stage", "StageBase", "TaughtStage", "Widened", "load_recipe",
-]  # fmt: skip
 
 
 class RandomCrop(Frozen):
@@ -86,11 +57,9 @@ class Data(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Data:
-        if self.augment.translate >= self.resolution:
-            raise ValueError(
-                f"augment.translate: should be less than resolution ({self.resolution} px), "
-                f"not {self.augment.translate} px"
-            )
+        shift, side = self.augment.translate, self.resolution
+        if shift >= side:
+            raise ValueError(f"augment.translate: should be less than resolution ({side} px), not {shift} px")
         return self
 
 
@@ -101,15 +70,13 @@ class Widened(Frozen):
     by: Positive
 
 
+def _network_tag(value: object) -> str:
+    is_widened = "widen" in value if isinstance(value, Mapping) else isinstance(value, Widened)
+    return "widened" if is_widened else "architecture"
+
+
 Network = Annotated[
-    Annotated[Architecture, Tag("architecture")] | Annotated[Widened, Tag("widened")],
-    Discriminator(
-        lambda value: (
-            "widened"
-            if isinstance(value, Widened) or (isinstance(value, Mapping) and "widen" in value)
-            else "architecture"
-        )
-    ),
+    Annotated[Architecture, Tag("architecture")] | Annotated[Widened, Tag("widened")], Discriminator(_network_tag)
 ]
 
 
@@ -134,8 +101,8 @@ class Instance(NamedTuple):
     architecture: Architecture
     seed: int
     data_seed: int  # of order and augmentation
-    init: str | None  # the instance whose weights this one starts from,
-    init_file: Path | None  # or the file
+    init: str | None  # the instance that gives the weights at the start,
+    init_file: Path | None  # or the file that does
     teacher: str | None  # the instance that teaches this one
 
     @property
@@ -177,15 +144,11 @@ class Recipe(Frozen):
     @cached_property
     def instances(self) -> dict[str, Instance]:
         """The graph of stage instances by key, parents before children. Raises RecipeError if it is none."""
-        instances = {
-            instance.key: instance
-            for name, stage in self.stages.items()
-            for instance in self._instances_of(name, stage)
-        }
+        instances = {each.key: each for name, stage in self.stages.items() for each in self._instances_of(name, stage)}
         for instance in instances.values():
             _check_parents(instance, instances)
             _check_ramp(instance, self.data)
-        return {key: instances[key] for key in _in_order({key: each.parents for key, each in instances.items()})}
+        return _in_order(instances)
 
     def select(self, stages: Iterable[str]) -> dict[str, Instance]:
         """The named instances (`stage` or `stage/network`) and their ancestors, parents before children."""
@@ -193,7 +156,7 @@ class Recipe(Frozen):
         for name in stages:
             keys = [key for key in self.instances if name in (key, key.partition("/")[0])]
             if not keys:
-                raise RecipeError(f"no stage '{name}' in recipe {self.name}, {nearest(name, list(self.stages))}")
+                raise RecipeError(f"no stage '{name}' in recipe {self.name}, {nearest(name, self.stages)}")
             wanted.update(keys)
         for key in reversed(self.instances):
             if key in wanted:
@@ -223,54 +186,41 @@ class Recipe(Frozen):
         network = self.networks[name]
         if isinstance(network, Architecture):
             return network
-        if network.widen in (*seen, name):
-            raise RecipeError(f"networks.{name}.widen: dependency cycle {' -> '.join((*seen, name, network.widen))}")
-        if network.widen not in self.networks:
-            raise RecipeError(
-                f"networks.{name}.widen: no network '{network.widen}', {nearest(network.widen, list(self.networks))}"
-            )
-        return self._resolve(network.widen, (*seen, name)).widened(network.by)
+        narrow = network.widen
+        if narrow in (*seen, name):
+            raise RecipeError(f"networks.{name}.widen: dependency cycle {' -> '.join((*seen, name, narrow))}")
+        if narrow not in self.networks:
+            raise RecipeError(f"networks.{name}.widen: no network '{narrow}', {nearest(narrow, self.networks)}")
+        return self._resolve(narrow, (*seen, name)).widened(network.by)
 
     def _instances_of(self, name: str, stage: Stage) -> Iterator[Instance]:
+        option = f"stages.{name}"
         if len(set(stage.train)) < len(stage.train):
-            raise RecipeError(f"stages.{name}.train: names a network twice")
+            raise RecipeError(f"{option}.train: names a network twice")
+        seed = self.seed if stage.seed is None else stage.seed
+        data_seed = seed if self.data.seed is None else self.data.seed
+        init_file = stage.init.file if isinstance(stage.init, File) else None
         for network in stage.train:
             if network not in self.networks:
-                raise RecipeError(
-                    f"stages.{name}.train: no network '{network}', {nearest(network, list(self.networks))}"
-                )
-            init = teacher = None
-            if isinstance(stage.init, str):
-                init = self._parent(f"stages.{name}.init", stage.init, prefer=network)
-            if isinstance(stage, TaughtStage):
-                teacher = self._parent(f"stages.{name}.teacher", stage.teacher, prefer=None)
-            seed = self.seed if stage.seed is None else stage.seed
-            yield Instance(
-                name,
-                network,
-                stage,
-                self.architectures[network],
-                seed=seed,
-                data_seed=seed if self.data.seed is None else self.data.seed,
-                init=init,
-                init_file=stage.init.file if isinstance(stage.init, File) else None,
-                teacher=teacher,
-            )
+                raise RecipeError(f"{option}.train: no network '{network}', {nearest(network, self.networks)}")
+            architecture = self.architectures[network]
+            init = self._parent(f"{option}.init", stage.init, network) if isinstance(stage.init, str) else None
+            teacher = self._parent(f"{option}.teacher", stage.teacher, None) if isinstance(stage, TaughtStage) else None
+            yield Instance(name, network, stage, architecture, seed, data_seed, init, init_file, teacher)
 
     def _parent(self, option: str, reference: str, prefer: str | None) -> str:
-        """The key of the instance that `reference` names: `stage/network`, or `stage` for its network `prefer`."""
+        """The key of the instance that `reference` names: `stage/network`, or `stage` of its network `prefer`."""
         stage_name, _, network = reference.partition("/")
         if stage_name not in self.stages:
-            raise RecipeError(f"{option}: no stage '{stage_name}', {nearest(stage_name, list(self.stages))}")
+            raise RecipeError(f"{option}: no stage '{stage_name}', {nearest(stage_name, self.stages)}")
         trained = self.stages[stage_name].train
         network = network or prefer or (trained[0] if len(trained) == 1 else "")
         if not network:
             choices = ", ".join(f"{stage_name}/{name}" for name in trained)
             raise RecipeError(f"{option}: stage '{stage_name}' trains several networks, name one: {choices}")
         if network not in trained:
-            raise RecipeError(
-                f"{option}: stage '{stage_name}' does not train network '{network}' but {', '.join(trained)}"
-            )
+            choices = ", ".join(trained)
+            raise RecipeError(f"{option}: stage '{stage_name}' does not train network '{network}' but {choices}")
         return f"{stage_name}/{network}"
 
 
@@ -299,44 +249,35 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
 
 def _check_ramp(instance: Instance, data: Data) -> None:
     """Raises RecipeError if the data does not allow the stage's progressive resizing."""
-    if (ramp := instance.stage.ramp) is None:
-        return
-    if data.augment.crop is None:
-        raise RecipeError(
-            f"stages.{instance.stage_name}.ramp: resizes what data.augment.crop cuts out, which is not set"
-        )
-    if ramp.start_px > data.resolution:
-        raise RecipeError(
-            f"stages.{instance.stage_name}.ramp.start_px: {ramp.start_px} is more than the resolution {data.resolution}"
-        )
+    ramp, option = instance.stage.ramp, f"stages.{instance.stage_name}.ramp"
+    if ramp and data.augment.crop is None:
+        raise RecipeError(f"{option}: needs data.augment.crop, which is not set")
+    if ramp and ramp.start_px > data.resolution:
+        raise RecipeError(f"{option}.start_px: {ramp.start_px} is more than the resolution {data.resolution}")
 
 
-def _in_order(parents: Mapping[str, Sequence[str]]) -> list[str]:
-    """Keys with parents before children, otherwise in the order of the recipe. Raises RecipeError on a cycle."""
-    ordered: list[str] = []
-    waiting = list(parents)
-    while waiting:
-        ready = [key for key in waiting if all(parent in ordered for parent in parents[key])]
-        if not ready:
-            raise RecipeError(f"stages: dependency cycle among {', '.join(waiting)}")
-        ordered += ready[:1]
-        waiting.remove(ready[0])
+def _in_order(instances: Mapping[str, Instance]) -> dict[str, Instance]:
+    """Parents before children, otherwise in the order of the recipe. Raises RecipeError on a cycle."""
+    ordered: dict[str, Instance] = {}
+    while waiting := [instance for key, instance in instances.items() if key not in ordered]:
+        ready = next((instance for instance in waiting if ordered.keys() >= {*instance.parents}), None)
+        if ready is None:
+            raise RecipeError(f"stages: dependency cycle among {', '.join(instance.key for instance in waiting)}")
+        ordered[ready.key] = ready
     return ordered
 
 
-def _key(location: tuple[int | str, ...]) -> str:
-    """The dotted key, as in the YAML file, of a location that pydantic gives for a fault.
+def _without_tags(keys: list[int | str]) -> list[int | str]:
+    """The keys, as in the YAML file, that lead to a fault.
 
     pydantic inserts the tag of a union's member behind the member's name: ("stages", "distill", "kl", "epochs"), and
-    once more for the union below `init`: ("stages", "distill", "kl", "init", "file", "path"). Behind the name of a
-    mapping's entry, "[key]" says that the name itself is at fault.
+    once more for the union below `init`: ("stages", "distill", "kl", "init", "file", "path").
     """
-    parts = [str(part) for part in location]
-    if parts[:1] in (["networks"], ["stages"]) and len(parts) > 2 and parts[2] != "[key]":
-        del parts[2]
-        if parts[2:3] == ["init"]:
-            del parts[3:4]
-    return ".".join(part for part in parts if part != "[key]")
+    if keys[0] in ("networks", "stages") and len(keys) > 2 and keys[2] != "[key]":
+        del keys[2]
+        if keys[2:3] == ["init"]:
+            del keys[3:4]
+    return keys
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -344,10 +285,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError: one line with the file, the dotted key and what to write instead.
     """
-    values = read_yaml(Path(path))
-    for override in overrides:
-        apply_override(values, override)
-    recipe = validate(Recipe, values, str(path), _key)
+    recipe = validate(Recipe, read_yaml(Path(path), overrides), str(path), _without_tags)
     try:
         _ = recipe.instances  # checks the graph
     except RecipeError as error:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,7 @@ from gowide_dist.files import flock, sha256, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
 from gowide_dist.recipe import Recipe
 
-LOCK_WAIT_S = float(
-    os.environ.get("GOWIDE_LOCK_WAIT_S", "150")
-)  # a file server frees a dead node's locks only after a while
+LOCK_WAIT_S = float(os.environ.get("GOWIDE_LOCK_WAIT_S", "150"))  # a file server frees a dead node's locks late
 
 
 class Done(BaseModel):
@@ -82,38 +80,34 @@ class StageDir:
 
     def check_weights(self) -> None:
         """Raises RunError unless the finished weights are there as they were trained."""
-        try:
+        with suppress(OSError):
             if self.done and sha256(self.model) == self.done.model_sha256:
                 return
-        except OSError:
-            pass
-        raise RunError(f"{self.model}: not the weights that were trained; delete {self.path} to train {self.key} again")
+        raise RunError(
+            f"{self.model}: weights missing or changed since training; delete {self.path} to train {self.key} again"
+        )
 
     def read_identity(self) -> dict[str, Any] | None:
         """The identity of the training that has claimed the folder, if any. Raises RunError if the file is damaged."""
         path = self.path / "identity.json"
         try:
-            identity: dict[str, Any] = json.loads(path.read_text())
+            return dict(json.loads(path.read_text()))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{path}: damaged; --fresh trains {self.key} again") from error
-        return identity
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Raises RunError, naming what differs, if a training of another identity has claimed the folder."""
         claimed = self.read_identity()
         if claimed is None or fingerprint(claimed) == fingerprint(identity):
             return
-        folder, recipe = flat(claimed), flat(identity)
-        differences = [
-            f"{key} was {folder.get(key, 'absent')}, is {recipe.get(key, 'absent')}"
-            for key in {**folder, **recipe}
-            if folder.get(key) != recipe.get(key)
-        ]
+        was, now = flat(claimed), flat(identity)
+        differing = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+        texts = [f"{key} was {was.get(key, 'absent')}, is {now.get(key, 'absent')}" for key in differing[:4]]
         raise RunError(
-            f"{self.path}: holds {self.key} of another recipe ({'; '.join(differences[:4])}); "
-            "take another name, or --fresh to train it again"
+            f"{self.path}: holds {self.key} of another recipe ({'; '.join(texts)}); take another name, or --fresh to "
+            "train it again"
         )
 
     def claim(self, identity: Mapping[str, Any]) -> None:
@@ -152,7 +146,7 @@ class StageDir:
     def check_unlocked(self) -> None:
         """Raises RunError, naming the writer, if there is one."""
         if writer := self.writer():
-            raise self._taken(writer)
+            raise RunError(f"{self.path}: {writer} is training {self.key} there; wait for it or end it")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -162,16 +156,12 @@ class StageDir:
             deadline = time.monotonic() + LOCK_WAIT_S
             while not flock(file, fcntl.LOCK_EX):
                 if time.monotonic() >= deadline:
-                    file.seek(0)
-                    raise self._taken(file.read().strip() or "another process")
+                    self.check_unlocked()
                 time.sleep(1)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
             yield
-
-    def _taken(self, writer: str) -> RunError:
-        return RunError(f"{self.path}: {writer} is training {self.key} there; wait for it or end it")
 
 
 @dataclass(frozen=True)
@@ -202,23 +192,21 @@ class Run:
         return self.path / "report"
 
     def finished(self, recipe: Recipe) -> dict[str, Done]:
-        """The finished instances of a recipe, parents first, without those that another recipe has left.
+        """The finished instances whose claimed identity is the recipe's, but for the checksums of the data's files.
 
-        Needs no data: the checksums of its files, which are in the identities too, are not compared. Raises RunError if
-        a file is damaged.
+        So it needs no data. Parents first, and only with their parents. Raises RunError if a file is damaged.
         """
         finished: dict[str, Done] = {}
         for key, instance in recipe.instances.items():
             stage_dir = self.stage(key)
-            claimed = stage_dir.read_identity() if stage_dir.done else None
-            if stage_dir.done is None or claimed is None:
+            if (done := stage_dir.done) is None or (claimed := stage_dir.read_identity()) is None:
                 continue
-            expected = recipe_identity(instance, recipe)
-            data = {name: value for name, value in claimed.get("data", {}).items() if name not in ("train", "val")}
-            comparable = {name: claimed.get(name) for name in expected} | {"data": data}
+            own = recipe_identity(instance, recipe)
+            checksums = {name: claimed.get("data", {}).get(name) for name in ("train", "val")}
+            expected = {**claimed, **own, "data": {**checksums, **own["data"]}}
             parents = {finished[parent].fingerprint if parent in finished else None for parent in instance.parents}
-            if fingerprint(comparable) == fingerprint(expected) and parents == {*stage_dir.done.parents.values()}:
-                finished[key] = stage_dir.done
+            if fingerprint(claimed) == fingerprint(expected) and parents == {*done.parents.values()}:
+                finished[key] = done
         return finished
 
     def write_recipe(self, recipe: Recipe) -> None:
@@ -229,20 +217,17 @@ class Run:
 
     def write_environment(self, devices: list[str], world_size: int) -> None:
         """Record code, packages, machine and command, to explain results later."""
-        environment = describe_environment(devices, world_size)
-        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        environment = json.dumps(describe_environment(devices, world_size), indent=2)
+        write_atomically(self.path / "environment.json", f"{environment}\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; none if it is absent. Damaged lines, as a kill leaves them, are left out."""
     lines: list[dict[str, Any]] = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and {"kind", "step"} <= line.keys():
-            lines.append(line)
+        with suppress(ValueError):
+            if isinstance(line := json.loads(text), dict) and {"kind", "step"} <= line.keys():
+                lines.append(line)
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -15,9 +15,9 @@ from pydantic_core.core_schema import ErrorType
 from gowide_dist.errors import RecipeError
 
 
-def nearest(key: object, valid: list[str]) -> str:
+def nearest(key: object, valid: Iterable[str]) -> str:
     """A hint for a misspelt key: the valid one nearest to it, or all valid ones if none is near."""
-    close = get_close_matches(str(key), valid, n=1)
+    close = get_close_matches(str(key), valid := [*valid], n=1)
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(valid)}"
 
 
@@ -29,11 +29,10 @@ class Frozen(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for key in values:
-                if key not in cls.model_fields:
-                    hint = nearest(key, list(cls.model_fields))
-                    raise PydanticCustomError("unknown_key", "unknown key '{key}', {hint}", {"key": key, "hint": hint})
+        for key in values if isinstance(values, Mapping) else ():
+            if key not in cls.model_fields:
+                hint = nearest(key, cls.model_fields)
+                raise PydanticCustomError("unknown_key", "unknown key '{key}', {hint}", {"key": key, "hint": hint})
         return values
 
 
@@ -62,14 +61,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key_node, yaml.ScalarNode):
                 if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key '{key_node.value}' is written twice", key_node.start_mark
-                    )
+                    fault = f"key '{key_node.value}' is written twice"
+                    raise yaml.constructor.ConstructorError(None, None, fault, key_node.start_mark)
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def _parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text. Raises RecipeError with the line of the fault."""
     try:
         return yaml.load(text, _UniqueKeyLoader)
@@ -80,87 +78,85 @@ def parse_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: not valid YAML: {error}") from error
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises RecipeError if it cannot be read or is no mapping."""
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, with overrides `dotted.key=value` applied. Raises RecipeError if one is malformed."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as text: {error}") from error
-    values = parse_yaml(text, str(path))
+    values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: should hold a mapping of keys to values, not {_quote(values)}")
+    for override in overrides:
+        _apply_override(values, override)
     return values
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `dotted.key=value` in place; the value is read as YAML. Raises RecipeError on a malformed one."""
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `dotted.key=value` in place; the value is read as YAML."""
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"override '{override}': should look like stages.distill.epochs=5")
     target = values
-    # networks.NAME.x and stages.NAME.x are about one that is there: a misspelt name is not to make a new one
+    # networks.NAME.x and stages.NAME.x change an entry that exists: a misspelt name must not add one
     members = values.get(keys[0]) if len(keys) > 2 and keys[0] in ("networks", "stages") else None
     if isinstance(members, dict) and keys[1] not in members:
-        raise RecipeError(f"override '{override}': no '{keys[1]}' in {keys[0]}, {nearest(keys[1], list(members))}")
+        raise RecipeError(f"override '{override}': no '{keys[1]}' in {keys[0]}, {nearest(keys[1], members)}")
     for depth, key in enumerate(keys[:-1]):
         child = target.get(key, {})
         if not isinstance(child, dict):
             raise RecipeError(f"override '{override}': {'.'.join(keys[: depth + 1])} is a value, not a mapping of keys")
         child = target[key] = dict(child)  # a copy: by an alias in YAML, other keys have the same mapping
         target = child
-    target[keys[-1]] = parse_yaml(text, f"override '{override}'")
+    target[keys[-1]] = _parse_yaml(text, f"override '{override}'")
 
 
 Model = TypeVar("Model", bound=BaseModel)
+Keys = list[int | str]
 
 
-def validate(model: type[Model], values: object, where: str, key: Callable[[tuple[int | str, ...]], str]) -> Model:
+def validate(model: type[Model], values: object, where: str, keys: Callable[[Keys], Keys] = list) -> Model:
     """A checked model. Raises RecipeError `where: key: what is wrong` for the first fault found.
 
-    `key` turns pydantic's location of a fault into the dotted key that the user wrote.
+    `keys` turns pydantic's location of a fault into the keys that the user wrote.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        dotted = key(faults[0]["loc"])
-        raise RecipeError(f"{where}: {dotted + ': ' if dotted else ''}{_describe(faults[0])}{more}") from error
+        location = keys([*faults[0]["loc"]]) if faults[0]["loc"] else []
+        key = ".".join(str(part) for part in location if part != "[key]")  # "[key]": a mapping's key is at fault
+        raise RecipeError(f"{where}: {key and f'{key}: '}{_describe(faults[0])}{more}") from error
     except RecursionError as error:
         raise RecipeError(f"{where}: nested too deeply") from error
 
 
+_MESSAGES = {  # instead of pydantic's
+    "missing": "is required",
+    "union_tag_not_found": "{discriminator} is required",
+    "union_tag_invalid": "{discriminator} should be one of {expected_tags}, not '{tag}'",
+    "string_pattern_mismatch": "should be a name of letters, digits, '-' and '_'",
+    "model_type": "should be a mapping of keys to values, not {value}",
+    "dict_type": "should be a mapping of keys to values, not {value}",
+    "model_attributes_type": "should be a mapping of keys to values, not {value}",
+    "literal_error": "should be {expected}, not {value}",
+    "path_type": "should be a path, not {value}",
+}
+
+
 def _describe(fault: ErrorDetails) -> str:
-    context = fault.get("ctx", {})
-    match fault["type"]:
-        case "missing":
-            return "is required"
-        case "union_tag_not_found":
-            return f"{context['discriminator']} is required"
-        case "union_tag_invalid":
-            return f"{context['discriminator']} should be one of {context['expected_tags']}, not '{context['tag']}'"
-        case "model_type" | "dict_type" | "model_attributes_type":
-            return f"should be a mapping of keys to values, not {_quote(fault['input'])}"
-        case "string_pattern_mismatch":
-            return "should be a name of letters, digits, '-' and '_'"
-        case "literal_error":
-            return f"should be {context['expected']}, not {_quote(fault['input'])}"
-        case "path_type":
-            return f"should be a path, not {_quote(fault['input'])}"
-    message = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    if message := _MESSAGES.get(fault["type"]):
+        return message.format(value=_quote(fault["input"]), **fault.get("ctx", {}))
     is_ours = fault["type"] == "value_error" or fault["type"] not in get_args(ErrorType)  # names the value, if useful
+    message = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return message if is_ours else f"{message}, not {_quote(fault['input'])}"
 
 
 def _quote(value: object) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
     text = " ".join(str(value).split())
-    return f"'{text[:60]}{'…' if len(text) > 60 else ''}'"
+    quoted = f"'{text[:60]}{'…' if len(text) > 60 else ''}'"
+    return {dict: "a mapping", list: "a list", type(None): "nothing"}.get(type(value), quoted)

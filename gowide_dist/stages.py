@@ -8,28 +8,30 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, NonNegative, Positive, Seed
+from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, NonNegative, Positive, Real, Seed
+
+Decay = Annotated[Real, Field(ge=0, lt=1)]  # of an average: with 1 it would never change
+Reference = Annotated[str, Field(strict=True)]  # `stage` or `stage/network`
+# One name or several.
+Names = Annotated[tuple[Name, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
 
 
 class Optim(Frozen):
     """Stochastic gradient descent. `lr` is the peak of the schedule."""
 
     lr: Positive
-    momentum: Fraction = 0.9
+    momentum: Decay = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
     decay_norms: bool = True  # whether weight decay applies to batch norms and biases too
     clip_norm: Positive | None = None  # largest norm of the gradient of all parameters together
     accumulate: Count = 1  # micro-batches of a process's local batch, one forward and backward pass each: less memory
-    ema: Fraction | None = None  # decay per step of the moving average of weights that is evaluated and kept
+    ema: Decay | None = None  # decay per step of the moving average of weights that is evaluated and kept
 
     @model_validator(mode="after")
     def _check(self) -> Optim:
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum")
-        for name in ("momentum", "ema"):
-            if getattr(self, name) == 1:
-                raise ValueError(f"{name}: should be less than 1, with which nothing would ever change")
         return self
 
 
@@ -68,7 +70,6 @@ class File(Frozen):
     file: Path
 
 
-Reference = Annotated[str, Field(strict=True)]  # `stage` or `stage/network`
 Start = Annotated[
     Annotated[Reference, Tag("stage")] | Annotated[File, Tag("file")],
     Discriminator(lambda value: "file" if isinstance(value, File | Mapping) else "stage"),
@@ -95,11 +96,7 @@ class Ramp(Frozen):
 class StageBase(Frozen):
     """Settings of every stage. Each network in `train` is an instance of the stage."""
 
-    train: Annotated[
-        tuple[Name, ...],
-        BeforeValidator(lambda names: [names] if isinstance(names, str) else names),
-        Field(min_length=1),
-    ]
+    train: Names
     init: Start | None = None  # a stage, whose weights of the same network this one starts from, or a file
     epochs: Natural  # 0 takes the weights of `init` as they are
     optim: Optim | None = None  # required unless epochs is 0
@@ -107,12 +104,16 @@ class StageBase(Frozen):
     ramp: Ramp | None = None  # progressive resizing; needs data.augment.crop
     seed: Seed | None = None  # default: the recipe's; set, several recipes of other seeds can share one teacher
 
+    def num_phases(self, num_blocks: int) -> int:
+        """Phases of equal length, each of which trains its own subset of the parameters."""
+        return 1
+
     @model_validator(mode="after")
     def _check_epochs(self) -> StageBase:
         if self.epochs and self.optim is None:
             raise ValueError("optim is required to train")
         if not self.epochs and self.init is None:
-            raise ValueError("epochs: 0 takes the weights of init, which is missing")
+            raise ValueError("epochs: 0 needs init, whose weights it uses unchanged")
         return self
 
 
@@ -142,7 +143,7 @@ class Phase(NamedTuple):
 
     runs: range  # forward pass: lower blocks too, unless the teacher's outputs replace theirs
     trains: range  # backward pass
-    targets: range  # whose outputs are compared with the teacher's
+    targets: range  # their outputs are compared with the teacher's
 
 
 class BlocksStage(TaughtStage):
@@ -153,22 +154,23 @@ class BlocksStage(TaughtStage):
 
     objective: Literal["blocks"]
     order: Literal["bottom-up", "joint"] = "bottom-up"  # bottom-up: one block after the other, for equally many epochs
-    inputs: Literal["student", "teacher"] = "student"  # whose outputs of the block below are the input of a block
-    prefix: Literal["frozen", "trained"] = "frozen"  # whether a block's error also trains the blocks below it
+    inputs: Literal["student", "teacher"] = "student"  # of a block: the output of the block below, in this network
+    prefix: Literal["frozen", "trained"] = "frozen"  # trained: a block's error also trains the blocks below it
     classifier: Literal["teacher", "fresh"] = "teacher"
 
     def phases(self, num_blocks: int) -> list[Phase]:
         """The phases of the stage, equally long: bottom-up one for each block, jointly one for all blocks."""
         if self.order == "joint":
             return [Phase(*[range(num_blocks)] * 3)]
-        return [
-            Phase(
-                range(index if self.inputs == "teacher" else 0, index + 1),
-                range(0 if self.prefix == "trained" else index, index + 1),
-                range(index, index + 1),
-            )
-            for index in range(num_blocks)
-        ]
+        phases = []
+        for index in range(num_blocks):
+            runs = range(index if self.inputs == "teacher" else 0, index + 1)
+            trains = range(0 if self.prefix == "trained" else index, index + 1)
+            phases.append(Phase(runs, trains, targets=range(index, index + 1)))
+        return phases
+
+    def num_phases(self, num_blocks: int) -> int:
+        return len(self.phases(num_blocks))
 
     @model_validator(mode="after")
     def _check_prefix(self) -> BlocksStage:
@@ -184,7 +186,7 @@ class KlStage(TaughtStage):
     temperature: Positive = 1.0
     labels_weight: Fraction = 0.0  # weight of the cross-entropy; the KL divergence has the rest
     teacher_logits: Literal["live", "stored"] = "live"  # stored: computed once for all stages of one teacher and stream
-    top_k: Count | None = None  # stored logits: this many classes, and one number for all others; default: all classes
+    top_k: Count | None = None  # stored logits: the K largest, and one number for all other classes; default: all
 
     @model_validator(mode="after")
     def _check_top_k(self) -> KlStage:

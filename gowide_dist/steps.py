@@ -25,8 +25,9 @@ from gowide_dist.identity import identities
 from gowide_dist.launch.local import leave, num_gpus, torchrun
 from gowide_dist.pipeline import open_data, work
 from gowide_dist.prepare import check_data, check_group
-from gowide_dist.recipe import BlocksStage, Checkpoints, Instance, Recipe, Schedule, load_recipe
+from gowide_dist.recipe import Checkpoints, Instance, Recipe, load_recipe
 from gowide_dist.run import Run, read_metrics
+from gowide_dist.stages import Schedule
 from gowide_dist.stop import WARNING_SIGNAL, Stopped
 
 # Of a stage, at most an epoch. The first half of each phase is left out: first calls are slow, and the loader has
@@ -83,7 +84,7 @@ def _shortened(recipe: Recipe, instance: Instance) -> tuple[int, Recipe]:
     """The steps of one short epoch, equally many in each phase, and the recipe that records two lines for a phase."""
     stage, possible = instance.stage, check_split(recipe.data.train).samples // recipe.batch_size
     assert stage.optim is not None, "a stage that trains has an optim"
-    num_phases = len(stage.phases(instance.architecture.num_blocks)) if isinstance(stage, BlocksStage) else 1
+    num_phases = stage.num_phases(instance.architecture.num_blocks)
     every = max(1, min(NUM_STEPS, possible) // (2 * num_phases))
     optim = stage.optim.model_copy(update={"lr": 1e-6})
     short = {"epochs": 1, "init": None, "ramp": None, "optim": optim, "schedule": Schedule(decay="constant")}

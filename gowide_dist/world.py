@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,9 @@ from gowide_dist.errors import UserError
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=int(os.environ.get("GOWIDE_COLLECTIVE_TIMEOUT_S", "600")))
 _GLOO_THREADS_SETTLE_S = 0.1
+_COALESCED_BYTES = 250 * 2**20  # DDP's own number
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 GPUS_VARIABLE = "GOWIDE_GPUS_PER_NODE"  # how many the launcher expects this node to have
-_TORCHRUN_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 Value = TypeVar("Value")
 
@@ -44,12 +44,8 @@ class Ballot:
     """
 
     def __init__(self, num_processes: int) -> None:
-        self._group: dist.ProcessGroup | None = None
-        self._pending: tuple[Tensor, dist.Work] | None = None
-        if num_processes > 1:
-            group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-            assert isinstance(group, dist.ProcessGroup), "every process is in it"
-            self._group = group
+        self._pending: tuple[Tensor, Any] | None = None  # the votes and the collective that adds them up
+        self._group: Any = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if num_processes > 1 else None
 
     def vote(self, failed: bool) -> Vote:
         """Vote, and count the votes of the call before."""
@@ -57,9 +53,7 @@ class Ballot:
             return Vote(stop.received(), failed)
         result = self.settle()
         votes = torch.tensor([stop.received(), failed])
-        work = dist.all_reduce(votes, dist.ReduceOp.MAX, self._group, async_op=True)
-        assert work is not None
-        self._pending = votes, work
+        self._pending = votes, dist.all_reduce(votes, dist.ReduceOp.MAX, self._group, async_op=True)
         return result
 
     def settle(self) -> Vote:
@@ -91,6 +85,12 @@ class World:
     def is_main(self) -> bool:
         """Whether this process writes the files and prints."""
         return self.rank == 0
+
+    @property
+    def device_names(self) -> list[str]:
+        """The GPUs of this node, or the CPU."""
+        num_gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        return [torch.cuda.get_device_name(index) for index in range(num_gpus)] or [str(self.device)]
 
     def vote(self, *, failed: bool = False) -> Vote:
         """What the processes voted at the call before, and this process's vote; see `Ballot`."""
@@ -140,16 +140,8 @@ class World:
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every process rank 0's batch-norm statistics, which are the ones that are kept."""
-        if self.size == 1:
-            return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in module.buffers():
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        for buffers in by_dtype.values():  # one collective for all of a type: a ResNet-50 has 159 buffers
-            flat = torch.cat([buffer.flatten() for buffer in buffers])
-            dist.broadcast(flat, src=0)
-            for buffer, values in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
-                buffer.copy_(values.view_as(buffer))
+        if self.size > 1:  # one collective for all of a type, as DDP does it: a ResNet-50 has 159 buffers
+            dist._broadcast_coalesced(dist.group.WORLD, list(module.buffers()), _COALESCED_BYTES, 0)  # type: ignore
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """`module`, with the gradients of its trainable parameters averaged over the processes.
@@ -231,7 +223,7 @@ def choose_device(local_rank: int) -> torch.device:
     sees_own_gpu_alone = num_gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
     index = 0 if sees_own_gpu_alone else local_rank
     if index >= num_gpus:
-        raise UserError(f"more than {num_gpus} processes for {num_gpus} GPUs: one process per GPU, --nproc {num_gpus}")
+        raise UserError(f"more processes than GPUs ({num_gpus}): there is one process per GPU, --nproc {num_gpus}")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
@@ -245,30 +237,25 @@ def join() -> Iterator[World]:
     stop. Under NCCL destroying it is itself a collective: a process that fails alone would wait in it for the others,
     which wait for this one in theirs. After any other exception the caller leaves at once, by `os._exit`.
     """
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN_VARIABLES)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = choose_device(local_rank)
     cores = max(1, len(os.sched_getaffinity(0)) // local_size)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
     if size > 1:
-        dist.init_process_group(
-            BACKENDS[device.type],
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
-        )
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(BACKENDS[device.type], timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
     world = World(rank, size, device, cores, Ballot(size))
+    stopped: stop.Stopped | None = None
     try:
         yield world
-    except stop.Stopped:
-        _part(world)
-        raise
-    _part(world)
-
-
-def _part(world: World) -> None:
-    if world.size > 1:
+    except stop.Stopped as error:
+        stopped = error
+    if size > 1:
         world.ballot.settle()
         dist.destroy_process_group()
         # DDP leaves a reference to the group behind, so that gloo's threads outlive it. One that wants the
         # interpreter, to let go of its last work's objects, while that is ending makes the process abort.
         time.sleep(_GLOO_THREADS_SETTLE_S)
+    if stopped:
+        raise stopped

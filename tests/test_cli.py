@@ -90,11 +90,11 @@ def test_a_file_where_a_folder_should_be(tmp_path):
     write_fashion_mnist(tmp_path / "idx", 50, 20)
     (tmp_path / "file").write_text("mine")
     encode = ("encode", "fashion-mnist", "--root", tmp_path / "idx", "--out")
-    assert refused(*encode, tmp_path / "file").endswith("file: is no folder; choose another --out")
+    assert refused(*encode, tmp_path / "file").endswith("file: is not a folder; choose another --out")
     assert gowide(*encode, tmp_path / "data").returncode == 0
     run = ("run", DEMO, f"data.train={tmp_path}/data/train.beton", f"data.val={tmp_path}/data/val.beton")
     line = refused(*run, "batch_size=10", "--runs", tmp_path / "file")
-    assert line.endswith("file: is no folder; choose another place with --runs")
+    assert line.endswith("file: is not a folder; choose another place with --runs")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -150,7 +150,7 @@ def test_ctrl_c_while_encoding(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         complaints = process.communicate(timeout=LIMIT_S)[1]
     assert process.returncode == 130
-    assert complaints.splitlines()[-1] == "gowide: stopped; the same command continues"
+    assert complaints.splitlines()[-1] == "gowide: stopped; run the same command again to resume"
     assert "Traceback" not in complaints
     assert not list(tmp_path.iterdir())
 

@@ -46,9 +46,9 @@ def fail(data, tmp_path, monkeypatch):
         ("data", "train.beton: image 7 is damaged; encode it again", 4),
         ("damaged", "train.beton: its index is damaged; encode it again", 2),
         ("memory", "teacher/wide: out of memory; stages.teacher.optim.accumulate=2 takes", 2),
-        ("disk at a save", "the disk is full or the quota used up; make room", 2),
-        ("disk at a save", "the disk is full or the quota used up; make room", 4),
-        ("disk at the finish", "the disk is full or the quota used up; make room", 2),
+        ("disk at a save", "disk full or quota exceeded; free space", 2),
+        ("disk at a save", "disk full or quota exceeded; free space", 4),
+        ("disk at the finish", "disk full or quota exceeded; free space", 2),
         ("not finite", "teacher/wide: the loss is not finite at step", 2),
         ("weights", "model.safetensors: Permission denied; change its permissions", 2),
     ],
@@ -65,9 +65,9 @@ def test_what_the_user_can_mend_is_one_line(fail, fault, line, num_processes):
     ("fault", "line"),
     [
         ("crash", "process 1 ended with exit code 1; see its error above"),
-        ("SIGKILL", "process 1 was killed by SIGKILL, mostly for want of memory"),
-        ("SIGBUS", "process 1 was killed by SIGBUS, mostly because shared memory or a disk is full"),
-        ("SIGILL", "process 1 was killed by SIGILL, mostly because the CPU is older"),
+        ("SIGKILL", "process 1 was killed by SIGKILL, usually out of memory"),
+        ("SIGBUS", "process 1 was killed by SIGBUS, usually because shared memory or a disk is full"),
+        ("SIGILL", "process 1 was killed by SIGILL, usually because the CPU is older"),
     ],
 )
 def test_what_kills_a_process_is_named(fail, capfd, fault, line):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from gowide_dist import load_recipe
 from gowide_dist.errors import RecipeError
-from gowide_dist.recipe import Ramp, Recipe
+from gowide_dist.recipe import Recipe
+from gowide_dist.stages import Ramp
 
 RECIPE = {
     "name": "small",
@@ -143,15 +144,15 @@ BAD = {
     "seed=[": "override 'seed=[': not valid YAML in line 1",
     "seed": "override 'seed': should look like stages.distill.epochs=5",
     "..=1": "override '..=1': should look like stages.distill.epochs=5",
-    "stages.teacher.ramp={start_px: 16, until_epoch: 1}": "stages.teacher.ramp: resizes what data.augment.crop cuts out",
-    "stages.teacher.epochs=0": "stages.teacher: epochs: 0 takes the weights of init, which is missing",
+    "stages.teacher.ramp={start_px: 16, until_epoch: 1}": "stages.teacher.ramp: needs data.augment.crop",
+    "stages.teacher.epochs=0": "stages.teacher: epochs: 0 needs init, whose weights it uses unchanged",
     "stages.teacher.optim=null": "stages.teacher: optim is required to train",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, inputs: teacher, prefix: trained}": "prefix: trained needs inputs: student",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, start: teacher, init: teacher}": "stages.imitate: start: teacher and init both say",
     "stages.teacher.init={fil: x}": "stages.teacher.init: unknown key 'fil', did you mean 'file'?",
     "stages.teacher.init=5": "stages.teacher.init: should be a valid string, not '5'",
     "stages.distill.optim={lr: 0.1, momentum: 0, nesterov: true}": "stages.distill.optim: nesterov needs a momentum",
-    "stages.distill.optim.ema=1": "stages.distill.optim: ema: should be less than 1",
+    "stages.distill.optim.ema=1": "stages.distill.optim.ema: should be less than 1, not '1'",
     "data.augment.crop={scale: [1, 0.1]}": "data.augment.crop: scale: should be [least, greatest] part of the area",
     "data.augment.crop={ratio: [2, 1]}": "data.augment.crop: ratio: should be [least, greatest] width over height",
     "data.augment.translate=32": "data: augment.translate: should be less than resolution (28 px), not 32 px",

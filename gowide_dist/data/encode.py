@@ -99,7 +99,7 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
     if options.jpg_share is None and dataset != "ffcv":
         raise DataError(f"encode {dataset}: only FFCV files hold images that can stay as they are; give a --write-mode")
     if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: is no folder; choose another --out")
+        raise DataError(f"{out}: is not a folder; choose another --out")
     if out.resolve() == root.resolve():
         raise DataError(f"{out}: is the folder of the images; choose another --out")
     encoding: Encoding = {"dataset": dataset, "root": str(root.resolve()), **options.non_default()}
@@ -112,7 +112,7 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     except UnicodeEncodeError as error:
-        raise DataError(f"{error.object!a}: its name is no UTF-8; rename it") from None
+        raise DataError(f"{error.object!a}: the name is not valid UTF-8; rename it") from None
     return write_dataset(out, _divide(source, options), encoding, options)
 
 

@@ -28,7 +28,7 @@ def verify_dataset(folder: Path, workers: int | None = None) -> DatasetInfo:
             say(f"fault in {split.file}: {fault}")
             faults.append(f"{split.file}: {fault}")
     if faults:
-        raise DataError(f"{folder}: encode it again: {len(faults):,} faults, listed above, the first: {faults[0]}")
+        raise DataError(f"{folder}: {len(faults):,} faults (listed above; first: {faults[0]}); encode it again")
     return info
 
 

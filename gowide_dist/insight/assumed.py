@@ -13,7 +13,8 @@ from gowide_dist.errors import DataError, UserError
 from gowide_dist.insight.costs import training_macs
 from gowide_dist.insight.text import duration, gigabytes
 from gowide_dist.launch.profile import Device, Profile, Resources, this_machine
-from gowide_dist.recipe import Instance, KlStage, Recipe
+from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.stages import KlStage
 
 # Training and validation images and classes, by the usual name of the folder.
 KNOWN = {

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gowide_dist.networks.architecture import Architecture
 from gowide_dist.networks.resnet import ResNet, build_network
 from gowide_dist.networks.teacher import Teacher
-from gowide_dist.recipe import Instance, Recipe, Stage
+from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.stages import Stage
 from gowide_dist.timeline import Batching
 from gowide_dist.train.context import COMPUTE_DTYPES
 from gowide_dist.train.objectives import Objective, build_objective

@@ -31,7 +31,7 @@ from gowide_dist.insight.costs import (
 )
 from gowide_dist.insight.text import duration, gigabytes, listed, table
 from gowide_dist.launch.profile import Device, Profile, Resources
-from gowide_dist.prepare import Prepared, check_data, sibling
+from gowide_dist.prepare import Prepared, check_data
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching, Timeline
@@ -141,11 +141,11 @@ def _progress(recipe: Recipe, runs: Path) -> dict[str, str | int]:
     run = Run(runs / recipe.name)
     prepared = Prepared(recipe, run, recipe.instances, identities(recipe, checksums))
     progress: dict[str, str | int] = {}
-    for key, instance in recipe.instances.items():
+    for key in recipe.instances:
         stage_dir, own = run.stage(key), fingerprint(prepared.identities[key])
         if stage_dir.is_done(own):
             progress[key] = "done"
-        elif other := sibling(instance, prepared):
+        elif other := prepared.sibling(key):
             progress[key] = f"done in {other.path.parents[2]}"
         elif steps := whole_checkpoints(stage_dir.checkpoints, own):
             progress[key] = steps[-1]

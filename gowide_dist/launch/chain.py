@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 from gowide_dist.errors import DataError
 from gowide_dist.files import try_lock
 from gowide_dist.launch.local import device_environment
 from gowide_dist.launch.profile import Profile
-from gowide_dist.launch.queue import (
-    JobState,
-    SlurmError,
-    call,
-    cancel,
-    job_name,
-    newest_jobs,
-    read_jobs,
-    write_job,
-)
+from gowide_dist.launch.queue import JobState, SlurmError, call, cancel, job_name, newest_jobs, read_jobs, write_job
 from gowide_dist.launch.slurm import Job, Worker, check_folder, sbatch_script, submit_job
-from gowide_dist.prepare import Prepared, check_group, check_run, sibling
+from gowide_dist.prepare import Prepared, check_group, check_run
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
 
@@ -45,9 +36,8 @@ def action_for(state: JobState | None, *, waits_in_vain: bool = False) -> Action
     return Action.FOLLOW if state and state.is_leaving else Action.SUBMIT
 
 
-@dataclass(frozen=True)
-class Planned:
-    """The jobs of one stage instance: `slurm_id`, which Slurm has, and the one to submit."""
+class Planned(NamedTuple):
+    """The jobs of one stage instance: the id of the one that Slurm has, and the one to submit."""
 
     action: Action
     slurm_id: str | None
@@ -73,24 +63,22 @@ class Chain:
     @property
     def in_jobs(self) -> set[str]:
         """The instances whose folders a job of Slurm's may be writing."""
-        return {key for key, planned in self.planned.items() if planned.action in (Action.WAIT_FOR, Action.FOLLOW)}
+        return {*self._slurm_ids(Action.WAIT_FOR), *self._slurm_ids(Action.FOLLOW)}
 
     def scripts(self) -> list[str]:
         """The sbatch scripts as they would be submitted; ids that are not known yet read `ID_OF_stage/network`."""
-        ids = self._ids_to_wait_for() | {job.key: f"ID_OF_{job.key}" for job in self.jobs}
+        ids = self._slurm_ids(Action.WAIT_FOR) | {job.key: f"ID_OF_{job.key}" for job in self.jobs}
         return [f"{sbatch_script(job, self.folder, self._dependency(job, ids))}\n" for job in self.jobs]
 
     def try_out(self) -> list[str]:
         """When and where Slurm would start the jobs, had they no parents. Raises SlurmError if it refuses one."""
         answers = []
         for job in self.jobs:
-            with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-                file.write(sbatch_script(job, self.folder, self._dependency(job, {})))
-                file.flush()
-                try:
-                    answer = call("sbatch", "--test-only", file.name, stderr=True)
-                except SlurmError as error:
-                    raise SlurmError(f"{job.key}: {error}") from error
+            script = sbatch_script(job, self.folder, self._dependency(job, {}))
+            try:
+                answer = call("sbatch", "--test-only", script=script)
+            except SlurmError as error:
+                raise SlurmError(f"{job.key}: {error}") from error
             answers.append(f"{job.key}: {' '.join(answer.split())}")
         return answers
 
@@ -103,44 +91,33 @@ class Chain:
         with try_lock(self.folder / "lock") as is_locked:
             if not is_locked or (self.known is not None and read_jobs(self.folder) != self.known):
                 raise SlurmError(f"{self.folder}: another command has just submitted jobs of this run; try again")
-            if replaced := [
-                planned.slurm_id
-                for planned in self.planned.values()
-                if planned.action is Action.REPLACE and planned.slurm_id
-            ]:
-                cancel(replaced)
-            return self._submit()
+            if replaced := self._slurm_ids(Action.REPLACE):
+                cancel(replaced.values())
+            ids, submitted = self._slurm_ids(Action.WAIT_FOR), list[str]()
+            try:
+                for job in self.jobs:
+                    ids[job.key] = submit_job(job, self.folder, self._dependency(job, ids))
+                    submitted.append(ids[job.key])
+                    write_job(self.folder, job.key, ids[job.key])
+            except BaseException as error:
+                if submitted:
+                    cancel(submitted)
+                if isinstance(error, SlurmError):
+                    raise SlurmError(f"{job.key}: {error}; nothing was submitted") from error
+                raise
+            return ids
 
-    def _submit(self) -> dict[str, str]:
-        ids = self._ids_to_wait_for()
-        submitted: list[str] = []
-        try:
-            for job in self.jobs:
-                ids[job.key] = submit_job(job, self.folder, self._dependency(job, ids))
-                submitted.append(ids[job.key])
-                write_job(self.folder, job.key, ids[job.key])
-        except BaseException as error:
-            if submitted:
-                cancel(submitted)
-            if isinstance(error, SlurmError):
-                raise SlurmError(f"{job.key}: {error}; nothing was submitted") from error
-            raise
-        return ids
-
-    def _ids_to_wait_for(self) -> dict[str, str]:
-        return {
-            key: planned.slurm_id
-            for key, planned in self.planned.items()
-            if planned.action is Action.WAIT_FOR and planned.slurm_id
-        }
+    def _slurm_ids(self, action: Action) -> dict[str, str]:
+        """The jobs that Slurm has, by instance, of the instances with this action."""
+        planned = self.planned.items()
+        return {key: each.slurm_id for key, each in planned if each.action is action and each.slurm_id}
 
     def _dependency(self, job: Job, ids: Mapping[str, str]) -> str:
         """sbatch's --dependency. Parents that are finished already have no id."""
         parents = [ids[parent] for parent in job.parents if parent in ids]
         conditions = [f"afterok:{':'.join(parents)}"] if parents else []
-        planned = self.planned[job.key]
-        if planned.action is Action.FOLLOW:
-            conditions.append(f"afterany:{planned.slurm_id}")
+        if self.planned[job.key].action is Action.FOLLOW:
+            conditions.append(f"afterany:{self.planned[job.key].slurm_id}")
         return ",".join(conditions)
 
 
@@ -153,24 +130,22 @@ def prepare_chain(
     """
     run = Run(runs.absolute() / recipe.name)
     check_folder(run.slurm, profile)
+    for name in {*profile.stages} - {*recipe.stages} - {*recipe.instances}:
+        sys.stderr.write(f"gowide: cluster profile: stages.{name} matches no stage of recipe {recipe.name}; ignored\n")
     known = read_jobs(run.slurm)
     states = {key: state for key, state in newest_jobs(run.slurm, recipe.name).items() if not state.is_over}
     prepared = check_run(recipe, run.path.parent, only=only, fresh=fresh, in_jobs=states.keys())
     unfinished = {instance.key for instance in prepared.unfinished}
-    actions = {key: action_for(state) for key, state in states.items() if key not in unfinished}
-    to_submit = []
+    left = {key: state for key, state in states.items() if key not in unfinished}
+    planned = {key: Planned(action_for(state), state.job_id, None) for key, state in left.items()}
     for instance in prepared.unfinished:  # parents first
-        queued = {key for key, action in actions.items() if action is Action.WAIT_FOR}
-        waits_in_vain = not unfinished.isdisjoint({*instance.parents} - queued)
-        action = action_for(states.get(instance.key), waits_in_vain=waits_in_vain)
-        if action is Action.SUBMIT and sibling(instance, prepared):
+        state = states.get(instance.key)
+        queued = {key for key, each in planned.items() if each.action is Action.WAIT_FOR}
+        action = action_for(state, waits_in_vain=not unfinished.isdisjoint({*instance.parents} - queued))
+        if action is Action.SUBMIT and prepared.sibling(instance.key):
             continue
-        actions[instance.key] = action
-        if action is not Action.WAIT_FOR:
-            to_submit.append(instance)
-    jobs = {job.key: job for job in _jobs(to_submit, recipe, run, profile)}
-    ids = {key: state.job_id for key, state in states.items()}
-    planned = {key: Planned(action, ids.get(key), jobs.get(key)) for key, action in actions.items()}
+        job = None if action is Action.WAIT_FOR else _job(instance, recipe, run, profile)
+        planned[instance.key] = Planned(action, state.job_id if state else None, job)
     return prepared, Chain(run.slurm, planned, known)
 
 
@@ -181,22 +156,18 @@ def rehearse_chain(
     try:
         return prepare_chain(recipe, runs, profile, only=only, fresh=fresh)[1]
     except DataError as error:
-        sys.stderr.write(f"gowide: {error}; these are the jobs of a run of which nothing is finished\n")
+        sys.stderr.write(f"gowide: {error}; showing the jobs of a run that starts from scratch\n")
     run = Run(runs.absolute() / recipe.name)
     selected = recipe.select(only) if only else recipe.instances
-    jobs = _jobs(selected.values(), recipe, run, profile)
-    return Chain(run.slurm, {job.key: Planned(Action.SUBMIT, None, job) for job in jobs})
+    jobs = {key: _job(instance, recipe, run, profile) for key, instance in selected.items()}
+    return Chain(run.slurm, {key: Planned(Action.SUBMIT, None, job) for key, job in jobs.items()})
 
 
-def _jobs(instances: Iterable[Instance], recipe: Recipe, run: Run, profile: Profile) -> Iterator[Job]:
-    """The instances' jobs. Raises RecipeError if the global batch cannot be split over a job's processes."""
-    for name in {*profile.stages} - {*recipe.stages} - {*recipe.instances}:
-        sys.stderr.write(f"gowide: the cluster profile's stages.{name} is no stage of recipe {recipe.name}\n")
-    for instance in instances:
-        resources = profile.resources(instance)
-        for num_processes in resources.num_processes:
-            check_group(recipe, num_processes, on_gpus=resources.gpus_per_node > 0)
-        worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
-        name = job_name(recipe.name, instance.key)
-        environment = device_environment(resources.gpus_per_node)
-        yield Job(instance.key, name, worker, resources, parents=instance.parents, environment=environment)
+def _job(instance: Instance, recipe: Recipe, run: Run, profile: Profile) -> Job:
+    """An instance's job. Raises RecipeError if the global batch cannot be split over its processes."""
+    resources = profile.resources(instance)
+    for num_processes in resources.num_processes:
+        check_group(recipe, num_processes, on_gpus=resources.gpus_per_node > 0)
+    worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
+    environment = device_environment(resources.gpus_per_node)
+    return Job(instance.key, job_name(recipe.name, instance.key), worker, resources, instance.parents, environment)

@@ -48,12 +48,10 @@ def main(arguments: Sequence[str]) -> int:
     dataset, out, root, options = arguments
     try:
         encode(dataset, Path(out), Path(root) if root else None, Options(**json.loads(options)))
-    except UserError as error:
-        leave_error(str(error))
-        return 2
-    except OSError as error:
-        if (line := mendable(error)) is None:
+    except (UserError, OSError) as error:
+        line = str(error) if isinstance(error, UserError) else mendable(error)
+        if line is None:
             raise
-        leave_error(f"{out}: {line}")
+        leave_error(line if isinstance(error, UserError) else f"{out}: {line}")
         return 2
     return 0

@@ -17,7 +17,6 @@ from typing import NoReturn
 
 from gowide_dist import stop
 from gowide_dist.errors import FULL_DISK, InternalError, RecipeError, UserError
-from gowide_dist.prepare import Prepared
 from gowide_dist.progress import say
 from gowide_dist.recipe import Recipe
 
@@ -52,7 +51,7 @@ def choose_num_processes(recipe: Recipe, asked: int | None) -> int:
             with contextlib.suppress(RecipeError):
                 recipe.check_processes(number)
                 if number < default:
-                    say(f"{number} processes, for the batch of {recipe.batch_size} is not divisible by {default}")
+                    say(f"using {number} processes: batch_size {recipe.batch_size} is not divisible by {default}")
                 return number
         asked = 1
     if 0 < num_gpus() < asked:
@@ -85,14 +84,20 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
     Forwards SIGINT, SIGTERM and SIGHUP, on which the workers save and end, and then raises KeyboardInterrupt. Raises
     UserError with the line of a worker that raised one, WorkerError if a worker failed otherwise.
     """
+    options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
+    options += ["--monitor-interval=0.1"]  # seconds: a failed worker ends the others at once
+    options += [f"--shutdown-timeout={SAVE_WITHIN_S}"]
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        **device_environment(num_gpus()),
+    }
     with tempfile.TemporaryDirectory(prefix="gowide-") as folder:
         error_file = Path(folder) / "error.json"
-        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
-        options += ["--monitor-interval=0.1"]  # seconds: a failed worker ends the others at once
-        options += [f"--shutdown-timeout={SAVE_WITHIN_S}"]
+        own = {ERROR_FILE_VARIABLE: str(error_file), LAUNCHER_VARIABLE: str(os.getpid())}
         process = subprocess.Popen(
             [sys.executable, "-m", "gowide_dist.launch.torchrun", *options, "-m", module, *arguments],
-            env=_environment(error_file, num_processes),
+            env={**defaults, **os.environ, **own},  # variables that the user has set stay as they are
             # A terminal's Ctrl-C reaches this process alone, which forwards it: a second one makes torchrun give up
             # waiting for the workers.
             start_new_session=True,
@@ -111,27 +116,6 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
 def device_environment(num_gpus: int) -> dict[str, str]:
     """Variables for the processes of a node with `num_gpus` GPUs."""
     return {GPUS_VARIABLE: str(num_gpus)} if num_gpus else KEEP_FREED_MEMORY
-
-
-def run_here(prepared: Prepared, num_processes: int, *, sequential: bool = False) -> None:
-    """Train all unfinished stages under torchrun. sequential: as in `walk`."""
-    if left := prepared.unfinished:
-        arguments = [
-            str(prepared.run.path),
-            *(instance.key for instance in left),
-            *(["--sequential"] if sequential else []),
-        ]
-        torchrun("gowide_dist.pipeline", arguments, num_processes)
-
-
-def _environment(error_file: Path, num_processes: int) -> dict[str, str]:
-    """The environment of torchrun and its workers; variables that the user has set stay as they are."""
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
-        "GLOO_SOCKET_IFNAME": "lo",
-        **device_environment(num_gpus()),
-    }
-    return {**defaults, **os.environ, ERROR_FILE_VARIABLE: str(error_file), LAUNCHER_VARIABLE: str(os.getpid())}
 
 
 @contextlib.contextmanager
@@ -162,10 +146,9 @@ def leave(status: int) -> NoReturn:
 def read_error(path: Path) -> str | None:
     """The line in an error file; None if there is no file, or an empty one, as on a full disk."""
     try:
-        line: str = json.loads(path.read_text())["message"]
+        return str(json.loads(path.read_text())["message"])
     except (FileNotFoundError, ValueError):
         return None
-    return line
 
 
 def leave_error(message: str) -> None:

@@ -31,13 +31,9 @@ def _as_node_range(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if value is False or not isinstance(value, str | int | float):
         raise ValueError("should be text or a number")
-    return str(value)
-
-
-def _as_text_or_true(value: Any) -> Any:
-    return value if value is True else _as_text(value)
+    return value if value is True else str(value)
 
 
 class Device(Frozen):
@@ -68,9 +64,7 @@ def this_machine(num_cores: int, memory_gb: float | None = None) -> Device:
 
     No overlap: the cores that compute gradients also average them.
     """
-    return Device(
-        name=f"{num_cores} CPU cores", tflops=0.064 * num_cores, efficiency=0.3, memory_gb=memory_gb, overlap=0.0
-    )
+    return Device(name=f"{num_cores} CPU cores", tflops=0.064 * num_cores, memory_gb=memory_gb, overlap=0.0)
 
 
 class Settings(Frozen):
@@ -95,7 +89,7 @@ class Settings(Frozen):
     environment: dict[Text, Annotated[str, BeforeValidator(_as_text)]] = Field(default_factory=dict)
     device: Device | None = None  # for `gowide plan`
     # Any further option of sbatch, by its long name without the dashes; `true` for one without a value.
-    sbatch: dict[Text, Annotated[str | Literal[True], BeforeValidator(_as_text_or_true)]] = Field(default_factory=dict)
+    sbatch: dict[Text, Annotated[str | Literal[True], BeforeValidator(_as_text)]] = Field(default_factory=dict)
 
 
 class Resources(Settings):
@@ -132,7 +126,7 @@ class Profile(Resources):
 
     node_local: tuple[Path, ...] = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # folders local to each node
     stages: dict[Text, Settings] = Field(default_factory=dict)  # by stage, or by stage/network
-    encode: Settings | None = None  # what differs for `gowide encode --cluster`, for example the partition
+    encode: Settings = Settings()  # what differs for `gowide encode --cluster`, for example the partition
 
     def resources(self, instance: Instance) -> Resources:
         """The resources of an instance's job: the profile's, then its stage's, then its own; mappings are merged.
@@ -147,10 +141,9 @@ class Profile(Resources):
 
         Raises RecipeError if they contradict each other.
         """
-        one_task = Settings(
-            nodes="1", gpus_per_node=0, processes_per_node=1, cpus_per_task=self.tasks_per_node * self.cpus_per_task
-        )
-        return self._merged([one_task, *([self.encode] if self.encode else [])], "encode")
+        num_cpus = self.tasks_per_node * self.cpus_per_task
+        one_task = Settings(nodes="1", gpus_per_node=0, processes_per_node=1, cpus_per_task=num_cpus)
+        return self._merged([one_task, self.encode], "encode")
 
     def _merged(self, overrides: Sequence[Settings], job: str) -> Resources:
         values = {name: getattr(self, name) for name in Resources.model_fields}
@@ -158,14 +151,9 @@ class Profile(Resources):
             for name in settings.model_fields_set:
                 value = getattr(settings, name)
                 values[name] = {**values[name], **value} if isinstance(value, dict) else value
-        return validate(Resources, values, f"cluster profile, {job}", _key)
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location if part != "[key]")
+        return validate(Resources, values, f"cluster profile, {job}")
 
 
 def load_profile(path: Path) -> Profile:
-    """The checked profile in a YAML file. Raises RecipeError: one line with file, place and fault."""
-    values: dict[str, Any] = read_yaml(path)
-    return validate(Profile, values, str(path), _key)
+    """The checked profile in a YAML file. Raises RecipeError: one line with file, key and fault."""
+    return validate(Profile, read_yaml(path), str(path))

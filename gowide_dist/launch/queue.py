@@ -27,11 +27,12 @@ class JobState:
     """A job in Slurm's words. reason: why it waits. starts: when Slurm expects it to start, if it does."""
 
     job_id: str
+    name: str
     state: str
+    nodes: str
     reason: str = ""
-    nodes: str = ""
     restarts: int = 0
-    starts: str | None = None
+    starts: str = ""
 
     @property
     def is_waiting(self) -> bool:
@@ -51,16 +52,21 @@ class JobState:
         return not (self.is_waiting or self.is_running or self.is_leaving)
 
 
-def call(*command: str, stderr: bool = False) -> str:
-    """What a Slurm command writes to stdout, or to stderr. Raises SlurmError with its error message if it fails."""
+def call(*command: str, script: str | None = None) -> str:
+    """What a Slurm command writes to stdout; with a script on its stdin, what it writes to stderr.
+
+    Raises SlurmError with its error message if it fails.
+    """
     require(command[0])
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False)
+        result = subprocess.run(
+            command, input=script, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]}: Slurm's controller does not answer; try again later") from error
     if result.returncode:
         raise SlurmError(complaint(command[0], result.stderr))
-    return result.stderr if stderr else result.stdout
+    return result.stdout if script is None else result.stderr
 
 
 def require(command: str) -> None:
@@ -79,12 +85,11 @@ def read_jobs(folder: Path) -> dict[str, list[str]]:
     """The ids of the jobs submitted for each stage instance, newest last."""
     path = folder / "jobs.json"
     try:
-        jobs: dict[str, list[str]] = json.loads(path.read_bytes())
+        return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path}: damaged; cancel this run's jobs with scancel and delete it") from error
-    return jobs
 
 
 def write_job(folder: Path, key: str, job_id: str) -> None:
@@ -105,16 +110,11 @@ def newest_jobs(folder: Path, run: str) -> dict[str, JobState]:
     A job with another name than the run's jobs have is another's: a cluster that is set up anew counts ids from 1.
     """
     keys = {ids[-1]: key for key, ids in read_jobs(folder).items()}
-    if not keys:
-        return {}
-
-    def of_the_run(jobs: Iterable[tuple[JobState, str]]) -> dict[str, JobState]:
-        named = ((keys.get(state.job_id), state, name) for state, name in jobs)
-        return {key: state for key, state, name in named if key and name == job_name(run, key)}
-
-    states = of_the_run(_from_squeue())
-    if forgotten := [job_id for job_id, key in keys.items() if key not in states]:
-        states |= of_the_run(_from_sacct(forgotten))
+    states: dict[str, JobState] = {}
+    for read in (_from_squeue, _from_sacct):  # squeue forgets a job minutes after its end
+        if missing := [job_id for job_id, key in keys.items() if key not in states]:
+            named = ((keys.get(job.job_id), job) for job in read(missing))
+            states |= {key: job for key, job in named if key and job.name == job_name(run, key)}
     return states
 
 
@@ -123,28 +123,20 @@ def cancel(job_ids: Iterable[str]) -> None:
     call("scancel", *sorted(job_ids, key=int, reverse=True))
 
 
-def _from_squeue() -> Iterable[tuple[JobState, str]]:
+def _from_squeue(_job_ids: list[str]) -> Iterable[JobState]:
+    """All jobs of this user: squeue refuses to list ids of which it does not know one."""
     fields = ",".join(f"{field}:|" for field in _QUEUE_FIELDS)
     for line in call("squeue", "--me", "--noheader", "--states=all", f"--Format={fields}").splitlines():
         job_id, state, reason, nodes, restarts, starts, name = line.removesuffix("|").split("|", len(_QUEUE_FIELDS) - 1)
-        yield (
-            JobState(
-                job_id,
-                state,
-                "" if reason == "None" else reason,
-                nodes,
-                int(restarts),
-                None if starts in ("N/A", "") else starts,
-            ),
-            name,
-        )
+        reason, starts = ("" if text in ("None", "N/A") else text for text in (reason, starts))
+        yield JobState(job_id, name, state, nodes, reason, int(restarts), starts)
 
 
-def _from_sacct(job_ids: list[str]) -> Iterable[tuple[JobState, str]]:
+def _from_sacct(job_ids: list[str]) -> Iterable[JobState]:
     try:
         lines = call("sacct", "-X", "-n", "-P", "--format=JobID,State,NodeList,JobName", "-j", ",".join(job_ids))
     except SlurmError:
         return  # no accounting on this cluster: a job that squeue does not list is over
     for line in lines.splitlines():
         job_id, state, nodes, name = line.split("|", 3)
-        yield JobState(job_id, state.split(" ")[0], nodes="" if nodes == "None assigned" else nodes), name
+        yield JobState(job_id, name, state.split(" ")[0], nodes.replace("None assigned", ""))

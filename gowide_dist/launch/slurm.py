@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gowide_dist.errors import RunError
 from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, read_error
@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 MANY_TIMEOUTS = 10_000  # a stage goes on over as many allocations as it needs
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that Linux gives to outgoing connections
 LEFT_FOR_SLURM_S = 60  # longer than Slurm takes to end a process after SIGTERM (KillWait, 30 s by default)
+# The error file of this start holds the line of a UserError, which trying again would not mend.
+TEARDOWN = """\
+status=$?
+# a process crashed, hung or was killed, with nothing for the user to mend: again, {retries} times at most
+job={folder}/$SLURM_JOB_ID
+if [ $status -ne 0 ] && [ ! -e "${{job}}_${{SLURM_RESTART_COUNT:-0}}_error.json" ] &&
+   [ "$(cat "${{job}}_retries" 2> /dev/null | wc -l)" -lt {retries} ]; then
+  date >> "${{job}}_retries"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
+"""
 
 
 @dataclass(frozen=True)
@@ -135,62 +147,31 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         def affinity(cls) -> int:
             return 1  # submitit asks whether Slurm is there: scripts can be written without
 
-    resources = job.resources
-    ranged = {"nodes": resources.nodes} if not resources.nodes.isdecimal() else {}
-    parameters: dict[str, Any] = {
-        "job_name": job.name,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "constraint": resources.constraint,
-        "exclude": resources.exclude,
-        "nodes": int(resources.nodes.partition("-")[0]),
-        "ntasks_per_node": resources.tasks_per_node,
-        "gpus_per_node": resources.gpus_per_node or None,
-        "cpus_per_task": resources.cpus_per_task,
-        "mem": f"{resources.mem_gb}G" if resources.mem_gb else None,
-        "time": resources.timeout_min,
-        "signal_delay_s": resources.signal_delay_s,
-        "dependency": dependency or None,
-        "wckey": None,
-        "stderr_to_stdout": True,
-        "setup": _setup(job),
-        # srun does not inherit sbatch's --cpus-per-task since Slurm 22.05.
-        "srun_args": [
-            "--kill-on-bad-exit=1",
-            f"--cpus-per-task={resources.cpus_per_task}",
-            f"--cpu-bind={resources.cpu_bind}",
-        ],
-        "teardown": _teardown(folder, resources.retries),
-        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **ranged, **resources.sbatch},
-    }
-    executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS)
-    executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
-    executor.parameters["wckey"] = None  # submitit's default is its own name
-    return executor
-
-
-def _setup(job: Job) -> list[str]:
-    resources = job.resources
+    resources, num_cpus = job.resources, job.resources.cpus_per_task
+    own = {"requeue": True, "kill-on-invalid-dep": "yes", "nodes": resources.nodes}
     environment = {
-        "OMP_NUM_THREADS": str(resources.cpus_per_task),
+        "OMP_NUM_THREADS": str(num_cpus),
         "GOWIDE_COLLECTIVE_TIMEOUT_S": str(resources.collective_timeout_s),
         **job.environment,
         **resources.environment,
     }
-    return [*resources.setup, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())]
-
-
-def _teardown(folder: Path, retries: int) -> list[str]:
-    """Requeue the job when a process crashed, hung or was killed, unless there is the line of a UserError."""
-    return [
-        "status=$?",
-        f"# a process crashed, hung or was killed, with nothing for the user to mend: again, {retries} times at most",
-        f"job={shlex.quote(str(folder))}/$SLURM_JOB_ID",
-        'if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&',
-        f'   [ "$(cat "${{job}}_retries" 2> /dev/null | wc -l)" -lt {retries} ]; then',
-        '  date >> "${job}_retries"',
-        '  scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-        "exit $status",
-    ]
+    executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS)
+    as_sbatch_has_them = {"partition", "account", "qos", "constraint", "exclude", "cpus_per_task", "signal_delay_s"}
+    executor.update_parameters(
+        **resources.model_dump(include=as_sbatch_has_them),
+        job_name=job.name,
+        nodes=int(resources.nodes.partition("-")[0]),
+        ntasks_per_node=resources.tasks_per_node,
+        gpus_per_node=resources.gpus_per_node or None,
+        mem=f"{resources.mem_gb}G" if resources.mem_gb else None,
+        time=resources.timeout_min,
+        dependency=dependency or None,
+        wckey=None,  # submitit's default is its own name
+        stderr_to_stdout=True,
+        setup=[*resources.setup, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())],
+        # srun does not inherit sbatch's --cpus-per-task since Slurm 22.05.
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={num_cpus}", f"--cpu-bind={resources.cpu_bind}"],
+        teardown=TEARDOWN.format(folder=shlex.quote(str(folder)), retries=resources.retries).splitlines(),
+        additional_parameters={**own, **resources.sbatch},
+    )
+    return executor

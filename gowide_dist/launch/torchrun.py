@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 AFTER_FAILURE_S = 3
 MEANINGS = {
     signal.SIGKILL: (
-        ", mostly for want of memory (see dmesg, or the container's limit): `gowide plan` estimates what a process "
+        ", usually out of memory (see dmesg, or the container's limit): `gowide plan` estimates what a process "
         "needs; fewer processes, or stages.STAGE.optim.accumulate, take less"
     ),
-    signal.SIGBUS: ", mostly because shared memory or a disk is full: see df -h, /dev/shm included",
-    signal.SIGILL: ", mostly because the CPU is older than what PyTorch or FFCV was built for: see `gowide doctor`",
+    signal.SIGBUS: ", usually because shared memory or a disk is full: see df -h, /dev/shm included",
+    signal.SIGILL: ", usually because the CPU is older than what PyTorch or FFCV was built for: see `gowide doctor`",
     signal.SIGSEGV: ", a crash in compiled code: see `gowide doctor`; PYTHONFAULTHANDLER=1 shows where",
     signal.SIGABRT: (
-        ", mostly because it waited for another process longer than the collective timeout "
+        ", usually because it waited for another process longer than the collective timeout "
         "(GOWIDE_COLLECTIVE_TIMEOUT_S): see the errors above"
     ),
 }

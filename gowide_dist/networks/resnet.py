@@ -30,10 +30,6 @@ class BasicUnit(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, out_channels, stride)
 
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        return self.bn2
-
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
@@ -54,10 +50,6 @@ class BottleneckUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, out_channels, stride)
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -86,12 +78,10 @@ class ResNet(nn.Module):
         in_channels = architecture.stem_channels
         for index, depth in enumerate(architecture.depths):
             inner, out_channels = architecture.inner_channels[index], architecture.block_channels[index]
-            units: list[nn.Module] = []
-            for position in range(depth):
-                stride = 2 if index > 0 and position == 0 else 1
-                units.append(unit(in_channels, inner, out_channels, stride))
-                in_channels = out_channels
-            self.add_module(f"layer{index + 1}", nn.Sequential(*units))
+            first = unit(in_channels, inner, out_channels, stride=2 if index else 1)
+            others = (unit(out_channels, inner, out_channels, stride=1) for _ in range(depth - 1))
+            self.add_module(f"layer{index + 1}", nn.Sequential(first, *others))
+            in_channels = out_channels
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_channels, num_classes)
         self._initialise(architecture.zero_init_residual)
@@ -116,12 +106,10 @@ class ResNet(nn.Module):
 
     def blocks(self, images: Tensor, num_blocks: int | None = None) -> tuple[Tensor, ...]:
         """Outputs [B, C_i, H_i, H_i] of all blocks, or of the first `num_blocks` without running the others."""
-        outputs = []
-        x = images
+        outputs = [images]
         for index in range(self.num_blocks if num_blocks is None else num_blocks):
-            x = self.block(index, x)
-            outputs.append(x)
-        return tuple(outputs)
+            outputs.append(self.block(index, outputs[-1]))
+        return tuple(outputs[1:])
 
     def pool(self, x: Tensor) -> Tensor:
         """Global average pooling: [B, C, H, H] -> [B, C]."""
@@ -149,8 +137,10 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, BasicUnit | BottleneckUnit):
-                nn.init.zeros_(module.last_norm.weight)
+            elif zero_init_residual and isinstance(
+                module, BasicUnit | BottleneckUnit
+            ):  # then it starts as its shortcut
+                nn.init.zeros_((module.bn3 if isinstance(module, BottleneckUnit) else module.bn2).weight)
 
 
 def build_network(architecture: Architecture | Mapping[str, Any], num_classes: int) -> ResNet:
@@ -159,7 +149,7 @@ def build_network(architecture: Architecture | Mapping[str, Any], num_classes: i
     Raises RecipeError if the mapping is not a valid architecture.
     """
     if not isinstance(architecture, Architecture):
-        architecture = validate(Architecture, architecture, "network", lambda key: ".".join(map(str, key)))
+        architecture = validate(Architecture, architecture, "network")
     return ResNet(architecture, num_classes)
 
 

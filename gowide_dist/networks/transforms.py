@@ -36,15 +36,14 @@ def merged(student: ResNet, up: Sequence[nn.Module], down: Sequence[nn.Module], 
     network.train(student.training)
     with torch.no_grad():
         for index in range(student.num_blocks - 1):
-            product = _product(_matrix(down[index]), _matrix(up[index]))
-            if product is not None:
+            if isinstance(up[index], nn.Conv2d):  # where channels differ: then `down` is a convolution too
+                product = _matrix(down[index]) @ _matrix(up[index])
                 unit = network.layer(index + 1)[0]  # its first convolution and its shortcut read the block's output
-                _merge_into(unit.get_submodule("conv1"), product)
-                _merge_into(unit.get_submodule("downsample.0"), product)
+                for name in ("conv1", "downsample.0"):
+                    _merge_into(unit.get_submodule(name), product)
         if classifier is not None:
-            weight = _product(classifier.weight, _matrix(up[-1]))
-            assert weight is not None
-            network.fc.weight.copy_(weight)
+            is_wider = isinstance(up[-1], nn.Conv2d)
+            network.fc.weight.copy_(classifier.weight @ _matrix(up[-1]) if is_wider else classifier.weight)
             network.fc.bias.copy_(classifier.bias)
     return network
 
@@ -58,12 +57,7 @@ def _merge_into(conv: nn.Module, matrix: Tensor) -> None:
     conv.weight.copy_(torch.einsum("omhw,mi->oihw", conv.weight, matrix))
 
 
-def _matrix(transform: nn.Module) -> Tensor | None:
-    """[C_out, C_in] of a transform; None for the identity."""
-    return transform.weight[:, :, 0, 0] if isinstance(transform, nn.Conv2d) else None
-
-
-def _product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    if left is None or right is None:
-        return right if left is None else left
-    return left @ right
+def _matrix(transform: nn.Module) -> Tensor:
+    """[C_out, C_in] of a 1x1 convolution."""
+    assert isinstance(transform, nn.Conv2d)
+    return transform.weight[:, :, 0, 0]

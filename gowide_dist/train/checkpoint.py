@@ -61,15 +61,15 @@ def whole_checkpoints(folder: Path, fingerprint: str) -> list[int]:
         try:
             description = json.loads(path.with_suffix(".json").read_text())
             if description.get("format") != FORMAT:
-                log.warning("%s: written by another version of gowide_dist, passed over", path)
+                log.warning("%s: written by another version of gowide_dist, skipped", path)
             elif description["fingerprint"] != fingerprint:
-                log.warning("%s: of another recipe, passed over", path)
+                log.warning("%s: of another recipe, skipped", path)
             elif sha256(path) != description["sha256"]:
-                log.warning("%s: damaged, passed over", path)
+                log.warning("%s: damaged, skipped", path)
             else:
                 whole.append(int(description["step"]))
         except (OSError, ValueError, KeyError):
-            log.warning("%s: incomplete, passed over", path)
+            log.warning("%s: incomplete, skipped", path)
     return whole
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +28,12 @@ class TrainBatch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    teacher_output: TeacherOutput | None
+    stored: TeacherOutput | None
 
     def chunk(self, num_chunks: int) -> list[TrainBatch]:
         """The batch in equal parts."""
-        outputs = self.teacher_output.chunk(num_chunks) if self.teacher_output else [None] * num_chunks
-        parts = zip(self.images.chunk(num_chunks), self.labels.chunk(num_chunks), outputs, strict=True)
+        stored = self.stored.chunk(num_chunks) if self.stored else [None] * num_chunks
+        parts = zip(self.images.chunk(num_chunks), self.labels.chunk(num_chunks), stored, strict=True)
         return [TrainBatch(*part) for part in parts]
 
 
@@ -46,21 +46,15 @@ class TrainData:
     num_classes: int
     mean: Tensor  # [3] on the device, of pixels 0 to 255
     std: Tensor
-    _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Normalised images [B, 3, H, H] float32 in channels_last, and labels [B], on the device."""
         device = self.mean.device
-        pixels = to_device(batch.images, device)
-        mean, std = self._over_a_row(pixels.shape[2])
+        pixels = to_device(batch.images, device)  # [B, H, W, 3]
+        # for a whole row of pixels, [3 * W]: CPUs take rows three times as fast as three channels
+        mean, std = (channels.repeat(pixels.shape[2]) for channels in (self.mean, self.std))
         images = pixels.flatten(2).float().sub_(mean).div_(std).view(pixels.shape)
         return images.permute(0, 3, 1, 2), to_device(batch.labels, device)  # NHWC in memory: channels_last
-
-    def _over_a_row(self, width: int) -> tuple[Tensor, Tensor]:
-        """Mean and deviation [3 * width] for a row of pixels: CPUs take rows three times as fast as three channels."""
-        if width not in self._rows:
-            self._rows[width] = self.mean.repeat(width), self.std.repeat(width)
-        return self._rows[width]
 
 
 @dataclass(frozen=True)

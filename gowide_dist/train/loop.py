@@ -13,7 +13,6 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from gowide_dist.data.loader import Loader
 from gowide_dist.networks.teacher import Teacher
@@ -23,23 +22,24 @@ from gowide_dist.run import Done
 from gowide_dist.stop import Stopped
 from gowide_dist.train.context import TrainBatch, TrainContext, configure_backends
 from gowide_dist.train.metrics import mean_over_samples
+from gowide_dist.train.objectives import Losses
 from gowide_dist.train.optim import learning_rate
 from gowide_dist.train.start import build_students, start_steps
 from gowide_dist.train.stream import Stream
 from gowide_dist.train.student import Student, TrainingError
 from gowide_dist.train.writing import Writer
 
-DATA_BOUND = 0.3  # part of the time spent waiting for data from which on the user is told
+DATA_BOUND = 0.3  # warn above this fraction of time spent waiting for data
 
 
 def train_together(instances: Sequence[Instance], ctx: TrainContext) -> list[Done]:
-    """Train instances of one stage that see the same images to their end, from wherever they stand; a collective.
+    """Train the instances of a stage to their end, continuing from their checkpoints; a collective.
 
-    One data stream and one teacher feed them all; each ends with the bits that it would have alone. They start at the
-    newest step that all of them have saved; where there is none, those ahead of the others train by themselves.
+    They see the same images and share one pass of the teacher; each ends bit-identical to training alone. Where their
+    checkpoints have no step in common, groups of them train one after the other (`start.start_steps`).
 
-    Raises RunError if a folder is another training's or another process writes it, TrainingError on a non-finite loss
-    or when out of memory.
+    Raises RunError if a folder belongs to another training run or another process is writing to it, TrainingError on a
+    non-finite loss or when out of memory.
     """
     assert len({(instance.stage_name, instance.data_seed) for instance in instances}) == 1
     configure_backends(ctx.recipe, instances[0].stage)
@@ -95,9 +95,8 @@ class StageTraining:
         """Train the steps that are left, evaluate, write the weights."""
         total = self.timeline.total_steps
         self.track = Track(
-            self.name, total, "steps", start=self.step,
-            rate_unit="images", per_thing=self.recipe.batch_size, quiet=not self.world.is_main,
-        )  # fmt: skip
+            self.name, total, "steps", start=self.step, batch_size=self.recipe.batch_size, quiet=not self.world.is_main
+        )
         with self.track, self.writer:
             if self.step:
                 self.track.line(f"{self.name}  continues at step {self.step:,} of {total:,}")
@@ -111,14 +110,11 @@ class StageTraining:
 
     def _train_phase(self, phase: int) -> None:
         """Train from the current step to the end of `phase`."""
-        steps = self.timeline.phase(phase)
-        optim, schedule = self.stage.optim, self.stage.schedule
-        assert optim is not None, "a stage that trains has an optim"
         blank = self.stream.blank(self.timeline.batching)
         for student in self.students:
             student.begin_phase(phase, blank)
-        for batch in self.stream.train(self.timeline, self.step, steps.stop):
-            lr = learning_rate(self.step, steps, self.timeline.steps_per_epoch, optim, schedule)
+        for batch in self.stream.train(self.timeline, self.step, self.timeline.phase(phase).stop):
+            lr = learning_rate(self.step, self.timeline, self.stage)
             self._train_step(batch, lr)
             self.step += 1
             self._after_step(phase, lr)
@@ -136,11 +132,12 @@ class StageTraining:
     def _after_step(self, phase: int, lr: float) -> None:
         """Record, evaluate, save and stop where these are due.
 
-        All processes come to the same decisions. What one process alone knows (a signal, a failed write) reaches the
-        others by the vote, a step later; when a checkpoint is due by the clock concerns rank 0 alone, which saves.
+        Every process decides alike, by the step and by the vote: an all-reduce that runs beside the next step and
+        tells all of a signal or a failed write that one of them knows of (`world.Ballot`). Only the clock differs
+        between processes, so a checkpoint that is due by the clock must need no other process: rank 0 alone writes.
         """
         step, recipe = self.step, self.recipe
-        epoch, step_of_epoch = divmod(step, self.timeline.steps_per_epoch)
+        epochs_done, step_of_epoch = divmod(step, self.timeline.steps_per_epoch)
         vote = self.world.vote(failed=self.writer.failed)
         if vote.failed:
             self.world.on_main(self.writer.check)  # raises on every process
@@ -148,10 +145,10 @@ class StageTraining:
         is_over = step == self.timeline.total_steps
         epoch_ends = step_of_epoch == 0
         phase_ends = step == self.timeline.phase(phase).stop
-        stop_due = vote.signum != 0 and not is_over
+        stop_due = vote.signum != 0 and not is_over  # one that is over finishes: that takes no longer than to save
         save_due = not is_over and (stop_due or is_multiple(step, recipe.checkpoints.every_steps))
-        evaluate_due = not is_over and epoch_ends and is_multiple(epoch, recipe.eval_every_epochs)
-        # A checkpoint without the averages up to it would lose them at a restart.
+        evaluate_due = not is_over and epoch_ends and is_multiple(epochs_done, recipe.eval_every_epochs)
+        # Before a checkpoint too: a restart would lose the losses that are not recorded yet.
         record_due = save_due or epoch_ends or phase_ends or is_multiple(step, recipe.log_every_steps)
 
         if record_due:
@@ -162,7 +159,7 @@ class StageTraining:
             self._save()
         if stop_due:
             self.world.on_main(self.writer.check)
-            self.track.line(f"{self.name}  saved at step {step:,} of {self.timeline.total_steps:,}: told to stop")
+            self.track.line(f"{self.name}  stop requested; saved at step {step:,} of {self.timeline.total_steps:,}")
             raise Stopped(vote.signum)
 
     def _record(self, lr: float) -> None:
@@ -170,14 +167,11 @@ class StageTraining:
         steps_per_s, data_wait = self.stream.throughput.flush()
         losses = [student.mean_losses() for student in self.students]
         self.stream.digest.collect(self.world)
+        speed = {"data_wait": data_wait, "images_per_s": steps_per_s * self.recipe.batch_size}
         for student, means in zip(self.students, losses, strict=True):
             comm_wait = min(1 - data_wait, self.world.communication_s(student.wrapped) * steps_per_s)
-            speed = {
-                "data_wait": data_wait,
-                "comm_wait": comm_wait,
-                "images_per_s": steps_per_s * self.recipe.batch_size,
-            }
-            self.writer.write(partial(student.record, "train", self.step, {"lr": lr, **means, **speed}))
+            values = {"lr": lr, **means, **speed, "comm_wait": comm_wait}
+            self.writer.write(partial(student.record, "train", self.step, values))
         self.track.update(self.step, "loss " + ", ".join(f"{means['loss']:.4f}" for means in losses))
         if data_wait > DATA_BOUND and not self.warned_of_data:
             self.warned_of_data = True
@@ -200,7 +194,7 @@ class StageTraining:
     def _save(self) -> None:
         """Save every student, in the background."""
         self._count_seconds()
-        self.writer.wait()  # for the states before, so that never more than one of each is in memory
+        self.writer.wait()  # until the last checkpoint is written: one copy of a state in memory is enough
         for student in self.students:
             self.writer.write(partial(student.save, self.step, str(self.stream.digest)))
         self.saved_at = time.monotonic()
@@ -230,14 +224,9 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Each student's means over the validation set: its losses, and accuracies in %; a collective."""
 
-    def per_sample(batch: TrainBatch) -> dict[tuple[int, str], Tensor]:
-        """Losses and accuracies by student and name, [B] each."""
+    def evaluate_batch(batch: TrainBatch) -> list[Losses]:
         with teacher.cached() if teacher else nullcontext():
-            return {
-                (index, name): values
-                for index, student in enumerate(students)
-                for name, values in student.objective.evaluate(*batch).items()
-            }
+            return [student.objective.evaluate(*batch) for student in students]
 
     with ExitStack() as stack:
         for student in students:
@@ -247,12 +236,10 @@ def evaluate(
         stack.enter_context(ctx.autocast())
         for student in students:
             ctx.world.broadcast_buffers(student.objective)
-        means = mean_over_samples(map(per_sample, stream.validation()), ctx.world)
-    results = []
-    for index, student in enumerate(students):
+        results = mean_over_samples(map(evaluate_batch, stream.validation()), ctx.world)
+    for student, means in zip(students, results, strict=True):
         student.objective.train()
-        own = {name: value for (of, name), value in means.items() if of == index}
-        results.append({name: 100 * value if name in ("top1", "top5") else value for name, value in own.items()})
+        means |= {name: 100 * means[name] for name in ("top1", "top5")}
     return results
 
 
@@ -264,5 +251,5 @@ def display_name(instances: Sequence[Instance]) -> str:
 
 
 def is_multiple(count: int, interval: int | None) -> bool:
-    """Whether something that happens every `interval` counts, or never, happens now."""
+    """Whether `count` is a multiple of `interval`; False if there is none."""
     return interval is not None and count % interval == 0

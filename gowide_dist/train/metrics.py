@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +20,11 @@ from gowide_dist.files import write_atomically
 from gowide_dist.run import read_metrics
 from gowide_dist.world import World
 
-Name = TypeVar("Name", bound=Hashable)
-
-
-class NonFiniteLossError(Exception):
-    """The loss is NaN or infinite at `step`, counted from 1."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
-        self.step = step
-
 
 class LossMeter:
     """Losses of the steps since the last flush. They stay on the device: no step waits for them."""
 
     def __init__(self, step: int) -> None:
-        self._reset(step)
-
-    def _reset(self, step: int) -> None:
         self._first_step = step
         self._losses: list[dict[str, Tensor]] = []  # of every pass of every step
         self._num_passes = 1
@@ -48,31 +34,26 @@ class LossMeter:
         self._num_passes = num_passes
         self._losses.append({name: loss.detach() for name, loss in losses.items()})
 
-    def flush(self, world: World) -> dict[str, float]:
-        """Averages over the steps and processes since the last flush; a collective.
-
-        Raises NonFiniteLossError with the first step whose loss is not finite, on every process.
+    def flush(self, world: World) -> tuple[dict[str, float], int | None]:
+        """Averages over processes and the steps since the last flush, and the first step (from 1) with a loss that is
+        not finite, if there is one: the same on every process. A collective.
         """
         names = list(self._losses[0])
         passes = torch.stack([losses[name] for losses in self._losses for name in names])
         steps = passes.view(-1, self._num_passes, len(names)).mean(dim=1)
         losses = (world.sum(steps) / world.size).cpu()
         bad = (~losses.isfinite()).any(dim=1).nonzero()
-        if len(bad):
-            raise NonFiniteLossError(self._first_step + int(bad[0]) + 1)
-        self._reset(self._first_step + len(losses))
-        return dict(zip(names, losses.double().mean(dim=0).tolist(), strict=True))
+        bad_step = self._first_step + int(bad[0]) + 1 if len(bad) else None
+        self._first_step += len(losses)
+        self._losses.clear()
+        return dict(zip(names, losses.double().mean(dim=0).tolist(), strict=True)), bad_step
 
 
 class Throughput:
     """Steps per second, and the part of the time that is spent waiting for data, since the last flush."""
 
     def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._num_steps = 0
-        self._waited_s = 0.0
+        self._num_steps, self._waited_s = 0, 0.0
         self._started: float | None = None  # with the first step, so that an evaluation before it does not count
 
     @contextmanager
@@ -89,7 +70,7 @@ class Throughput:
         assert self._started is not None, "a record comes after a step"
         seconds = time.perf_counter() - self._started
         result = self._num_steps / seconds, self._waited_s / seconds
-        self._reset()
+        self._num_steps, self._waited_s, self._started = 0, 0.0, None
         return result
 
 
@@ -146,7 +127,7 @@ class MetricsLog:
 
     def append(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write one line of `kind` train or val."""
-        rounded = {name: _significant(value) for name, value in values.items()}
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
         line = {"kind": kind, "step": step, **rounded, "seconds": round(time.monotonic() - self._started, 3)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -162,19 +143,19 @@ class MetricsLog:
         self._board.close()
 
 
-def mean_over_samples(batches: Iterable[dict[Name, Tensor]], world: World) -> dict[Name, float]:
-    """Means over all samples of all processes of per-sample values by name, [B] each; a collective."""
-    names: list[Name] = []
+def mean_over_samples(batches: Iterable[Sequence[dict[str, Tensor]]], world: World) -> list[dict[str, float]]:
+    """Each student's means over all samples of all processes; a collective.
+
+    batches: of every batch, for each student, values of each sample by name, [B] each.
+    """
+    names: list[list[str]] = []
     sums: Tensor | None = None
-    for values in batches:
-        names = list(values)
-        stacked = torch.stack(list(values.values())).double()  # names, B
+    for students in batches:
+        names = [list(values) for values in students]
+        stacked = torch.stack([rows for values in students for rows in values.values()]).double()  # [all names, B]
         batch = torch.cat([stacked.sum(dim=1), stacked.new_tensor([stacked.shape[1]])])
         sums = batch if sums is None else sums + batch
     assert sums is not None, "every process evaluates at least one batch"
     *totals, count = world.sum(sums).tolist()
-    return {name: total / count for name, total in zip(names, totals, strict=True)}
-
-
-def _significant(value: float) -> float:
-    return value if value == 0 or not math.isfinite(value) else float(f"{value:.6g}")
+    means = (total / count for total in totals)
+    return [{name: next(means) for name in own} for own in names]

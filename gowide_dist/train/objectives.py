@@ -1,9 +1,12 @@
 """What a stage minimises. An objective is one module that owns everything trainable; the teacher stands outside it.
 
-To add one: a stage model in `recipe` with its settings, a class here, a case in `build_objective`.
+To add one: its settings as a stage model in `stages` (and in the union `Stage` there), its formula in `losses`, a class
+and a case of `build_objective` here. Phases, stored outputs, costs, restarts and reports follow from these. It must run
+on the meta device, where costs are counted: no `.item()`, no tensor made on the CPU (tests/train/test_devices.py).
 
 Shapes: B images, C channels, H = W pixels, K classes. An objective called with images [B, 3, H, H] and labels [B] gives
-scalars by name, `loss` among them; `evaluate` gives losses and accuracies of every sample by name: [B] each.
+scalars by name, `loss` among them; `evaluate` gives losses and accuracies of every sample by name: [B] each. `stored`
+is the teacher's output for the batch, where the stage reads it from disk.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ from torch import Tensor, nn
 from gowide_dist.networks.resnet import ResNet
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.transforms import linear_transform, merged
-from gowide_dist.recipe import BlocksStage, KlStage, LabelsStage
+from gowide_dist.stages import BlocksStage, KlStage, LabelsStage
 from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
 from gowide_dist.train.teacher_logits import TeacherOutput, merge_tail
+
+Losses = dict[str, Tensor]  # by name
 
 
 class Objective(nn.Module, ABC):
@@ -32,26 +37,20 @@ class Objective(nn.Module, ABC):
         self.student = student
 
     @abstractmethod
-    def losses(
-        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of each sample by name, [B] each, and the logits [B, K]. teacher_output: where it is stored."""
+    def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
+        """Losses of each sample by name, [B] each, and the logits [B, K]."""
 
     def begin_phase(self, phase: int) -> None:
         """Let exactly what phase `phase` trains require gradients and, in training mode, update statistics."""
 
-    def forward(
-        self, images: Tensor, labels: Tensor, step: int = 0, teacher_output: TeacherOutput | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None) -> Losses:
         """Losses by name, averaged over the batch; `loss` is the one to minimise. `step` keys what is random."""
-        losses, _ = self.losses(images, labels, teacher_output)
+        losses, _ = self.losses(images, labels, stored)
         return _means(losses)
 
-    def evaluate(
-        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
-    ) -> dict[str, Tensor]:
+    def evaluate(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> Losses:
         """Losses and accuracies of each sample by name, [B] each."""
-        losses, logits = self.losses(images, labels, teacher_output)
+        losses, logits = self.losses(images, labels, stored)
         return {**losses, **accuracy(logits, labels)}
 
     def finished(self) -> ResNet:
@@ -66,9 +65,7 @@ class Labels(Objective):
         super().__init__(student)
         self.label_smoothing, self.mixup, self.seed = label_smoothing, mixup, seed
 
-    def forward(
-        self, images: Tensor, labels: Tensor, step: int = 0, teacher_output: TeacherOutput | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None) -> Losses:
         """`loss`: the cross-entropy. With mixup each image is mixed with its neighbour in this process's batch."""
         if not self.mixup:
             logits, _ = self.student(images)
@@ -78,9 +75,7 @@ class Labels(Objective):
         own, neighbours = (cross_entropy(logits, of, self.label_smoothing) for of in (labels, labels.roll(1)))
         return {"loss": (lam * own + (1 - lam) * neighbours).mean()}
 
-    def losses(
-        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
         """`loss`: the plain cross-entropy."""
         logits, _ = self.student(images)
         return {"loss": cross_entropy(logits, labels)}, logits
@@ -98,16 +93,14 @@ class Kl(Objective):
         super().__init__(student)
         self.teacher, self.temperature, self.labels_weight = teacher, temperature, labels_weight
 
-    def losses(
-        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
         """`loss`: (1 - labels_weight) times the KL divergence at the temperature, labels_weight times cross-entropy."""
         logits, _ = self.student(images)
-        if teacher_output is None:
+        if stored is None:
             assert self.teacher is not None
-            teacher_output = TeacherOutput(self.teacher.logits(images))
-        student = merge_tail(logits, teacher_output.classes, self.temperature)
-        kl = kl_divergence(student, teacher_output.values, self.temperature)
+            stored = TeacherOutput(self.teacher.logits(images))
+        student = merge_tail(logits, stored.classes, self.temperature)
+        kl = kl_divergence(student, stored.values, self.temperature)
         if not self.labels_weight:
             return {"loss": kl}, logits
         from_labels = cross_entropy(logits, labels)
@@ -143,7 +136,10 @@ class Blocks(Objective):
 
     def begin_phase(self, phase: int) -> None:
         self._phase = self.phases[phase]
-        self._trained = [module for index in self._phase.trains for module in self._modules_around(index)]
+        self._trained: list[nn.Module] = []
+        for index in self._phase.trains:  # each block with the transforms around it
+            down = [self.down[index - 1]] if index else []
+            self._trained += [*down, *self.student.block_modules(index), self.up[index]]
         self.requires_grad_(False)
         for module in self._trained:
             module.requires_grad_(True)
@@ -157,9 +153,7 @@ class Blocks(Objective):
             module.train(mode)
         return self
 
-    def forward(
-        self, images: Tensor, labels: Tensor, step: int = 0, teacher_output: TeacherOutput | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None) -> Losses:
         """`mse_block1` and so on from the bottom, of the blocks that this phase compares, and `loss`, their sum."""
         targets = self.teacher.blocks(images, self._phase.targets.stop)
         errors = {}
@@ -173,9 +167,7 @@ class Blocks(Objective):
                 errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
         return _means(_with_sum(errors))
 
-    def losses(
-        self, images: Tensor, labels: Tensor, teacher_output: TeacherOutput | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
         """The error of every block when the student runs on its own, and `loss`, their sum."""
         errors = {}
         x = images
@@ -195,11 +187,6 @@ class Blocks(Objective):
         x = self.student.block(index, x if index == 0 else self.down[index - 1](x))
         return cast(Tensor, self.up[index](x))
 
-    def _modules_around(self, index: int) -> list[nn.Module]:
-        """Block `index` and the transforms around it, which are trained with it."""
-        modules = [*self.student.block_modules(index), self.up[index]]
-        return modules if index == 0 else [self.down[index - 1], *modules]
-
 
 def build_objective(
     stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None, seed: int
@@ -215,9 +202,9 @@ def build_objective(
             return Blocks(student, teacher, stage)
 
 
-def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+def _means(losses: Losses) -> Losses:
     return {name: values.mean() for name, values in losses.items()}
 
 
-def _with_sum(errors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_sum(errors: Losses) -> Losses:
     return {"loss": torch.stack(list(errors.values())).sum(dim=0), **errors}

@@ -11,21 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from gowide_dist.recipe import Optim, Schedule
+from gowide_dist.stages import Optim, Stage
+from gowide_dist.timeline import Timeline
 
 
-def learning_rate(step: int, steps: range, steps_per_epoch: int, optim: Optim, schedule: Schedule) -> float:
-    """Learning rate of `step`, for a schedule that spans `steps`.
+def learning_rate(step: int, timeline: Timeline, stage: Stage) -> float:
+    """Learning rate of `step`. The schedule starts anew with every phase, and spans it.
 
     Linear warm-up from 0, then `lr` throughout; or `lr * factor^(milestones passed)`, counted from the start; or over
     what the warm-up leaves, a line or half a cosine from `lr` to 0 (Loshchilov & Hutter 2017, without restarts).
     """
+    optim, schedule = stage.optim, stage.schedule
+    assert optim is not None, "a stage that trains has an optim"
+    steps = timeline.phase(timeline.phase_of(step))
     done = step - steps.start
-    warmup = schedule.warmup_epochs * steps_per_epoch
+    warmup = schedule.warmup_epochs * timeline.steps_per_epoch
     if done < warmup:
         return optim.lr * done / warmup
     if schedule.decay == "step":
-        passed = sum(done >= milestone * steps_per_epoch for milestone in schedule.milestones)
+        passed = sum(done >= milestone * timeline.steps_per_epoch for milestone in schedule.milestones)
         return optim.lr * schedule.factor**passed
     part = (done - warmup) / (len(steps) - warmup)
     if schedule.decay == "cosine":

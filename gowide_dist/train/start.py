@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.data.loader import Batch
 from gowide_dist.networks.resnet import ResNet, build_network, take_over
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
-from gowide_dist.recipe import Instance, KlStage, TaughtStage
+from gowide_dist.recipe import Instance
 from gowide_dist.run import Run
+from gowide_dist.stages import KlStage, TaughtStage
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.checkpoint import load_checkpoint, whole_checkpoints
 from gowide_dist.train.context import COMPUTE_DTYPES, TrainContext
@@ -53,27 +53,28 @@ def build_students(
     first, stage = instances[0], instances[0].stage
     if isinstance(stage, KlStage) and stage.teacher_logits == "stored":
         stream.stored = _stored_logits(first, stage, stream, ctx, name)
-    teacher_network: ResNet | None = None
-    teacher: Teacher | None = None
+    teacher_network = teacher = None
     if first.teacher and (_starts_from_teacher(first) or not stream.stored):
-        teacher_network = load_teacher(first, ctx)
+        teacher_network = _load_teacher(first, ctx)
         teacher = None if stream.stored else _build_teacher(teacher_network, ctx)
 
     accumulate = stage.optim.accumulate if stage.optim else 1
     batching = Batching(ctx.recipe.batch_size, ctx.world.size, ctx.world.rank, accumulate)
     students = []
     for instance in instances:
-        objective = initial_objective(instance, ctx, teacher_network, teacher)
+        objective = _initial_objective(instance, ctx, teacher_network, teacher)
         timeline = Timeline(batching, stream.steps_per_epoch, stage.epochs, objective.num_phases)
         students.append(Student(instance, objective, ctx, timeline, writer))
-    if start:
-        _restore(students, start, stream)
-    for student in students:
-        student.open_metrics(start)
+    states = [load_checkpoint(student.stage_dir.checkpoints, start) if start else None for student in students]
+    seen = {state["stream"] if state else "0" for state in states}
+    assert len(seen) == 1, "at one step of one stream all have seen the same samples"
+    stream.digest = StreamDigest(seen.pop())
+    for student, state in zip(students, states, strict=True):
+        student.start(start, state)
     return students, teacher
 
 
-def initial_objective(
+def _initial_objective(
     instance: Instance, ctx: TrainContext, teacher_network: ResNet | None, teacher: Teacher | None
 ) -> Objective:
     """The objective of a stage before its first step, on the device. The student's weights are, in this order:
@@ -82,7 +83,7 @@ def initial_objective(
     2. `start: teacher`: every weight of the teacher that fits by name and shape, the others fresh;
     3. fresh, drawn from the instance's seed.
 
-    A checkpoint, where there is one, goes over all of them (`_restore`).
+    A checkpoint, where there is one, goes over all of them (`Student.start`).
     """
     torch.manual_seed(instance.seed)
     network = build_network(instance.architecture, ctx.data.num_classes)
@@ -97,15 +98,6 @@ def initial_objective(
     if ctx.recipe.sync_batch_norm:
         objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
     return objective
-
-
-def _restore(students: Sequence[Student], step: int, stream: Stream) -> None:
-    """Continue at `step` from the students' checkpoints, on the one stream that all of them have seen."""
-    states = [load_checkpoint(student.stage_dir.checkpoints, step) for student in students]
-    assert len({state["stream"] for state in states}) == 1, "at one step of one stream all have seen the same samples"
-    for student, state in zip(students, states, strict=True):
-        student.restore(state)
-    stream.digest = StreamDigest(states[0]["stream"])
 
 
 def _starts_from_teacher(instance: Instance) -> bool:
@@ -126,8 +118,7 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
     return network
 
 
-def load_teacher(instance: Instance, ctx: TrainContext) -> ResNet:
-    """The finished network that teaches an instance, on the CPU."""
+def _load_teacher(instance: Instance, ctx: TrainContext) -> ResNet:
     assert instance.teacher is not None
     return load_trained(ctx.recipe.instances[instance.teacher], ctx.run, ctx.data.num_classes)
 
@@ -147,23 +138,14 @@ def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: Trai
         **stage.model_dump(mode="json", include={"epochs", "ramp", "top_k"}),
         "temperature": temperature,
     }
-    layout = Layout(
-        stage.epochs,
-        stream.steps_per_epoch * ctx.recipe.batch_size,
-        ctx.data.val.num_samples,
-        ctx.data.num_classes,
-        stage.top_k,
-        temperature,
-    )
-    teacher = functools.cache(lambda: _build_teacher(load_teacher(instance, ctx), ctx))
+    rows_per_epoch, val_rows = stream.steps_per_epoch * ctx.recipe.batch_size, ctx.data.val.num_samples
+    layout = Layout(stage.epochs, rows_per_epoch, val_rows, ctx.data.num_classes, stage.top_k, temperature)
+    teacher = cache(lambda: _build_teacher(_load_teacher(instance, ctx), ctx))
 
-    def logits_of(batches: Iterator[Batch]) -> Iterator[Tensor]:
-        for batch in batches:
+    def source(block: int) -> Iterator[Tensor]:
+        for batch in stream.epoch(block) if block < stage.epochs else ctx.data.val.batches():
             with ctx.autocast():
                 logits = teacher().logits(ctx.data.to_device(batch)[0])
             yield logits
-
-    def source(epoch: int | None) -> Iterator[Tensor]:
-        return logits_of(ctx.data.val.batches() if epoch is None else stream.epoch(epoch))
 
     return stored_logits(ctx.run.teacher_logits, metadata, layout, source, ctx.world, name)

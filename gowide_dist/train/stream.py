@@ -8,7 +8,7 @@ from contextlib import closing
 import torch
 
 from gowide_dist.data.loader import Batch, Loader
-from gowide_dist.recipe import Ramp
+from gowide_dist.stages import Ramp
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.context import TrainBatch, TrainContext
 from gowide_dist.train.metrics import StreamDigest, Throughput

@@ -17,7 +17,7 @@ from gowide_dist.run import Done
 from gowide_dist.timeline import Timeline
 from gowide_dist.train.checkpoint import save_checkpoint, snapshot
 from gowide_dist.train.context import TrainBatch, TrainContext
-from gowide_dist.train.metrics import LossMeter, MetricsLog, NonFiniteLossError
+from gowide_dist.train.metrics import LossMeter, MetricsLog
 from gowide_dist.train.objectives import Objective
 from gowide_dist.train.optim import MovingAverage, Optimizer, learning_rate
 from gowide_dist.train.writing import Writer
@@ -39,21 +39,17 @@ class Student:
         self.fingerprint = ctx.fingerprint(instance.key)
         optim = instance.stage.optim
         self.average = MovingAverage(objective, optim.ema) if optim and optim.ema else None
-        self.restored: dict[str, Any] | None = None
-        self.seconds = 0.0
 
-    def open_metrics(self, step: int) -> None:
-        """Continue the record of metrics after `step` steps."""
+    def start(self, step: int, state: dict[str, Any] | None) -> None:
+        """Start at `step`, from a checkpoint's state if there is one. Its optimizer is loaded when the phase begins."""
+        self.restored = state
+        self.seconds = state["seconds"] if state else 0.0
+        if state:
+            self.objective.load_state_dict(state["objective"])
+        if state and self.average:
+            self.average.load_state_dict(state["average"])
         self.metrics = MetricsLog(self.stage_dir.metrics, step) if self.ctx.world.is_main else None
         self.losses = LossMeter(step)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint. The optimizer's part of it is loaded when its phase begins."""
-        self.restored = state
-        self.objective.load_state_dict(state["objective"])
-        self.seconds = state["seconds"]
-        if self.average:
-            self.average.load_state_dict(state["average"])
 
     def begin_phase(self, phase: int, blank: TrainBatch) -> None:
         """Train what phase `phase` trains from now on. blank: a batch of the shape of those to come."""
@@ -74,7 +70,7 @@ class Student:
         """Add the gradient of pass `index` of the `num_passes` equal ones that the batch of a step is taken in."""
         with self.ctx.world.no_sync(self.wrapped, skip=index + 1 < num_passes):
             with self.ctx.autocast():
-                losses = self.wrapped(batch.images, batch.labels, step, batch.teacher_output)
+                losses = self.wrapped(batch.images, batch.labels, step, batch.stored)
             self.optimizer.backward(losses["loss"] / num_passes if num_passes > 1 else losses["loss"])
         self.losses.add(losses, num_passes)
 
@@ -86,11 +82,10 @@ class Student:
 
     def mean_losses(self) -> dict[str, float]:
         """Averages since the last call; a collective. Raises TrainingError on a non-finite loss, on every process."""
-        try:
-            return self.losses.flush(self.ctx.world)
-        except NonFiniteLossError as error:
-            newest = self.ctx.world.on_main(self._newest_checkpoint)
-            raise diverged(self.instance, self.timeline, error.step, newest) from error
+        means, bad_step = self.losses.flush(self.ctx.world)
+        if bad_step is not None:
+            raise self._diverged(bad_step, self.ctx.world.on_main(self._newest_checkpoint))
+        return means
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write a line of metrics, of `kind` train or val; rank 0 only."""
@@ -103,7 +98,7 @@ class Student:
         Raises TrainingError if a parameter is not finite: the last good checkpoint must stay.
         """
         if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
-            raise diverged(self.instance, self.timeline, step, self._newest_checkpoint())
+            raise self._diverged(step, self._newest_checkpoint())
         state = {
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -113,13 +108,10 @@ class Student:
             "seconds": self.seconds,
             "stream": stream,
         }
-        world_size = self.ctx.world.size
-        metadata = {"stage": self.instance.key, "fingerprint": self.fingerprint, "world_size": world_size}
-        keep = self.ctx.recipe.checkpoints.keep
+        metadata = {"stage": self.instance.key, "fingerprint": self.fingerprint, "world_size": self.ctx.world.size}
+        folder, keep = self.stage_dir.checkpoints, self.ctx.recipe.checkpoints.keep
         self.writer.write_later(
-            partial(
-                save_checkpoint, self.stage_dir.checkpoints, snapshot(state), step=step, metadata=metadata, keep=keep
-            )
+            partial(save_checkpoint, folder, snapshot(state), step=step, metadata=metadata, keep=keep)
         )
 
     def finish(self, step: int, results: Mapping[str, float], stream: str) -> Done:
@@ -162,7 +154,7 @@ class Student:
             return
         self.objective.eval()
         with self.ctx.autocast():
-            losses = self.wrapped(blank.images, blank.labels, 0, blank.teacher_output)
+            losses = self.wrapped(blank.images, blank.labels, 0, blank.stored)
         losses["loss"].backward()
         self.objective.zero_grad()
 
@@ -171,15 +163,11 @@ class Student:
         self.writer.wait()
         return max(self.stage_dir.checkpoints.glob("step-*.pt"), default=None)
 
-
-def diverged(instance: Instance, timeline: Timeline, step: int, newest: Path | None) -> TrainingError:
-    """The error for a loss that is not finite at `step`, counted from 1. newest: the last checkpoint."""
-    stage = instance.stage
-    assert stage.optim is not None
-    steps = timeline.phase(timeline.phase_of(step - 1))
-    lr = learning_rate(step - 1, steps, timeline.steps_per_epoch, stage.optim, stage.schedule)
-    kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was due before"
-    return TrainingError(
-        f"{instance.key}: the loss is not finite at step {step:,} (learning rate {lr:g}); "
-        f"lower stages.{instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
-    )
+    def _diverged(self, step: int, newest: Path | None) -> TrainingError:
+        """The error for a loss that is not finite at `step`, counted from 1. newest: the last checkpoint."""
+        lr = learning_rate(step - 1, self.timeline, self.instance.stage)
+        kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint has been written yet"
+        return TrainingError(
+            f"{self.instance.key}: the loss is not finite at step {step:,} (learning rate {lr:g}); "
+            f"lower stages.{self.instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
+        )

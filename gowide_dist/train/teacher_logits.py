@@ -1,14 +1,12 @@
 """A teacher's logits for a whole stream of images, stored once, so that its students never run it.
 
 Every augmentation is a function of (seed, epoch, sample), so the teacher's outputs are known before a student trains.
-They lie beside the runs in a folder named after all that they depend on, `runs/teacher_logits/<hash>/`; every stage of
-every run there that needs the same outputs reads the same files.
+They lie in `runs/teacher_logits/<hash of all that they depend on>/`, which every stage of every run there shares.
 
 Shapes: B images, K classes, k of them kept. `values.npy` and `classes.npy` have a row for each training image, step
 after step; `val_values.npy` and `val_classes.npy` for each validation image. They are written block after block: one
 for each epoch, then the validation set. `logits.json`, rewritten after each block, has the SHA-256 of its rows. For
-ImageNet, 50 epochs of 1.28 million images with the 10 best classes take 2.7 GB (42 bytes a row), with all 1,000
-classes 128 GB.
+ImageNet, 50 epochs with the 10 best classes take 2.7 GB (42 bytes a row), with all 1,000 classes 128 GB.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gowide_dist.data.order import validation_part
@@ -48,21 +47,15 @@ class TeacherOutput(NamedTuple):
     values: Tensor
     classes: Tensor | None = None
 
-    def chunk(self, parts: int) -> list[TeacherOutput]:
-        """The output in equal parts."""
-        return [TeacherOutput(*part) for part in zip(*(rows.chunk(parts) for rows in self.tensors), strict=True)]
-
-    def to(self, device: torch.device) -> TeacherOutput:
-        """The output on a device."""
-        return self.map(lambda rows: to_device(rows, device))
-
     @property
     def tensors(self) -> list[Tensor]:
         return [self.values] if self.classes is None else [self.values, self.classes]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> TeacherOutput:
-        """The output with `function` of its tensors."""
-        return TeacherOutput(*map(function, self.tensors))
+    def chunk(self, parts: int) -> list[TeacherOutput]:
+        return [TeacherOutput(*part) for part in zip(*(rows.chunk(parts) for rows in self.tensors), strict=True)]
+
+    def to(self, device: torch.device) -> TeacherOutput:
+        return TeacherOutput(*(to_device(rows, device) for rows in self.tensors))
 
 
 def merge_tail(logits: Tensor, classes: Tensor | None, temperature: float) -> Tensor:
@@ -93,13 +86,17 @@ def compress(logits: Tensor, top_k: int | None, temperature: float) -> TeacherOu
     return TeacherOutput(merge_tail(logits, classes, temperature).half(), None if classes is None else classes.int())
 
 
-# The logits [b, K] of this process's batches: of an epoch, or for None of its part of the validation set.
-LogitsSource = Callable[[int | None], Iterable[Tensor]]
+# The logits [b, K] of this process's batches of a block: of an epoch, or of its part of the validation set.
+LogitsSource = Callable[[int], Iterable[Tensor]]
+Metadata = Mapping[str, Any]  # all that the logits depend on
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is stored. rows_per_epoch: training images of an epoch, without an incomplete last batch."""
+    """What is stored: a block for each epoch, and block `epochs` for the validation set.
+
+    rows_per_epoch: training images of an epoch, without an incomplete last batch.
+    """
 
     epochs: int
     rows_per_epoch: int
@@ -107,10 +104,6 @@ class Layout:
     num_classes: int
     top_k: int | None
     temperature: float
-
-    @property
-    def num_blocks(self) -> int:
-        return self.epochs + 1
 
     def block_rows(self, block: int) -> slice:
         if block == self.epochs:
@@ -137,31 +130,30 @@ class TeacherLogits:
         self._arrays: dict[str, np.memmap[Any, Any]] = {}
         for name, dtype, shape in [*layout.arrays(0), *layout.arrays(layout.epochs)]:
             try:
-                array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="r")
+                self._arrays[name] = array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="r")
             except (OSError, ValueError) as error:
                 raise _damaged(folder) from error
             if (array.dtype, array.shape) != (dtype, shape):
                 raise _damaged(folder)
-            self._arrays[name] = array
 
     def train(self, start: int, count: int) -> TeacherOutput:
         """The output for `count` training images of one epoch, from row `start` of the stream on."""
-        return self._rows(start // self._layout.rows_per_epoch, slice(start, start + count))
+        return self._rows(start // self._layout.rows_per_epoch, start, count)
 
     def val(self, start: int, count: int) -> TeacherOutput:
         """The output for `count` validation images, from sample `start` on."""
-        return self._rows(self._layout.epochs, slice(start, start + count))
+        return self._rows(self._layout.epochs, start, count)
 
-    def _rows(self, block: int, rows: slice) -> TeacherOutput:
+    def _rows(self, block: int, start: int, count: int) -> TeacherOutput:
         for name, digest in self._unverified.pop(block, {}).items():
             if hashlib.sha256(self._arrays[name][self._layout.block_rows(block)].data).hexdigest() != digest:
                 raise _damaged(self._folder)
-        arrays = (self._arrays[name][rows].copy() for name, _, _ in self._layout.arrays(block))
+        arrays = (self._arrays[name][start : start + count].copy() for name, _, _ in self._layout.arrays(block))
         return TeacherOutput(*map(torch.from_numpy, arrays))
 
 
 def stored_logits(
-    folder: Path, metadata: Mapping[str, Any], layout: Layout, source: LogitsSource, world: World, name: str
+    folder: Path, metadata: Metadata, layout: Layout, source: LogitsSource, world: World, name: str
 ) -> TeacherLogits:
     """The logits that `metadata` determines, stored first if nobody has done so; a collective.
 
@@ -170,24 +162,21 @@ def stored_logits(
     """
     folder = folder / fingerprint(metadata)[:16]
     waits = False
-    while not world.on_main(lambda: len(_read_digests(folder)) == layout.num_blocks):
+    while not world.on_main(lambda: len(_read_digests(folder)) > layout.epochs):
         with ExitStack() as stack:
-            is_writer = world.on_main(lambda: _lock(folder, stack))
-            if is_writer:
+            if world.on_main(lambda: _lock(folder, stack)):
                 _store(folder, metadata, layout, source, world, name)
-        if not is_writer:
-            if world.is_main and not waits:
-                Track(name, 0, "").line(f"{name}  waits for {folder}, which another job is writing")
-            waits = True
-            if signum := world.vote().signum:
-                raise Stopped(signum)
-            time.sleep(WAIT_S)
+                break
+        if world.is_main and not waits:
+            Track(name, 0, "").line(f"{name}  waits for {folder}, which another job is writing")
+        waits = True
+        if signum := world.vote().signum:
+            raise Stopped(signum)
+        time.sleep(WAIT_S)
     return TeacherLogits(folder, layout)
 
 
-def _store(
-    folder: Path, metadata: Mapping[str, Any], layout: Layout, source: LogitsSource, world: World, name: str
-) -> None:
+def _store(folder: Path, metadata: Metadata, layout: Layout, source: LogitsSource, world: World, name: str) -> None:
     """Run the teacher over the stream from the first block on that is not stored; rank 0 writes."""
     world.on_main(lambda: _check_room(folder, layout))
     digests = world.on_main(lambda: _read_digests(folder))
@@ -195,9 +184,9 @@ def _store(
     total = layout.epochs * layout.rows_per_epoch + layout.val_rows
     track = Track(f"{name} runs the teacher", total, "images", start=done, quiet=not world.is_main)
     with track, Writer(world.is_main) as writer:
-        for block in range(len(digests), layout.num_blocks):
+        for block in range(len(digests), layout.epochs + 1):
             with ExitStack() as stack:
-                files: list[BlockFile] = []
+                files: ArrayFiles = []
                 writer.write(partial(_open_block, folder, layout, block, files, stack))
                 for output in _outputs(block, layout, source, world):
                     writer.write(partial(_write_rows, files, output))
@@ -207,7 +196,7 @@ def _store(
                     if vote.failed:
                         world.on_main(writer.check)  # raises on every process
                     if vote.signum:
-                        track.line(f"{name}  has the teacher's logits of {block} epochs: told to stop")
+                        track.line(f"{name}  stop requested; the teacher's logits of {block} epochs are stored")
                         raise Stopped(vote.signum)
                 writer.write(partial(_complete_block, folder, metadata, files, digests))
         world.on_main(writer.check)
@@ -216,32 +205,23 @@ def _store(
 
 def _outputs(block: int, layout: Layout, source: LogitsSource, world: World) -> Iterator[TeacherOutput]:
     """What is stored in a block, row after row, gathered from all processes; a collective."""
+    outputs = (compress(logits, layout.top_k, layout.temperature).tensors for logits in source(block))
     if block < layout.epochs:
-        for logits in source(block):
-            yield compress(logits, layout.top_k, layout.temperature).map(world.gather)
+        for tensors in outputs:
+            yield TeacherOutput(*map(world.gather, tensors))
         return
     counts = [len(validation_part(layout.val_rows, rank, world.size)) for rank in range(world.size)]
-
-    def gather(rows: Tensor) -> Tensor:
-        """[b, ...] -> [val_rows, ...], where b differs by one at most between processes."""
-        padded = rows.new_zeros(max(counts), rows.shape[1])
-        padded[: len(rows)] = rows
-        gathered = world.gather(padded).view(world.size, max(counts), -1)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
-
-    own = [compress(logits, layout.top_k, layout.temperature).tensors for logits in source(None)]
-    yield TeacherOutput(*(gather(torch.cat(rows)) for rows in zip(*own, strict=True)))
+    gathered = []
+    for rows in map(torch.cat, zip(*outputs, strict=True)):  # parts differ by one row at most: padded to be gathered
+        parts = world.gather(F.pad(rows, (0, 0, 0, max(counts) - len(rows)))).chunk(world.size)
+        gathered.append(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]))
+    yield TeacherOutput(*gathered)
 
 
-class BlockFile(NamedTuple):
-    """One array of a block while it is written."""
-
-    name: str
-    dtype: np.dtype[Any]
-    file: HashingFile
+ArrayFiles = list[tuple[str, np.dtype[Any], HashingFile]]  # of a block while it is written
 
 
-def _open_block(folder: Path, layout: Layout, block: int, files: list[BlockFile], stack: ExitStack) -> None:
+def _open_block(folder: Path, layout: Layout, block: int, files: ArrayFiles, stack: ExitStack) -> None:
     """Open the arrays of a block at its first row: what a process that was killed wrote there is cut off.
 
     They are written, not mapped: on a full disk a write raises an error, a store to mapped memory is a SIGBUS.
@@ -253,17 +233,15 @@ def _open_block(folder: Path, layout: Layout, block: int, files: list[BlockFile]
         np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
         file.truncate(file.tell() + layout.block_rows(block).start * shape[1] * dtype.itemsize)
         file.seek(0, os.SEEK_END)
-        files.append(BlockFile(name, dtype, HashingFile(file)))
+        files.append((name, dtype, HashingFile(file)))
 
 
-def _write_rows(files: Sequence[BlockFile], output: TeacherOutput) -> None:
+def _write_rows(files: ArrayFiles, output: TeacherOutput) -> None:
     for (_, dtype, file), rows in zip(files, output.tensors, strict=True):
         file.write(np.ascontiguousarray(rows.cpu().numpy(), dtype).data)
 
 
-def _complete_block(
-    folder: Path, metadata: Mapping[str, Any], files: Sequence[BlockFile], digests: list[dict[str, str]]
-) -> None:
+def _complete_block(folder: Path, metadata: Metadata, files: ArrayFiles, digests: list[dict[str, str]]) -> None:
     """Put the rows of a block on the disk, and only then say that they are there."""
     digests.append({name: file.sync() for name, _, file in files})
     description = {"metadata": metadata, "sha256": digests}
@@ -285,7 +263,7 @@ def _check_room(folder: Path, layout: Layout) -> None:
     if (free := disk.f_bavail * disk.f_frsize) < missing:
         raise RunError(
             f"{folder}: the teacher's logits take {missing / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free; "
-            "make room, or store the best classes alone (top_k)"
+            "free disk space, or store only the top classes (top_k)"
         )
 
 

@@ -17,7 +17,8 @@ from torchvision import transforms
 
 from gowide_dist.data.beton import JPEG, Beton
 from gowide_dist.networks.transforms import linear_transform
-from gowide_dist.recipe import Instance, KlStage, Recipe
+from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.stages import KlStage
 from tests.bench.subject import OPTIM, Subject
 
 

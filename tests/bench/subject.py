@@ -24,8 +24,9 @@ from gowide_dist.networks.resnet import ResNet, build_network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.pipeline import open_data
 from gowide_dist.prepare import check_data
-from gowide_dist.recipe import Instance, LabelsStage, Optim, Recipe, Stage
+from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
+from gowide_dist.stages import LabelsStage, Optim, Stage
 from gowide_dist.train.checkpoint import save_checkpoint
 from gowide_dist.train.context import TrainContext, TrainData, autocast
 from gowide_dist.train.loop import train_together
@@ -125,8 +126,8 @@ class Subject:
 
         first = self.inputs[0][0][:1], self.inputs[0][1][:1]
 
-        def source(epoch: int | None) -> Iterator[Tensor]:
-            return forward([first] if epoch is None else self.inputs)
+        def source(block: int) -> Iterator[Tensor]:
+            return forward(self.inputs if block < layout.epochs else [first])
 
         with contextlib.redirect_stdout(io.StringIO()):
             logits = stored_logits(self.folder, {"for": "bench"}, layout, source, self.world, "bench")

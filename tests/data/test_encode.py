@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path):
     )
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "gowide: the disk is full or the quota used up; make room" in done.stderr
+    assert "gowide: disk full or quota exceeded; free space" in done.stderr
     assert done.stdout == "status 2\n"
 
 

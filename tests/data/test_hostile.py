@@ -182,7 +182,7 @@ def test_names_that_are_no_utf8_are_refused_at_once(tmp_path: Path, path: str):
     folder.mkdir(parents=True)
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "a.png")
     root = tmp_path / Path(path).parts[0] if path.startswith("root") else tmp_path
-    with pytest.raises(DataError, match=r"\\udce9.*: its name is no UTF-8; rename it"):
+    with pytest.raises(DataError, match=r"\\udce9.*: the name is not valid UTF-8; rename it"):
         encode("imagefolder", tmp_path / "out", root, Options(held_out=1, workers=1))
     assert not (tmp_path / "out").exists()
 

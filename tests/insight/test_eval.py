@@ -137,7 +137,7 @@ def test_changed_weights_or_training_images_are_refused(finished_run, tmp_path):
     copy = Run(tmp_path / "run")
     weights = copy.stage("finetune/thin").model
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-    with pytest.raises(RunError, match="not the weights that were trained"):
+    with pytest.raises(RunError, match="weights missing or changed since training"):
         open_trained(copy.path, "finetune").network()
     values = yaml.safe_load(copy.recipe_path.read_text())
     values["data"]["train"] = str(encode_part(tmp_path, 60, 20) / "train.beton")

@@ -51,6 +51,6 @@ def test_ctrl_c_saves(job, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         printed, complaints = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert complaints == "gowide: stopped; the same command continues\n"
+    assert complaints == "gowide: stopped; run the same command again to resume\n"
     step = int(printed.split("saved at step ")[1].split(" ")[0])
     assert f"continues at step {step}" in gowide(*command).stdout

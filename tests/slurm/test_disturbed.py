@@ -22,7 +22,7 @@ def continued_at(submitted):
 
 def check_nothing_lost(submitted):
     """It continued exactly where it was told to stop: not at an older, periodic checkpoint."""
-    assert f"saved at step {continued_at(submitted)} of 300: told to stop" in submitted.log(KEY)
+    assert f"stop requested; saved at step {continued_at(submitted)} of 300" in submitted.log(KEY)
 
 
 def test_a_time_limit(long, undisturbed):

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
     [
         ("data", "train.beton: image 7 is damaged; encode it again"),
         ("memory", "teacher/wide: out of memory; stages.teacher.optim.accumulate=2 takes"),
-        ("disk at a save", "the disk is full or the quota used up; make room"),
-        ("disk at the finish", "the disk is full or the quota used up; make room"),
+        ("disk at a save", "disk full or quota exceeded; free space"),
+        ("disk at the finish", "disk full or quota exceeded; free space"),
     ],
 )
 def test_what_the_user_can_mend(cluster, data, tmp_path, monkeypatch, fault, line):

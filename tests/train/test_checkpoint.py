@@ -26,7 +26,7 @@ def test_states_of_another_training_are_passed_over(tmp_path, caplog):
     save(tmp_path, 1)
     save(tmp_path, 2, fingerprint="another")
     assert whole_checkpoints(tmp_path, "mine") == [1]
-    assert "of another recipe, passed over" in caplog.text
+    assert "of another recipe, skipped" in caplog.text
 
 
 @pytest.mark.parametrize("number", [None, 1, 99])
@@ -38,7 +38,7 @@ def test_states_of_another_version_are_passed_over(tmp_path, caplog, number):
     description = json.loads(path.read_text()) | {"format": number}
     path.write_text(json.dumps({key: value for key, value in description.items() if value is not None}))
     assert whole_checkpoints(tmp_path, "mine") == [1]
-    assert "step-000000002.pt: written by another version of gowide_dist, passed over" in caplog.text
+    assert "step-000000002.pt: written by another version of gowide_dist, skipped" in caplog.text
 
 
 def test_damage_is_passed_over(tmp_path, caplog):
@@ -48,7 +48,7 @@ def test_damage_is_passed_over(tmp_path, caplog):
     content[len(content) // 2] ^= 1
     (tmp_path / "step-000000002.pt").write_bytes(content)
     assert whole_checkpoints(tmp_path, "mine") == [1]
-    assert "step-000000002.pt: damaged, passed over" in caplog.text
+    assert "step-000000002.pt: damaged, skipped" in caplog.text
 
 
 def test_a_state_cut_off_ahead_never_displaces_a_whole_one(tmp_path):

@@ -8,8 +8,7 @@ import torch
 
 from gowide_dist.networks.resnet import build_network
 from gowide_dist.networks.teacher import Teacher
-from gowide_dist.recipe import Optim
-from gowide_dist.stages import BlocksStage, KlStage, LabelsStage
+from gowide_dist.stages import BlocksStage, KlStage, LabelsStage, Optim
 from gowide_dist.train import optim
 from gowide_dist.train.context import COMPUTE_DTYPES, TrainBatch
 from gowide_dist.train.objectives import build_objective
@@ -64,7 +63,7 @@ def test_a_step_leaves_no_tensor_behind_and_asks_for_no_scalar(monkeypatch, fami
         optimizer = Optimizer(objective, Optim(lr=0.1, momentum=0.9, clip_norm=1.0), scaled=False)
         objective.train()
         for part in batch.chunk(2):
-            losses = objective(part.images, part.labels, 0, part.teacher_output)
+            losses = objective(part.images, part.labels, 0, part.stored)
             optimizer.backward(losses["loss"] / 2)
         optimizer.step(0.1)
         average.update()

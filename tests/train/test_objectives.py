@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gowide_dist import build_network
 from gowide_dist.networks.teacher import Teacher
-from gowide_dist.recipe import BlocksStage
+from gowide_dist.stages import BlocksStage
 from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
 from gowide_dist.train.objectives import Blocks, Kl, Labels
 

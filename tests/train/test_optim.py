@@ -5,15 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gowide_dist.recipe import Optim, Schedule
+from gowide_dist.stages import LabelsStage, Optim
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.optim import MovingAverage, Optimizer, learning_rate
 
 OPTIM = Optim(lr=0.1)
 
 
-def rate(step, total, schedule, steps_per_epoch=10):
-    return learning_rate(step, range(total), steps_per_epoch, OPTIM, Schedule.model_validate(schedule))
+def rate(step, total, schedule, num_phases=1):
+    timeline = Timeline(Batching(8), steps_per_epoch=10, epochs=total // 10, num_phases=num_phases)
+    stage = {"train": ["thin"], "objective": "labels", "epochs": timeline.epochs, "optim": OPTIM, "schedule": schedule}
+    return learning_rate(step, timeline, LabelsStage.model_validate(stage))
 
 
 def test_the_papers_schedule_by_hand():
@@ -34,8 +36,7 @@ def test_every_phase_has_a_schedule_of_its_own():
     timeline = Timeline(Batching(8), steps_per_epoch=10, epochs=4, num_phases=3)
     assert [timeline.phase(index) for index in range(3)] == [range(0, 13), range(13, 26), range(26, 40)]
     for index in range(3):
-        steps = timeline.phase(index)
-        assert learning_rate(steps.start, steps, 10, OPTIM, Schedule()) == 0.1
+        assert rate(timeline.phase(index).start, 40, "cosine", num_phases=3) == 0.1
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 8))

@@ -110,9 +110,9 @@ def test_restarts_are_exact(train, monkeypatch, saved):
         train(only=["imitate"], folder="cut")
     monkeypatch.undo()
     starts = []
-    open_metrics = student.Student.open_metrics
+    start = student.Student.start
     monkeypatch.setattr(
-        student.Student, "open_metrics", lambda self, step: (starts.append(step), open_metrics(self, step))[1]
+        student.Student, "start", lambda self, step, state: (starts.append(step), start(self, step, state))[1]
     )
     run = train(only=["imitate"], folder="cut")
     assert starts == [6 if saved == 3 else 3] * 3
