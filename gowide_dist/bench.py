@@ -81,22 +81,19 @@ def stages(recipe: Recipe, num_processes: int) -> dict[str, dict[str, Any]]:
 
 def tables(results: Mapping[str, Any]) -> Iterator[Table]:
     """The results of `loader` and `stages`, by these names, for people."""
+    rows: list[tuple[str, ...]]
     if loaders := results.get("loader"):
-        yield (
-            ("loader", "images/s", "gowide_dist over it", "memory growth, MiB"),
-            [
-                (name, f"{rate:,}", str(loaders.get(_RATIOS.get(name, ""), "")), f"{loaders['memory_mib'][name]:,}")
-                for name, rate in loaders["images_per_s"].items()
-            ],
-        )
+        rows = [
+            (name, f"{rate:,}", str(loaders.get(_RATIOS.get(name, ""), "")), f"{loaders['memory_mib'][name]:,}")
+            for name, rate in loaders["images_per_s"].items()
+        ]
+        yield ("loader", "images/s", "gowide_dist over it", "memory growth, MiB"), rows
     if stages := results.get("stages"):
-        yield (
-            ("stage", "images/s", "time waiting for data", "peak memory of a process, MiB"),
-            [
-                (name, f"{stage['images_per_s']:,.0f}", f"{stage['data_wait']:.1%}", f"{stage['memory_mib']:,}")
-                for name, stage in stages.items()
-            ],
-        )
+        rows = [
+            (name, f"{stage['images_per_s']:,.0f}", f"{stage['data_wait']:.1%}", f"{stage['memory_mib']:,}")
+            for name, stage in stages.items()
+        ]
+        yield ("stage", "images/s", "time waiting for data", "peak memory of a process, MiB"), rows
 
 
 def loader(
@@ -203,18 +200,12 @@ def _decode_only(reading: Reading) -> Epoch:
 
 
 def _torchvision(reading: Reading) -> Epoch:
-    import torch
+    from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
     crop = v2.RandomResizedCrop(reading.side) if reading.cropped else v2.RandomCrop(reading.side, padding=4)
     images = ImageFolder(reading.path, v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]))
-    stream = torch.utils.data.DataLoader(
-        images,
-        reading.batch_size,
-        shuffle=True,
-        num_workers=reading.num_threads,
-        drop_last=True,
-        persistent_workers=True,
-    )
+    size, workers = reading.batch_size, reading.num_threads
+    stream = DataLoader(images, size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True)
     return lambda _: sum(len(images) for images, _ in stream)

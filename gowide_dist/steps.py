@@ -25,7 +25,7 @@ from gowide_dist.identity import identities
 from gowide_dist.launch.local import leave, num_gpus, torchrun
 from gowide_dist.pipeline import open_data, work
 from gowide_dist.prepare import check_data, check_group
-from gowide_dist.recipe import Checkpoints, Recipe, load_recipe
+from gowide_dist.recipe import Checkpoints, Instance, Recipe, load_recipe
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.stages import Schedule
 from gowide_dist.stop import WARNING_SIGNAL, Stopped
@@ -57,11 +57,12 @@ def run_steps(recipe: Recipe, keys: Sequence[str], num_processes: int) -> StepTi
     """
     check_group(recipe, num_processes, on_gpus=num_gpus() > 0)
     check_data(recipe)
+    num_steps, short = _shortened(recipe, recipe.instances[keys[0]])
     with tempfile.TemporaryDirectory(prefix="gowide-steps-") as folder:
         run = Run(Path(folder) / "run")
-        run.write_recipe(recipe)
+        run.write_recipe(short)
         launched = time.monotonic()
-        torchrun("gowide_dist.steps", [str(run.path), str(LIMIT_S), *keys], num_processes)
+        torchrun("gowide_dist.steps", [str(run.path), str(num_steps), str(LIMIT_S), *keys], num_processes)
         report = json.loads((run.path / "steps.json").read_text())
         start_s = time.monotonic() - launched - report["seconds"]
         lines = [line for line in read_metrics(run.stage(keys[0]).metrics) if line["kind"] == "train"]
@@ -79,17 +80,17 @@ def memory_bytes(key: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def _shortened(recipe: Recipe, key: str, steps_per_epoch: int) -> tuple[int, Recipe]:
+def _shortened(recipe: Recipe, instance: Instance) -> tuple[int, Recipe]:
     """The steps of one short epoch, equally many in each phase, and the recipe that records two lines for a phase."""
-    instance, stage = recipe.instances[key], recipe.instances[key].stage
+    stage, possible = instance.stage, check_split(recipe.data.train).samples // recipe.batch_size
     assert stage.optim is not None, "a stage that trains has an optim"
     num_phases = stage.num_phases(instance.architecture.num_blocks)
-    every = max(1, min(NUM_STEPS, steps_per_epoch) // (2 * num_phases))
+    every = max(1, min(NUM_STEPS, possible) // (2 * num_phases))
     optim = stage.optim.model_copy(update={"lr": 1e-6})
     short = {"epochs": 1, "init": None, "ramp": None, "optim": optim, "schedule": Schedule(decay="constant")}
     stages = {**recipe.stages, instance.stage_name: stage.model_copy(update=short)}
     changes = {"stages": stages, "log_every_steps": every, "checkpoints": Checkpoints(every_minutes=None)}
-    return min(steps_per_epoch, num_phases * 2 * every), recipe.model_copy(update=changes)
+    return min(possible, num_phases * 2 * every), recipe.model_copy(update=changes)
 
 
 def _warm_means(lines: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[float, float]:
@@ -99,7 +100,7 @@ def _warm_means(lines: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[fl
     return fmean(seconds), fmean((line["data_wait"] for line in warm), seconds)
 
 
-def _train(run: Run, keys: Sequence[str], limit_s: float) -> None:
+def _train(run: Run, keys: Sequence[str], num_steps: int, limit_s: float) -> None:
     """Train, and write `steps.json`; every process of the group calls this."""
     import torch
 
@@ -111,7 +112,6 @@ def _train(run: Run, keys: Sequence[str], limit_s: float) -> None:
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # accuracies of untrained networks would confuse
     recipe, checksums = check_data(load_recipe(run.recipe_path))
-    num_steps, recipe = _shortened(recipe, keys[0], check_split(recipe.data.train).samples // recipe.batch_size)
     instances = [recipe.instances[key] for key in keys]
     with worlds.join() as world, open_data(recipe, world) as data:
 
@@ -141,8 +141,8 @@ def _train(run: Run, keys: Sequence[str], limit_s: float) -> None:
 
 def main() -> int:
     """Entry of each process of `run_steps`; exit status as of `pipeline.main`."""
-    folder, limit_s, *keys = sys.argv[1:]
-    return work(lambda: _train(Run(Path(folder)), keys, float(limit_s)), Path(folder))
+    folder, num_steps, limit_s, *keys = sys.argv[1:]
+    return work(lambda: _train(Run(Path(folder)), keys, int(num_steps), float(limit_s)), Path(folder))
 
 
 if __name__ == "__main__":
