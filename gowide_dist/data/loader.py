@@ -113,6 +113,7 @@ class Loader:
             self.close()
             raise
         self._scratches = deque(scratches)
+        self._pending: deque[AsyncResult[Batch]] = deque()
         # A ring: step s uses buffer s modulo N, and N is one more than the batches ahead of the consumer, which still
         # holds the last one it was given. When it asks for batch s it returns that of step s - 1, and step
         # s + num_ahead is submitted, into the same buffer: s + num_ahead = s - 1 modulo N.
@@ -128,7 +129,7 @@ class Loader:
             next(batches)
 
     def batches(self, epoch: int = 0, start: int = 0, resolution: int | None = None) -> Generator[Batch, None, None]:
-        """The batches of an epoch from step `start` on. One iteration at a time; closing it early stops the work ahead.
+        """The batches of an epoch from step `start` on. One iteration at a time, which may be left early.
 
         resolution: of this epoch's images, at most the loader's. Raises DataError if a batch does not come within
         timeout_s.
@@ -137,7 +138,9 @@ class Loader:
         order, read_ahead = self._epoch_order(epoch, start)
         key = epoch_key(self._seed, epoch, AUGMENT_STREAM)
         steps = iter(range(start, self.steps_per_epoch))
-        pending: deque[AsyncResult[Batch]] = deque()
+        pending = self._pending
+        while pending:  # of an iteration left early: those batches are still being written into the buffers
+            pending.popleft().wait(self._timeout_s)
 
         def submit(count: int) -> None:
             # The consumer may have returned a buffer whose copy to the GPU still runs. This event is behind the copy,
@@ -155,14 +158,10 @@ class Loader:
                 images = buffer[: len(indices) * side * side * 3].view(len(indices), side, side, 3)
                 pending.append(self._threads.apply_async(self._decode, (indices, key, images, copied)))
 
-        try:
-            submit(self._num_ahead)
-            while pending:
-                submit(1)  # into the buffer that the consumer has just returned
-                yield self._wait(pending.popleft())
-        finally:
-            while pending and not self._stalled:
-                pending.popleft().wait()
+        submit(self._num_ahead)
+        while pending:
+            submit(1)  # into the buffer that the consumer has just returned
+            yield self._wait(pending.popleft())
 
     def close(self) -> None:
         """End the threads, except a stuck one: it ends with the process."""

@@ -193,6 +193,16 @@ def test_a_stalled_thread_does_not_keep_the_process_alive(small_set: Path):
     assert done.returncode == 1 and "DataError" in done.stderr
 
 
+def test_an_iteration_left_open_does_not_keep_the_process_alive(small_set: Path):
+    code = (
+        "from pathlib import Path\n"
+        "from gowide_dist.data.loader import Loader; from gowide_dist.timeline import Batching\n"
+        f"batches = Loader(Path({str(small_set / 'val.beton')!r}), Batching(8), train=False, resolution=28).batches()\n"
+        "next(batches); raise SystemExit(3)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 3
+
+
 def test_images_of_another_size_or_too_few_are_refused(small_set: Path):
     with pytest.raises(DataError, match="images of 28 to 28 px, but the resolution is 32"):
         stream(small_set, resolution=32)
