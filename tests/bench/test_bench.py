@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 
 from gowide_dist import load_recipe
-from gowide_dist.data.encode import Options, encode_image_folder
+from gowide_dist.data.encode import Options, encode
 from gowide_dist.errors import UserError
 from tests.bench.__main__ import as_text
 from tests.bench.measure import choose, measure
@@ -69,7 +69,7 @@ def test_figures_of_training(figures, name):
 @pytest.mark.parametrize("jpg_share, close", [(0.0, 1e-5), (1.0, 0.03)])  # JPEG: FFCV's fast transform, Pillow's exact
 def test_the_plain_way_reads_the_same_images(tmp_path, jpg_share, close):
     write_image_folder(tmp_path / "images", 8, 8, most_px=40)
-    encode_image_folder(tmp_path / "out", tmp_path / "images", Options(jpg_share=jpg_share, workers=1))
+    encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(jpg_share=jpg_share, workers=1))
     plain = chain(tmp_path / "out", batch_size=8)
     plain["data"] |= {"resolution": 40, "augment": {}}
     recipe = load_recipe(write_job(tmp_path, plain))
