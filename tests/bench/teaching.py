@@ -67,7 +67,7 @@ def imitate(subject: Subject) -> Figure:
         return [subject.step(instance, wide, stage, phase) for phase in range(num_phases)]
 
     plain = plain_way.imitation_steps(subject, instance)
-    with closing(endless_batches(subject.images, subject.recipe.seed)) as batches:
+    with closing(endless_batches(subject.data, subject.recipe.seed)) as batches:
         seconds = in_turns(
             "imitate",
             {
@@ -98,7 +98,7 @@ def distill_stored(subject: Subject) -> Figure:
     instance = subject.instance("kl")
     wide = subject.teacher(instance)
     plain = plain_way.distillation_step(subject, instance)
-    with closing(endless_batches(subject.images, subject.recipe.seed)) as batches:
+    with closing(endless_batches(subject.data, subject.recipe.seed)) as batches:
         seconds = in_turns(
             "distill_stored",
             {
@@ -131,7 +131,7 @@ def students_together(subject: Subject) -> Figure:
     instance = subject.instance("kl")
     wide = subject.teacher(instance)
     steps = [subject.step(instance, wide) for _ in range(_NUM_STUDENTS)]
-    with closing(endless_batches(subject.images, subject.recipe.seed)) as batches:
+    with closing(endless_batches(subject.data, subject.recipe.seed)) as batches:
 
         def together() -> None:
             batch = next(batches)
