@@ -49,6 +49,8 @@ def encode_sample(
             pixels = source if source.ndim == 3 else np.repeat(source[:, :, None], 3, axis=2)
         elif isinstance(source, Path):
             path = source
+            if source.exists() and not source.is_file():  # a pipe would be waited for, for ever
+                return BadImage(path, "not a regular file")
             pixels = read_rgb(source.read_bytes())
         else:
             path = source.path / path

@@ -231,3 +231,9 @@ def test_a_resumed_epoch_reads_ahead_only_the_pages_that_are_left():
     assert ([page for _, page in whole], len(none)) == (needed.tolist(), 0)
     assert list(rest) == list(whole)[-len(rest) :]
     assert 8 <= len(rest) <= 10  # of 60 steps 20 are left, a third
+
+
+def test_a_pipe_among_the_images_is_a_bad_image(images: Path, tmp_path: Path):
+    os.mkfifo(next(path for path in sorted(images.rglob("*")) if path.is_file()).with_name("pipe.png"))
+    with pytest.raises(DataError, match=r"pipe.png \(not a regular file\)"):
+        encode("imagefolder", tmp_path / "out", images, Options(workers=1))
