@@ -1,5 +1,6 @@
 """Running the `gowide` command as a user does."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def killed_when(moment: Callable[[], bool], *arguments: object) -> None:
             assert time.monotonic() < deadline, "the moment to kill it never came"
             time.sleep(0.002)
     finally:
-        os.killpg(process.pid, 9)
+        with contextlib.suppress(ProcessLookupError):  # it has ended: the assertion says how
+            os.killpg(process.pid, 9)
         process.wait()
         process.stderr.close()
