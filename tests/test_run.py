@@ -135,5 +135,5 @@ def test_an_instance_that_a_job_trains_is_not_copied_from_a_sibling(data, tmp_pa
 def test_permissions_are_one_line():
     line = mendable(PermissionError(errno.EACCES, "Permission denied", "stages/a"))
     assert line == "stages/a: Permission denied; change its permissions, or choose another place"
-    assert "disk is full" in mendable(OSError(errno.ENOSPC, "No space left on device"))
+    assert "disk full" in mendable(OSError(errno.ENOSPC, "No space left on device"))
     assert mendable(OSError(errno.EIO, "Input/output error", "stages/a")) is None
