@@ -285,7 +285,9 @@ def test_a_block_is_hashed_once_and_by_whoever_reads_it(distill, monkeypatch):
 def test_a_disk_that_is_too_small_is_found_before_the_teacher_runs(distill, monkeypatch):
     no_teacher(monkeypatch)
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((1, 1000, 9, 9, 9, 0, 0, 0, 0, 255)))
-    with pytest.raises(RunError, match=r"the teacher's logits take 0.0 GB more, 0.0 GB are free; free disk space, or store"):
+    with pytest.raises(
+        RunError, match=r"the teacher's logits take 0.0 GB more, 0.0 GB are free; free disk space, or store"
+    ):
         distill(STORED)
 
 
