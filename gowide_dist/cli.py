@@ -1,4 +1,4 @@
-"""The `gowide` command. Exit status 0 on success, 2 for what the user can mend, 1 for everything else."""
+"""The `gowide` command. Exit status 0 on success, 2 for what the user can fix, 1 for everything else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 from typer.exceptions import TyperException
 
-from gowide_dist.errors import InternalError, UserError, mendable
+from gowide_dist.errors import InternalError, UserError, fixable
 from gowide_dist.launch.local import choose_num_processes, num_gpus, torchrun
 from gowide_dist.launch.profile import load_profile
 from gowide_dist.recipe import load_recipe
@@ -386,7 +386,7 @@ def doctor(
     cluster: Annotated[Path | None, Option(help="A cluster profile to check.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine, and say what mends each fault: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk.
+    """Check this machine, and say how to fix each problem: packages, FFCV, JPEGs, cores, GPUs, Slurm, disk.
 
     Ends with status 1 if anything is bad. Takes up to a minute.
 
@@ -427,7 +427,7 @@ def main() -> None:
     except InternalError as error:
         line, status = str(error), 1
     except OSError as error:
-        if not (line := mendable(error) or ""):
+        if not (line := fixable(error) or ""):
             raise
     if line:
         sys.stderr.write(f"gowide: {line}\n")

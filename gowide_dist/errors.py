@@ -5,14 +5,14 @@ import os
 
 
 class UserError(Exception):
-    """An error that the user can mend: what is wrong, where, and what to do, in one line. Exit status 2."""
+    """An error that the user can fix: what is wrong, where, and what to do, in one line. Exit status 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
 class InternalError(Exception):
-    """An error that the user cannot mend, in one line. Exit status 1."""
+    """An error that the user cannot fix, in one line. Exit status 1."""
 
 
 class RecipeError(UserError):
@@ -38,8 +38,8 @@ def number_from(variable: str, default: int) -> int:
 FULL_DISK = "disk full or quota exceeded; free space and run the same command again"
 
 
-def mendable(error: OSError) -> str | None:
-    """The line for an OSError that the user can mend; None for any other."""
+def fixable(error: OSError) -> str | None:
+    """The line for an OSError that the user can fix; None for any other."""
     if is_full(error):
         return FULL_DISK
     if error.errno == errno.EROFS:

@@ -67,7 +67,7 @@ class HashingFile:
 def writing_to(path: Path, option: str) -> Iterator[None]:
     """Turns an OSError into a RunError that says: `path` cannot be written, choose another with `option`.
 
-    But a full disk, which `errors.mendable` explains: it stays an OSError.
+    But a full disk, which `errors.fixable` explains: it stays an OSError.
     """
     try:
         yield

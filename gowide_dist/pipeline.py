@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from gowide_dist import stop
 from gowide_dist.data.info import read_dataset_info
-from gowide_dist.errors import RunError, UserError, is_full, mendable
+from gowide_dist.errors import RunError, UserError, fixable, is_full
 from gowide_dist.identity import identities
 from gowide_dist.launch.local import end_with_launcher, leave, leave_error
 from gowide_dist.prepare import check_data, check_group
@@ -141,7 +141,7 @@ def work(task: Callable[[], None], path: Path) -> int:
     except stop.Stopped as stopped:
         return 128 + stopped.signum
     except BaseException as error:  # an interpreter that shuts down waits for the process group
-        if isinstance(error, OSError) and (line := mendable(error)):
+        if isinstance(error, OSError) and (line := fixable(error)):
             leave_error(f"{path}: {line}" if is_full(error) else line)
             return 2
         from gowide_dist.world import peer_failure

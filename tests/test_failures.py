@@ -53,7 +53,7 @@ def fail(data, tmp_path, monkeypatch):
         ("weights", "model.safetensors: Permission denied; change its permissions", 2),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(fail, fault, line, num_processes):
+def test_what_the_user_can_fix_is_one_line(fail, fault, line, num_processes):
     keys = ["teacher/wide", "imitate/thin"] if fault == "weights" else ["teacher/wide"]
     error, seconds = fail(fault, *keys, num_processes=num_processes)
     assert isinstance(error, UserError)

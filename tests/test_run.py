@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gowide_dist import load_recipe
-from gowide_dist.errors import RunError, mendable
+from gowide_dist.errors import RunError, fixable
 from gowide_dist.identity import fingerprint
 from gowide_dist.insight.report import report
 from gowide_dist.insight.status import status
@@ -133,7 +133,7 @@ def test_an_instance_that_a_job_trains_is_not_copied_from_a_sibling(data, tmp_pa
 
 
 def test_permissions_are_one_line():
-    line = mendable(PermissionError(errno.EACCES, "Permission denied", "stages/a"))
+    line = fixable(PermissionError(errno.EACCES, "Permission denied", "stages/a"))
     assert line == "stages/a: Permission denied; change its permissions, or choose another place"
-    assert "disk full" in mendable(OSError(errno.ENOSPC, "No space left on device"))
-    assert mendable(OSError(errno.EIO, "Input/output error", "stages/a")) is None
+    assert "disk full" in fixable(OSError(errno.ENOSPC, "No space left on device"))
+    assert fixable(OSError(errno.EIO, "Input/output error", "stages/a")) is None

@@ -206,8 +206,8 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
     moments /= splits["train"].samples
     if bad and not options.skip_bad:
         raise DataError(
-            f"{len(bad):,} bad images, listed above, the first {bad[0].path} ({bad[0].reason}); "
-            "mend or remove them, or leave them out with --skip-bad"
+            f"bad images: {len(bad):,}, listed above, first {bad[0].path} ({bad[0].reason}); fix or remove "
+            "them, or leave them out with --skip-bad"
         )
     if bad:
         lines = "".join(f"{image.path}\t{image.reason}\n" for image in bad)

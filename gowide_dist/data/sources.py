@@ -168,7 +168,7 @@ def read_ffcv(root: Path) -> SourceDataset:
     """One file train*.beton or train*.ffcv and one val* (optional), as FFCV's DatasetWriter leaves them.
 
     Class names, which such files don't hold, are the lines of classes.txt in `root`, or else the labels' numbers.
-    Raises DataError if a file is missing, damaged or holds something else than images with labels.
+    Raises DataError if a file is missing, damaged or contains anything other than images with labels.
     """
     splits: dict[SplitName, ImageList] = {}
     for name in ("train", "val"):
@@ -187,11 +187,11 @@ def read_ffcv(root: Path) -> SourceDataset:
     if file.exists():
         classes = tuple(file.read_text(errors="replace").splitlines())
     elif highest > MAX_UNNAMED_CLASSES:
-        raise DataError(f"{root}: labels up to {highest:,}; name that many classes in {file}, or mend the labels")
+        raise DataError(f"{root}: labels up to {highest:,}; name that many classes in {file}, or fix the labels")
     else:
         classes = tuple(map(str, range(highest + 1)))
     if lowest < 0 or highest >= len(classes):
-        raise DataError(f"{root}: labels {lowest} to {highest}, but {len(classes):,} classes; mend {file}")
+        raise DataError(f"{root}: labels {lowest} to {highest}, but {len(classes):,} classes; fix {file}")
     return SourceDataset(f"FFCV files in {root}", classes, splits)
 
 

@@ -1,1 +1,1 @@
-"""What can be read from a recipe or a run."""
+"""All that looks at recipes, runs and machines without training: plan, status, report, evaluation, export, doctor."""

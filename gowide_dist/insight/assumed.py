@@ -52,7 +52,7 @@ def data_size(recipe: Recipe, images: int | None = None, classes: int | None = N
     except DataError as error:
         train, val, known_classes = KNOWN.get(folder.name, (images or 0, 0, data.classes or classes or 0))
         if not (train and known_classes):
-            raise DataError(f"{error}; or tell the plan how large it will be with --images N --classes K") from None
+            raise DataError(f"{error}; or give its size with --images N --classes K") from None
         size = DataSize(train, val, known_classes, data.augment.crop is not None, f"{folder.name}, not encoded yet")
     source = f"--images; else {size.source}" if images else size.source
     return replace(size, train=images or size.train, classes=classes or size.classes, source=source)
@@ -90,12 +90,12 @@ def device_of(resources: Resources) -> Device:
 
 
 def decoded_per_s(size: DataSize, device: Device) -> float:
-    """Images a second and CPU. Raw images cost next to nothing."""
+    """Images decoded per second and CPU; infinite for raw images, which cost next to nothing."""
     return device.images_per_s_per_cpu or (JPEGS_PER_S_PER_CPU if size.jpegs else math.inf)
 
 
 def known_outputs(recipe: Recipe, done: Collection[str], *, together: bool) -> set[str]:
-    """Instances that find their teacher's outputs stored, or computed for another instance of their stage.
+    """Instances whose teacher does not run: its outputs are stored, or computed for another instance of the stage.
 
     together: instances of a stage train in one pass, as under `gowide run`.
     """
@@ -116,7 +116,7 @@ def known_outputs(recipe: Recipe, done: Collection[str], *, together: bool) -> s
 
 
 def notes_on_logits(recipe: Recipe, size: DataSize, profile: Profile) -> Iterator[str]:
-    """For students that ask one teacher about the same images: what storing its outputs saves, or would save."""
+    """For students of one teacher on the same images: what storing its outputs saves, or would save."""
     groups: dict[Hashable, list[Instance]] = {}
     for instance in recipe.instances.values():
         if isinstance(instance.stage, KlStage) and instance.stage.epochs:
@@ -142,7 +142,7 @@ def notes_on_logits(recipe: Recipe, size: DataSize, profile: Profile) -> Iterato
 
 
 def _stream(instance: Instance) -> tuple[Hashable, ...]:
-    """Equal for stages that ask one teacher about the same images, and keep as much of its outputs."""
+    """Equal for stages that need the same outputs of the same teacher."""
     stage = instance.stage
     kept = (stage.top_k, stage.temperature if stage.top_k else None) if isinstance(stage, KlStage) else ()
     return (stage.objective, instance.teacher, instance.data_seed, stage.epochs, stage.ramp, *kept)

@@ -68,7 +68,7 @@ class StageCost(NamedTuple):
     trained: int  # the most of them that a phase trains
     teacher_weights: int
     activations: int  # what the forward pass keeps for the backward pass
-    transient: int  # what lives beside that for a moment, as layers of the teacher and gradients of activations do
+    transient: int  # temporary tensors on top of that, such as the teacher's activations and gradients of activations
 
 
 @cache
@@ -93,7 +93,7 @@ def training_macs(
 ) -> MacsPerImage:
     """The cost of training on one image, averaged over the phases and, if images grow, the epochs of the stage.
 
-    teacher_runs: False where its outputs are known: they are stored, or another student has asked.
+    teacher_runs: False where its outputs are stored, or computed for another student.
     """
     stage, resolution = instance.stage, recipe.data.resolution
     sides = [stage.ramp.side(epoch, resolution) for epoch in range(stage.epochs or 1)] if stage.ramp else [resolution]
@@ -142,7 +142,7 @@ def _count_phase(
             loss = objective(images, labels)["loss"]
             forward, activations = step.get_total_flops(), live.bytes
             loss.backward()
-        # the teacher's outputs are known now
+        # here the teacher's outputs come from the cache
         student = _flops(lambda: objective(images, labels)) if teacher else forward
     flops = (student, step.get_total_flops() - forward, forward - student)
     macs = MacsPerImage(*(count / 2 / len(images) for count in flops))
@@ -246,7 +246,7 @@ class Spent(NamedTuple):
 def spent(key: str, recipe: Recipe, num_classes: int, images_per_epoch: int) -> Spent:
     """Student epochs, images and multiply-adds up to the end of instance `key`, the teacher's included.
 
-    Also where its outputs were stored: they are counted for every student, as if it had asked.
+    Stored outputs are counted for every student as if the teacher had run for it.
     """
     instance = recipe.instances[key]
     images = instance.stage.epochs * images_per_epoch

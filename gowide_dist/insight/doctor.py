@@ -1,6 +1,6 @@
-"""Checks of this machine, each with what mends it.
+"""Checks of this machine, each with what fixes it.
 
-What may crash or hang runs as training does, in processes of torchrun: `python -m gowide_dist.insight.doctor CHECK`.
+Checks that may crash or hang run under torchrun, as training does: `python -m gowide_dist.insight.doctor CHECK`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ INSTALL_FFCV = "apt install g++ pkg-config libopencv-dev libturbojpeg0-dev; pip 
 
 
 class Finding(NamedTuple):
-    """The result of a check. mend: the command, or the step, that mends it."""
+    """The result of a check. fix: the command or the step that fixes it."""
 
     check: str
     state: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.state:8} {self.check:12} {self.text}" + (f"\n{'':21} {self.mend}" if self.mend else "")
+        return f"{self.state:8} {self.check:12} {self.text}" + (f"\n{'':21} {self.fix}" if self.fix else "")
 
 
 class MinorError(UserError):
-    """A fault in spite of which training works."""
+    """A problem with which training still works."""
 
 
 def check_machine(runs: Path, cluster: Path | None = None) -> Iterator[Finding]:
@@ -62,15 +62,15 @@ def check_machine(runs: Path, cluster: Path | None = None) -> Iterator[Finding]:
     if cluster:
         yield examine("profile", partial(check_profile, cluster, runs), f"edit {cluster}, or choose another --runs")
     yield examine("slurm", partial(check_slurm, is_needed=cluster is not None), "scontrol ping, on a login node")
-    yield examine("runs", partial(check_runs, runs), "make room, or choose another --runs")
+    yield examine("runs", partial(check_runs, runs), "free disk space, or choose another --runs")
 
 
-def examine(name: str, check: Callable[[], str], mend: str) -> Finding:
+def examine(name: str, check: Callable[[], str], fix: str) -> Finding:
     """The finding of a check, which returns what is good or raises what is wrong."""
     try:
         return Finding(name, GOOD, check())
     except (UserError, InternalError, OSError) as error:
-        return Finding(name, WARNING if isinstance(error, MinorError) else BAD, str(error), mend)
+        return Finding(name, WARNING if isinstance(error, MinorError) else BAD, str(error), fix)
 
 
 def check_packages() -> str:
@@ -171,7 +171,9 @@ def check_slurm(is_needed: bool) -> str:
     try:
         call("sacct", "-X", "-n", "-P", "--format=JobID")
     except SlurmError as error:
-        text = "accounting does not answer, so killed jobs are never seen to end; ask for slurmdbd"
+        text = (
+            "accounting does not answer, so `gowide status` cannot tell that a killed job has ended; ask for slurmdbd"
+        )
         raise MinorError(f"{version}: {text} ({error})") from error
     return f"{version}; the controller and accounting answer"
 
@@ -189,7 +191,7 @@ def check_runs(runs: Path) -> str:
 
 
 def main() -> int:
-    """Entry of a process that may crash or hang: it then leaves a traceback on stderr."""
+    """Entry of a process that may crash or hang; it then prints a traceback."""
     from gowide_dist.pipeline import work
 
     faulthandler.enable()

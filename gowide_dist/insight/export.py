@@ -62,7 +62,7 @@ def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None 
             return report
     exported = [_read_json(folder / CONFIG).get("model_sha256") for folder in (to, to / PARTIAL)]  # or interrupted
     if model_sha256 not in exported and to.exists() and (not to.is_dir() or {*to.iterdir()} - {to / PARTIAL}):
-        raise RunError(f"{to}: holds something else than an export of these weights; remove it or choose another --to")
+        raise RunError(f"{to}: contains files other than an export of these weights; remove it or choose another --to")
     try:
         with writing_to(to, "--to"), replacing(to, REPORT) as folder:
             report = _write(folder, trained, asked)

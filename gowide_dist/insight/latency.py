@@ -1,4 +1,4 @@
-"""What only the finished networks tell: latency on this machine, dead channels, agreement with the teacher."""
+"""Measurements of finished networks: latency on this machine, dead channels, agreement with the teacher."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def latency_ms(forward: Callable[[Tensor], Any], images: Tensor, seconds: float 
 
 
 def measure_networks(run: Run, recipe: Recipe) -> dict[str, Row]:
-    """Measure the finished networks that are not measured yet, keep it in the run, and return all that is known."""
+    """Measure the finished networks that are not measured yet, keep it in the run, and return all measurements."""
     known, before = read_measured(run), read_measured(run)
     done = run.finished(recipe)
     predict_once = cache(partial(_predict, run))
@@ -62,7 +62,7 @@ def measure_networks(run: Run, recipe: Recipe) -> dict[str, Row]:
             run.report.mkdir(exist_ok=True)
             write_atomically(run.report / MEASURED_FILE, json.dumps(known, indent=2) + "\n")
         except OSError as error:
-            say(f"{run.report}: cannot be written ({error.strerror}), so what was measured is not kept")
+            say(f"{run.report}: cannot be written ({error.strerror}), so the measurements are not kept")
     return known
 
 

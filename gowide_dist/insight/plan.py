@@ -1,4 +1,4 @@
-"""What a recipe will cost, before anything is spent, and what looks wrong with it.
+"""What a recipe will cost, estimated before anything runs, and what looks wrong with it.
 
 FLOPs here are multiply-adds counted once, as in torchvision's tables and in all our reports. A device's TFLOP/s, as its
 maker states them, count the multiply and the add: a stage takes 2 x multiply-adds / (TFLOP/s x efficiency) seconds.
@@ -45,7 +45,7 @@ class StagePlan:
     """One stage instance. FLOPs are multiply-adds; `hours` of what is left, on `num_processes` processes together."""
 
     stage: str
-    state: str  # to do, done, done in another run, or the step that it goes on from
+    state: str  # to do, done, done in another run, or the step that it resumes from
     epochs: int
     images: int
     steps: int
@@ -65,7 +65,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages, parents first, what was assumed, and what to think about before it is spent."""
+    """The stages, parents first, with the assumptions, warnings and notes."""
 
     recipe: str
     data: DataSize
@@ -211,15 +211,15 @@ def _warnings(stage: StagePlan, recipe: Recipe, size: DataSize, resources: Resou
     key, device, on_gpu = stage.stage, device_of(resources), resources.gpus_per_node > 0
     if on_gpu and stage.batch_per_process < FEW_IMAGES_PER_GPU:
         yield (
-            f"{key}: {recipe.batch_size} images on {stage.num_processes} GPUs are {stage.batch_per_process} each, "
-            f"fewer than {FEW_IMAGES_PER_GPU}: they idle, and batch norms see few images; take fewer GPUs or a larger "
-            "batch"
+            f"{key}: {recipe.batch_size} images on {stage.num_processes} GPUs are {stage.batch_per_process} per "
+            f"GPU, fewer than {FEW_IMAGES_PER_GPU}: GPUs idle, and batch norms see few images; use fewer GPUs or a "
+            "larger batch"
         )
     cpus, images_per_s = resources.cpus_per_task, device.flops / (2 * sum(stage.macs.values()))
     if on_gpu and images_per_s > cpus * decoded_per_s(size, device):
         yield (
             f"{key}: a GPU could take {images_per_s:,.0f} images/s, its {cpus} CPUs decode "
-            f"{cpus * decoded_per_s(size, device):,.0f}: it will wait for data; ask for more cpus_per_task or encode "
+            f"{cpus * decoded_per_s(size, device):,.0f}: it will wait for data; raise cpus_per_task or encode "
             "smaller images (--max-side-px)"
         )
     needed = sum(num_bytes for part, num_bytes in stage.memory.items() if not on_gpu or part not in HOST_PARTS)
@@ -227,24 +227,25 @@ def _warnings(stage: StagePlan, recipe: Recipe, size: DataSize, resources: Resou
         of_batch = sum(stage.memory[part] for part in ("activations", "transient", "heap"))
         left = 1e9 * device.memory_gb - needed + of_batch
         accumulate = f"stages.{key.partition('/')[0]}.optim.accumulate={math.ceil(of_batch / left)} would do"
-        too_large = "even one image at a time does not fit: take a smaller network or other devices"
+        too_large = "even one image at a time does not fit: use a smaller network or other devices"
         teacher = f", {gigabytes(stage.memory['teacher'])} of it the teacher's" if stage.memory["teacher"] else ""
         yield (
-            f"{key}: needs about {gigabytes(needed)} a process{teacher}, but {device.name} has "
+            f"{key}: needs about {gigabytes(needed)} per process{teacher}, but {device.name} has "
             f"{device.memory_gb:,.0f} GB; {accumulate if left > 0 else too_large}"
         )
     saves = recipe.checkpoints
     if stage.requeues != 0 and not saves.every_steps and (saves.every_minutes or math.inf) > resources.timeout_min:
         yield (
             f"{key}: takes {duration(stage.hours)}, longer than timeout_min ({resources.timeout_min}), without "
-            "checkpoints in between: a node that fails loses all of it; set checkpoints.every_minutes"
+            "periodic checkpoints: a node failure loses all of it; set checkpoints.every_minutes"
         )
     if stage.requeues is None:
-        yield f"{key}: timeout_min is hardly longer than it takes to start: it will never end"
+        yield f"{key}: it cannot finish: timeout_min leaves hardly any time after starting up; raise it"
     if stage.validation_s > resources.signal_delay_s:
         yield (
             f"{key}: a validation pass takes {stage.validation_s:,.0f} s, longer than signal_delay_s "
-            f"({resources.signal_delay_s}): a time limit in it loses what is not saved; raise signal_delay_s"
+            f"({resources.signal_delay_s}): a time limit during it loses the steps since the last checkpoint; raise "
+            "signal_delay_s"
         )
 
 
@@ -253,7 +254,7 @@ def _assumptions(recipe: Recipe, size: DataSize, profile: Profile) -> dict[str, 
     is_in_profile = profile.device is not None and not is_this_machine(profile)
     speed = (
         f"{device.name}: {device.tflops:g} TFLOP/s x {device.efficiency:g} reached = {device.flops / 1e12:.3g} TFLOP/s "
-        f"a process ({'cluster profile' if is_in_profile else 'assumed; small networks reach less'})"
+        f"per process ({'cluster profile' if is_in_profile else 'assumed; small networks reach less'})"
     )
     if is_this_machine(profile) and profile.stages:
         speed = f"FLOP/s of a few steps of each stage, measured now, processes: {profile.tasks_per_node}"
@@ -263,16 +264,16 @@ def _assumptions(recipe: Recipe, size: DataSize, profile: Profile) -> dict[str, 
         "time": f"{speed}; validation passes included",
     }
     if math.isfinite(decoded):
-        lines["data loading"] = f"{decoded:,.0f} images/s and CPU"
+        lines["data loading"] = f"{decoded:,.0f} images/s per CPU"
     if not is_this_machine(profile):
         lines["jobs"] = (
-            f"{device.start_s:g} s to start; limit {profile.timeout_min / 60:g} hours; a job that meets it saves, is "
-            "queued again and goes on; waiting in the queue is not counted"
+            f"{device.start_s:g} s to start; limit {profile.timeout_min / 60:g} hours; a job that reaches it saves, "
+            "is requeued and resumes; waiting in the queue is not counted"
         )
     halves = f", half of it in {recipe.precision}" if recipe.precision in ("bf16", "fp16") else ""
     waste = "" if profile.gpus_per_node else f"; {HEAP_WASTE:.0%} more, which malloc wastes"
     lines["memory"] = (
-        f"4 bytes a weight, gradient, momentum and average; what a step keeps and takes for a moment{halves}{waste}; "
+        f"4 bytes per weight, gradient, momentum and average; activations and temporary tensors{halves}{waste}; "
         "the teacher's weights; the loader's batches; a checkpoint being written; 0.6 GB of libraries; without the "
         "dataset's pages that the system caches"
     )

@@ -29,7 +29,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False, "legend.fontsize": 9, "font.size": 10, "axes.titlesize": 11, "lines.markersize": 4.5,
     "svg.hashsalt": "gowide", "text.parse_math": False,
 }  # fmt: skip
-LOSSES = {"labels": "cross-entropy", "blocks": "mean squared error", "kl": "distillation loss"}
+LOSSES = {"labels": "cross-entropy", "blocks": "mean squared error"}  # of an objective, for an axis; others: "loss"
 
 
 def figures_of_run(results: RunResults, folder: Path) -> dict[str, str]:
@@ -56,7 +56,7 @@ def _losses(results: RunResults, name: str, ax: Axes) -> None:
             [line] = ax.plot(*results.curve(instance.key, "train", metric), label=label)
             dots = results.curve(instance.key, "val", metric)
             ax.plot(*dots, "o", color=line.get_color(), fillstyle=line.get_fillstyle())
-    ax.set(title=name, xlabel="epoch", ylabel=LOSSES[stage.objective], yscale="log")
+    ax.set(title=name, xlabel="epoch", ylabel=LOSSES.get(stage.objective, "loss"), yscale="log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # plain numbers, also for less than a decade
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
@@ -87,7 +87,7 @@ def draw(*panels: Callable[[Axes], None], png: Path | None = None) -> str:
             if ax.lines:
                 ax.legend()
             else:
-                ax.text(0.5, 0.5, "nothing measured yet", transform=ax.transAxes, ha="center")
+                ax.text(0.5, 0.5, "no metrics yet", transform=ax.transAxes, ha="center")
         if png:
             pixels = io.BytesIO()
             figure.savefig(pixels, format="png", dpi=120, facecolor="white")

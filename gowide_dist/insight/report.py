@@ -18,7 +18,7 @@ COLUMNS = {  # of results.csv; those of a run's table with their title and forma
     "stage": ("stage", ""), "network": ("network", ""), "parameters": ("parameters", ","), "mflops": ("MFLOPs", ",.3f"),
     "epochs": ("epochs", ""), "top1": ("top-1 %", ".2f"), "top5": ("top-5 %", ".2f"), "seconds": ("seconds", ",.0f"),
     "student_epochs": ("student epochs", ""), "images": None, "train_tflops": ("train TFLOPs", ",.2f"), "hours": None,
-    "teacher": None, "agreement": ("agrees %", ".2f"), "latency_ms_1": ("ms at 1", ",.2f"),
+    "teacher": None, "agreement": ("agreement %", ".2f"), "latency_ms_1": ("ms at 1", ",.2f"),
     "latency_ms_64": ("ms at 64", ",.1f"),
 }  # fmt: skip
 SHOWN = {name: column for name, column in COLUMNS.items() if column}
@@ -29,15 +29,16 @@ SPREADS = [(name, key) for name in ("top1", "minus_baseline") for key in ("n", "
 GROUPS_CSV = ["recipe", "seeds", *GROUP_KEY, *(f"{name}_{key}" for name, key in SPREADS)]
 CAPTION = (
     "Epochs and seconds are of the stage alone; student epochs and train TFLOPs include the stages that it started "
-    "from and the teacher's forward passes. FLOPs are multiply-adds. Agrees: part of the validation images that "
-    "network and teacher put in one class. Latency: median of batches of 1 and 64, PyTorch float32. "
+    "from and the teacher's forward passes. FLOPs are multiply-adds. Agreement: fraction of validation images for "
+    "which network and teacher predict the same class. Latency: median of batches of 1 and 64, PyTorch float32. "
 )
 CURVES_CAPTION = (
-    "Lines: training images, dots: validation. Imitation does not train the classifier, so its top-1 is low."
+    "Lines: training images, dots: validation. Imitation does not train the classifier: with `classifier: fresh` its "
+    "top-1 is near chance."
 )
 GROUPS_CAPTION = (
     "n: networks that were trained; one that several runs share counts once. sd: standard deviation, with n - 1. "
-    "Minus baseline: points of top-1, within each run, at equal student epochs."
+    "Minus baseline: difference in top-1 (percentage points) within each run, at equal student epochs."
 )
 
 
@@ -54,10 +55,10 @@ class Section:
 
 
 def report(runs: Sequence[Run], *, measure: bool = True, out: Path | None = None) -> tuple[str, dict[str, Any]]:
-    """Write the report of a run, or of several side by side; it for the terminal, and as data.
+    """Write the report of a run, or of several side by side. Returns it as text for the terminal, and as data.
 
     measure: measure what is missing of the finished networks of a single run. out: a folder; by default report/ of the
-    first run. Raises UserError if something is no run, or the folder cannot be written.
+    first run. Raises UserError if something is not a run, or the folder cannot be written.
     """
     unique = list({run.path.resolve(): run for run in runs}.values())
     results = [read_results(run, measure=measure and len(unique) == 1) for run in unique]

@@ -1,4 +1,4 @@
-"""What runs have come to: a row for each finished stage instance, and statistics over runs of several seeds."""
+"""Results of runs: a row for each finished stage instance, and statistics over runs of several seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = dict[str, Any]  # of a table
 
 
 def read_measured(run: Run) -> dict[str, Row]:
-    """What was measured of finished networks, by the SHA-256 of their weights. A damaged file is measured again.
+    """What was measured of finished networks, by the SHA-256 of their weights. Empty if the file is damaged.
 
     latency_ms_1, latency_ms_64: of a forward pass in PyTorch, normalised float32 images to logits; where: machine,
     device, threads. dead_channels: of every block, how many channels of its output are zero for all validation images:
@@ -79,7 +79,7 @@ class RunResults:
 
     def _progress(self, key: str) -> str:
         if not self.metrics[key]:
-            return "not begun, or nothing measured yet"
+            return "not started, or no metrics yet"
         _, accuracies = self.curve(key, "val", "top1")
         last = f", top-1 {accuracies[-1]:.2f} % when last evaluated" if accuracies else ""
         return f"epoch {self.metrics[key][-1]['epoch']:.2f} of {self.recipe.instances[key].stage.epochs}{last}"
@@ -123,9 +123,9 @@ def teacher_of(instance: Instance, recipe: Recipe) -> str | None:
 
 
 def read_results(run: Run, *, measure: bool = False) -> RunResults:
-    """Read a run, finished or not, and measure what is missing. Raises RunError if it is no run, or damaged."""
+    """Read a run, finished or not, and measure what is missing. Raises RunError if it is not a run, or damaged."""
     if not run.recipe_path.exists():
-        raise RunError(f"{run.path}: no run directory, it has no {run.recipe_path.name}")
+        raise RunError(f"{run.path}: not a run directory: it has no {run.recipe_path.name}")
     recipe = load_recipe(run.recipe_path)
     done = run.finished(recipe)
     # A folder that is done, but not for this recipe, holds the metrics of another.
@@ -191,7 +191,7 @@ def group_runs(runs: Sequence[RunResults]) -> list[Group]:
     for run in runs:
         seeds = groups.setdefault(json.dumps(run.settings), {})
         if other := seeds.get(run.recipe.seed):
-            raise RunError(f"{other.run.path} and {run.run.path}: the same recipe and seed, to count once; name one")
+            raise RunError(f"{other.run.path} and {run.run.path}: same recipe and seed; pass only one of them")
         seeds[run.recipe.seed] = run
     members = [list(seeds.values()) for seeds in groups.values()]
     count = Counter(runs[0].recipe.name for runs in members)

@@ -61,7 +61,7 @@ def scale_nodes(recipe: Recipe, size: DataSize, profile: Profile | None) -> tupl
     device, per_node, batch_size = device_of(nodes), nodes.tasks_per_node, recipe.batch_size
     save_every_min = recipe.checkpoints.every_minutes or nodes.timeout_min
     if batch_size < per_node:
-        raise UserError(f"batch_size: {batch_size} images are fewer than the {per_node} devices of a node")
+        raise UserError(f"batch_size: {batch_size} is less than one image for each of the {per_node} devices of a node")
     parents = {key: instance.parents for key, instance in recipe.instances.items()}
     rows: list[dict[str, Any]] = []
     for n in (n for n in NODES if n * per_node <= batch_size):
@@ -85,7 +85,7 @@ def scale_nodes(recipe: Recipe, size: DataSize, profile: Profile | None) -> tupl
         "batch": f"{batch_size} images on all devices together{most}",
         "device": f"{device.name}, {device.tflops:g} TFLOP/s x {device.efficiency:g} reached, whatever its batch",
         "node": f"{per_node} devices" + (f"; decodes {decoded:,.0f} images/s" if math.isfinite(decoded) else ""),
-        "gradients": "4 bytes a trained parameter; one ring, 2 (n - 1) / n x bytes / slowest link; "
+        "gradients": "4 bytes per trained parameter; one ring, 2 (n - 1) / n x bytes / slowest link; "
         f"{device.overlap:.0%} of its time at most, no longer than the backward pass, is hidden",
         "links": f"{device.within_node_gb_s:g} GB/s in a node, {device.between_nodes_gb_s:g} GB/s between nodes",
         "checkpoints": f"every {save_every_min:,.0f} minutes, {device.write_gb_s:g} GB/s",
@@ -97,7 +97,7 @@ def scale_nodes(recipe: Recipe, size: DataSize, profile: Profile | None) -> tupl
 def scale_table(assumptions: Mapping[str, str], rows: Sequence[dict[str, Any]]) -> str:
     """The rows as lines of text."""
     head = ("nodes", "batch/device", "time", "device time", "efficiency", "bound by", "")
-    few = f"fewer than {FEW_IMAGES_PER_GPU} images a device"
+    few = f"fewer than {FEW_IMAGES_PER_GPU} images per device"
     lines = [
         (f"{n}", f"{batch:g}", duration(hours), duration(device_hours), f"{efficiency:.0%}", bound,
          few if batch < FEW_IMAGES_PER_GPU else "")

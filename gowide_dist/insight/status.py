@@ -29,7 +29,7 @@ class StageStatus:
     """Where a stage instance stands."""
 
     stage: str
-    state: str = "absent"  # not begun; or done, running, queued, failed, cancelled, stopped
+    state: str = "absent"  # not started; or done, running, queued, failed, cancelled, stopped
     job: str | None = None
     where: str | None = None
     step: int | None = None
@@ -55,7 +55,7 @@ def status(run: Run) -> list[StageStatus]:
             _add_state(row, run, recipe, job)
         elif job and (job.is_waiting or job.is_running):
             row.state, row.where = "queued" if job.is_waiting else "running", job.nodes or None
-            row.note = "the recipe no longer has it"
+            row.note = "no longer in the recipe"
         else:
             continue
         rows.append(row)
@@ -66,7 +66,7 @@ def _add_state(row: StageStatus, run: Run, recipe: Recipe, job: JobState | None)
     """Where an unfinished instance stands: by its metrics, the number of training images, its job and its lock."""
     stage_dir, writer = run.stage(row.stage), None
     if stage_dir.done:
-        row.note = "its folder holds the result of another recipe"
+        row.note = "its folder holds a result of another recipe or of other data"
         return
     with contextlib.suppress(UserError):
         epochs = recipe.instances[row.stage].stage.epochs

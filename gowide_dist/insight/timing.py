@@ -14,8 +14,8 @@ from gowide_dist.steps import run_steps
 def measured_cores(recipe: Recipe, num_processes: int) -> Profile:
     """`this_machines_cores`, for each stage at the speed that a few steps of it reach, with the loading of their data.
 
-    The first stage starts the processes, and each takes a while to begin and to end. Raises UserError if the data does
-    not fit or a network cannot be trained.
+    Starting the processes counts for the first stage; beginning and ending a stage, for each. Raises
+    UserError if the data does not fit or a network cannot be trained.
     """
     recipe, _ = check_data(recipe)
     assert recipe.data.classes is not None, "a checked recipe"
@@ -29,7 +29,7 @@ def measured_cores(recipe: Recipe, num_processes: int) -> Profile:
             measured = {
                 "tflops": 2 * recipe.batch_size * macs / num_processes / times.step_s / 1e12,
                 "efficiency": 1.0,
-                "images_per_s_per_cpu": 1e12,  # it is in the step
+                "images_per_s_per_cpu": 1e12,  # decoding is part of the measured step
                 "start_s": times.fixed_s + (0.0 if stages else times.start_s),
             }
             assert profile.device is not None

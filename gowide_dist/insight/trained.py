@@ -1,4 +1,4 @@
-"""A finished network of a run with all that using it takes: classes, normalisation, images."""
+"""A finished network of a run with what using it needs: classes, normalisation, images."""
 
 from __future__ import annotations
 
@@ -101,8 +101,11 @@ def open_trained(path: Path, name: str) -> Trained:
     assert identity is not None, "without one no stage is finished"
     train, info = recipe.data.train, read_dataset_info(recipe.data.train)
     checksums = {split.file: split.checksum for split in info.splits.values()}
-    if checksums.get(train.name) != identity["data"]["train"]:  # the network needs their mean and standard deviation
-        raise DataError(f"{train}: not the images that {instance.key} was trained on; encode them again as before")
+    if checksums.get(train.name) != identity["data"]["train"]:
+        raise DataError(
+            f"{train}: differs from the data that {instance.key} was trained on, whose mean and standard deviation it "
+            "needs; encode it again with the original settings"
+        )
     return Trained(run, recipe, instance, done, info, identity["data"]["val"])
 
 

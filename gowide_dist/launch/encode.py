@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gowide_dist.data.encode import Options, encode
-from gowide_dist.errors import UserError, mendable
+from gowide_dist.errors import UserError, fixable
 from gowide_dist.launch.chain import Action, Chain, Planned, action_for
 from gowide_dist.launch.local import leave_error
 from gowide_dist.launch.profile import Profile
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         encode(dataset, Path(out), Path(root) if root else None, Options(**json.loads(options)))
     except (UserError, OSError) as error:
-        line = str(error) if isinstance(error, UserError) else mendable(error)
+        line = str(error) if isinstance(error, UserError) else fixable(error)
         if line is None:
             raise
         leave_error(line if isinstance(error, UserError) else f"{out}: {line}")

@@ -34,7 +34,7 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class WorkerError(InternalError):
-    """A worker failed in a way that the user cannot mend, and has printed why."""
+    """A worker failed in a way that the user cannot fix, and has printed why."""
 
 
 def default_num_processes() -> int:

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 MANY_TIMEOUTS = 10_000  # a stage goes on over as many allocations as it needs
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that Linux gives to outgoing connections
 LEFT_FOR_SLURM_S = 60  # longer than Slurm takes to end a process after SIGTERM (KillWait, 30 s by default)
-# The error file of this start holds the line of a UserError, which trying again would not mend.
+# The error file of this start holds the line of a UserError, which trying again would not fix.
 TEARDOWN = """\
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to mend: again, {retries} times at most
+# a process crashed, hung or was killed, with nothing for the user to fix: again, at most {retries} times
 job={folder}/$SLURM_JOB_ID
 if [ $status -ne 0 ] && [ ! -e "${{job}}_${{SLURM_RESTART_COUNT:-0}}_error.json" ] &&
    [ "$(cat "${{job}}_retries" 2> /dev/null | wc -l)" -lt {retries} ]; then

@@ -24,7 +24,7 @@ from gowide_dist.train.writing import Writer
 
 
 class TrainingError(UserError):
-    """Training went wrong in a way that a change of the recipe can mend."""
+    """Training went wrong in a way that a change of the recipe can fix."""
 
 
 class Student:

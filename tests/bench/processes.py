@@ -134,5 +134,5 @@ def _start(subject: Subject, folder: Path) -> float:
                 time.sleep(0.02)
             return time.perf_counter() - start
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()  # its workers have sessions of their own: it ends them, and they write until then
             process.wait()

@@ -127,7 +127,7 @@ BAD = {"empty.jpg", "cut.jpg", "cut.png", "text.jpg", "gone.jpg", "bad in val.jp
 def test_bad_images_stop_the_encode_and_are_listed(
     bad_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ):
-    with pytest.raises(DataError, match=r"6 bad images.*--skip-bad") as error:
+    with pytest.raises(DataError, match=r"bad images: 6,.*--skip-bad") as error:
         encode("imagefolder", tmp_path / "out", bad_root, Options(workers=workers))
     assert "\n" not in str(error.value)
     listed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bad image ")]

@@ -16,7 +16,7 @@ from tests.command import gowide
 
 
 def examine(check):
-    return doctor.examine("name", check, "mend")
+    return doctor.examine("name", check, "fix")
 
 
 def test_this_machine(tmp_path):
@@ -29,7 +29,7 @@ def test_this_machine(tmp_path):
     assert findings["ffcv"]["text"] == "raw images are encoded, and read back as Pillow reads them"
     assert findings["jpeg"]["text"] == "JPEG images are encoded, and read back as Pillow reads them"
     assert result.stderr == ""
-    assert all(finding["mend"] for finding in findings.values() if finding["state"] != GOOD)
+    assert all(finding["fix"] for finding in findings.values() if finding["state"] != GOOD)
     assert not list(tmp_path.iterdir())
 
 

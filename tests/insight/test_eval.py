@@ -142,5 +142,5 @@ def test_changed_weights_or_training_images_are_refused(finished_run, tmp_path):
     values = yaml.safe_load(copy.recipe_path.read_text())
     values["data"]["train"] = str(encode_part(tmp_path, 60, 20) / "train.beton")
     copy.recipe_path.write_text(yaml.safe_dump(values))
-    with pytest.raises(DataError, match="not the images that baseline/thin was trained on"):
+    with pytest.raises(DataError, match="differs from the data that baseline/thin was trained on"):
         open_trained(copy.path, "baseline/thin")

@@ -144,12 +144,12 @@ def test_a_second_export_does_nothing_and_other_folders_are_refused(finished_run
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     assert list(tmp_path.iterdir()) == [folder]
 
-    with pytest.raises(RunError, match="holds something else than an export of these weights"):
+    with pytest.raises(RunError, match="contains files other than an export of these weights"):
         export.export(open_trained(finished_run.path, "baseline/basic"), folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").touch()
     line = refused("export", finished_run.path, "finetune", "--to", tmp_path / "other")
-    assert line.startswith(f"{tmp_path / 'other'}: holds something else")
+    assert line.startswith(f"{tmp_path / 'other'}: contains files other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["letter.txt"]
 
 

@@ -110,7 +110,7 @@ def test_gpus_wait_for_data(job, tmp_path):
     # 2 epochs of 180 and 2 passes of 60 images at 2 x 3 x 0.5 images a second
     assert result.stages[0].hours * 3600 == pytest.approx(30 + (2 * IMAGES + 2 * VAL) / 3)
     assert any(line.startswith("teacher/wide: a GPU could take") and "decode 2:" in line for line in result.warnings)
-    assert any("60 images on 2 GPUs are 30 each, fewer than 32" in line for line in result.warnings)
+    assert any("60 images on 2 GPUs are 30 per GPU, fewer than 32" in line for line in result.warnings)
 
 
 def test_too_little_memory(job, tmp_path):
@@ -193,7 +193,7 @@ def plan_json(job, tmp_path, *more):
 def test_data_that_is_not_there_yet(tmp_path):
     values = chain(tmp_path / "soon")
     job = write_job(tmp_path, values)
-    assert "or tell the plan how large it will be with --images N --classes K" in refused("plan", job)
+    assert "or give its size with --images N --classes K" in refused("plan", job)
     told = json.loads(plan_json(job, tmp_path, "--images", "600", "--classes", "7"))
     assert told["stages"][0]["images"] == 1200
     assert told["data"]["classes"] == 7
@@ -218,7 +218,7 @@ def test_imagenet_on_gpus(tmp_path):
     assert "distill/full, distill/half, distill/quarter: " in text
     assert "2.69 GB (50 epochs x 1,281,024 images x 42 bytes, 10 best classes)" in text
     unsaved = recipe.model_copy(update={"checkpoints": recipe.checkpoints.model_copy(update={"every_minutes": None})})
-    assert "without checkpoints in between" in plan_table(plan(unsaved, size, profile))
+    assert "without periodic checkpoints" in plan_table(plan(unsaved, size, profile))
 
 
 def test_mistakes_are_one_line(job, tmp_path):
@@ -234,7 +234,7 @@ def test_mistakes_are_one_line(job, tmp_path):
         ([job, "--cluster", wrong], "device.tflops: should be a valid number"),
         ([job, "--nproc", 7], "batch_size: 60 is not divisible by 7 processes"),
         ([job, "--measure", "--cluster", "slurm/clusters/cpu.yaml"], "cpu.yaml: no such file"),
-        ([job, "--scale", "batch_size=4"], "batch_size: 4 images are fewer than the 8 devices of a node"),
+        ([job, "--scale", "batch_size=4"], "batch_size: 4 is less than one image for each of the 8 devices of a node"),
     ]:
         assert message in refused("plan", *arguments, cwd=tmp_path)
     for arguments in (["--cluster", ROOT / "slurm/clusters/cpu.yaml"], ["--scale"]):

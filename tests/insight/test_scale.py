@@ -87,7 +87,7 @@ def test_a_chain(tmp_path):
     assert all(row["device_hours"] > row["hours"] * row["num_nodes"] * 8 for row in rows)  # the longest path is not all
     assert (rows[0]["bound"], rows[0]["batch_per_device"]) == ("compute", 32)
     assert "32 nodes are the most" in assumptions["batch"]
-    assert "fewer than 32 images a device" in scale_table(assumptions, rows)
+    assert "fewer than 32 images per device" in scale_table(assumptions, rows)
 
 
 def test_as_json(tmp_path):

@@ -130,7 +130,7 @@ def test_jobs_of_a_stage_that_the_recipe_no_longer_has(prepared, slurm, tmp_path
     write_job(plan.run.slurm, "old/thin", "104")
     folder = slurm(squeue="104|PENDING|Priority||0|N/A|q:old/thin|\n")
     row = status(plan.run)[-1]
-    assert (row.stage, row.state, row.job, row.note) == ("old/thin", "queued", "104", "the recipe no longer has it")
+    assert (row.stage, row.state, row.job, row.note) == ("old/thin", "queued", "104", "no longer in the recipe")
     (plan.run.slurm / "104_0_log.out").write_text("printed\n")
     assert list(logs(plan.run, "old")) == ["printed\n"]
     assert cancel_run(plan.run) == ["old/thin  job 104"]

@@ -60,7 +60,7 @@ def test_a_failed_parent_cancels_its_children(cluster, data, tmp_path):
     assert [rows[key]["state"] for key in STAGES] == ["failed", "cancelled", "cancelled", "cancelled"]
     assert rows["teacher/wide"]["note"].startswith("teacher/wide: the loss is not finite at step")
     assert "lower stages.teacher.optim.lr" in submitted.log("teacher/wide")
-    assert submitted.squeue("teacher/wide", "RestartCnt") == "0", "nothing that trying again could mend"
+    assert submitted.squeue("teacher/wide", "RestartCnt") == "0", "nothing that trying again could fix"
 
 
 def test_a_refused_job(cluster, data, tmp_path):

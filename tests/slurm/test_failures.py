@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
         ("disk at the finish", "disk full or quota exceeded; free space"),
     ],
 )
-def test_what_the_user_can_mend(cluster, data, tmp_path, monkeypatch, fault, line):
+def test_what_the_user_can_fix(cluster, data, tmp_path, monkeypatch, fault, line):
     moment = tmp_path / "moment"
     recipe = chain(data, name="faulty")
     recipe["stages"] = {name: recipe["stages"][name] for name in ("teacher", "imitate")}

@@ -27,7 +27,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
    [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
@@ -66,7 +66,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
    [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
@@ -105,7 +105,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
    [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
@@ -144,7 +144,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
    [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
@@ -182,7 +182,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
    [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then

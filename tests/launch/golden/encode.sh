@@ -28,7 +28,7 @@ srun --unbuffered --output /shared/data/imagenet.slurm/%j_%t_log.out --kill-on-b
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to mend: again, 3 times at most
+# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/data/imagenet.slurm/$SLURM_JOB_ID
 if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
    [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
