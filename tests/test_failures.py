@@ -45,7 +45,7 @@ def fail(data, tmp_path, monkeypatch):
         ("data", "train.beton: image 7 is damaged; encode it again", 2),
         ("data", "train.beton: image 7 is damaged; encode it again", 4),
         ("damaged", "train.beton: its index is damaged; encode it again", 2),
-        ("memory", "teacher/wide: out of memory; stages.teacher.optim.accumulate=2 takes", 2),
+        ("memory", "teacher/wide: out of memory; wide needs about", 2),
         ("disk at a save", "disk full or quota exceeded; free space", 2),
         ("disk at a save", "disk full or quota exceeded; free space", 4),
         ("disk at the finish", "disk full or quota exceeded; free space", 2),

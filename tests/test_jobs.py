@@ -8,10 +8,10 @@ from PIL import Image
 
 from gowide_dist import load_model, load_recipe
 from gowide_dist.data.encode import encode
-from gowide_dist.insight.costs import network_cost, spent
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
 from gowide_dist.run import read_metrics
+from gowide_dist.train.costs import network_cost, spent
 from tests.command import gowide
 
 JOBS = Path(__file__).parent.parent / "jobs"

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.errors import DataError, UserError
-from gowide_dist.insight.costs import training_macs
 from gowide_dist.insight.text import duration, gigabytes
 from gowide_dist.launch.profile import Device, Profile, Resources, this_machine
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import KlStage
+from gowide_dist.train.costs import training_macs
 
 # Training and validation images and classes, by the usual name of the folder.
 KNOWN = {

@@ -21,14 +21,6 @@ from gowide_dist.insight.assumed import (
     known_outputs,
     notes_on_logits,
 )
-from gowide_dist.insight.costs import (
-    HEAP_WASTE,
-    HOST_PARTS,
-    memory_per_process,
-    network_cost,
-    stage_cost,
-    training_macs,
-)
 from gowide_dist.insight.text import duration, gigabytes, listed, table
 from gowide_dist.launch.profile import Device, Profile, Resources
 from gowide_dist.prepare import Prepared, check_data
@@ -36,6 +28,14 @@ from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.checkpoint import whole_checkpoints
+from gowide_dist.train.costs import (
+    HEAP_WASTE,
+    HOST_PARTS,
+    memory_per_process,
+    network_cost,
+    stage_cost,
+    training_macs,
+)
 
 FEW_IMAGES_PER_GPU = 32  # below, GPUs idle and batch norms see few images
 

@@ -87,7 +87,7 @@ class RunResults:
     @cached_property
     def rows(self) -> dict[str, Row]:
         """A row of results.csv for each finished instance, parents first."""
-        from gowide_dist.insight.costs import network_cost, spent
+        from gowide_dist.train.costs import network_cost, spent
 
         num_classes = self.recipe.data.classes
         assert num_classes is not None, "a run's recipe is resolved"

@@ -8,11 +8,11 @@ from typing import Any
 
 from gowide_dist.errors import UserError
 from gowide_dist.insight.assumed import DataSize, decoded_per_s, device_of
-from gowide_dist.insight.costs import stage_cost, training_macs
 from gowide_dist.insight.plan import FEW_IMAGES_PER_GPU, longest_path, restarts
 from gowide_dist.insight.text import duration, listed, table
 from gowide_dist.launch.profile import Device, Profile, Resources
 from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.train.costs import stage_cost, training_macs
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 EIGHT_GPUS = Profile(gpus_per_node=8, cpus_per_task=12, timeout_min=1440,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from gowide_dist.insight.assumed import this_machines_cores
-from gowide_dist.insight.costs import stage_cost
 from gowide_dist.launch.profile import Profile, Settings
 from gowide_dist.prepare import check_data
 from gowide_dist.progress import say
 from gowide_dist.recipe import Recipe
 from gowide_dist.steps import run_steps
+from gowide_dist.train.costs import stage_cost
 
 
 def measured_cores(recipe: Recipe, num_processes: int) -> Profile:

@@ -20,7 +20,9 @@ from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance
 from gowide_dist.run import Done
 from gowide_dist.stop import Stopped
+from gowide_dist.timeline import Batching
 from gowide_dist.train.context import TrainBatch, TrainContext, configure_backends
+from gowide_dist.train.costs import HOST_PARTS, memory_per_process
 from gowide_dist.train.metrics import mean_over_samples
 from gowide_dist.train.objectives import Losses
 from gowide_dist.train.optim import learning_rate
@@ -51,7 +53,7 @@ def train_together(instances: Sequence[Instance], ctx: TrainContext) -> list[Don
         done: dict[str, Done] = {}
         for start, keys in ctx.world.on_main(lambda: start_steps(instances, ctx)):
             group = [instance for instance in instances if instance.key in keys]
-            with _explaining_out_of_memory(group[0]):
+            with _explaining_out_of_memory(group, ctx):
                 done |= StageTraining(group, start, ctx, loader).run()
         return [done[instance.key] for instance in instances]
 
@@ -65,7 +67,7 @@ def _claim(instances: Sequence[Instance], ctx: TrainContext, stack: ExitStack) -
 
 
 @contextmanager
-def _explaining_out_of_memory(instance: Instance) -> Iterator[None]:
+def _explaining_out_of_memory(instances: Sequence[Instance], ctx: TrainContext) -> Iterator[None]:
     """Raises TrainingError in place of PyTorch's error where memory does not suffice."""
     try:
         yield
@@ -73,10 +75,25 @@ def _explaining_out_of_memory(instance: Instance) -> Iterator[None]:
         named = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not named and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        raise TrainingError(
-            f"{instance.key}: out of memory; stages.{instance.stage_name}.optim.accumulate=2 takes half the images at "
-            "a time, more processes share them, and `gowide plan` estimates what a network needs"
-        ) from error
+        raise TrainingError(_out_of_memory(instances, ctx)) from error
+
+
+def _out_of_memory(instances: Sequence[Instance], ctx: TrainContext) -> str:
+    """What needs how much memory by estimate, and what to do."""
+    instance, world = instances[0], ctx.world
+    optim, threads = instance.stage.optim, world.num_loader_threads
+    batching = Batching(ctx.recipe.batch_size, world.size, accumulate=optim.accumulate if optim else 1)
+    on_gpu = world.device.type != "cpu"
+    memory = memory_per_process(instance, ctx.recipe, ctx.data.num_classes, batching, threads, on_gpu=on_gpu)
+    needed = sum(num_bytes for part, num_bytes in memory.items() if not (on_gpu and part in HOST_PARTS))
+    of_images = sum(memory[part] for part in ("activations", "transient", "heap"))
+    divisors = (n for n in range(batching.accumulate + 1, batching.local_batch + 1) if batching.local_batch % n == 0)
+    smaller = next((f"set stages.{instance.stage_name}.optim.accumulate={n}, or " for n in divisors), "")
+    return (
+        f"{display_name(instances)}: out of memory; {instance.network_name} needs about {needed / 1e9:.2f} GB per "
+        f"process, {of_images / 1e9:.2f} GB of it for {batching.micro_batch} images at a time; "
+        f"{smaller}train in more processes" + (", or with --sequential" if len(instances) > 1 else "")
+    )
 
 
 class StageTraining:
@@ -191,7 +208,9 @@ class StageTraining:
 
     def _save_is_due_by_the_clock(self) -> bool:
         every_minutes = self.recipe.checkpoints.every_minutes
-        return every_minutes is not None and time.monotonic() - self.saved_at > 60 * every_minutes
+        if every_minutes is None or self.writer.is_busy:  # with the last one: waiting for it would stop all processes
+            return False
+        return time.monotonic() - self.saved_at > 60 * every_minutes
 
     def _save(self) -> None:
         """Save every student, in the background."""

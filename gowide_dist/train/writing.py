@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 
@@ -18,6 +18,7 @@ class Writer:
         self._is_main = is_main
         self._thread = ThreadPoolExecutor(1, "writer")
         self._failure: BaseException | None = None
+        self._last: Future[None] | None = None
 
     @property
     def failed(self) -> bool:
@@ -33,7 +34,12 @@ class Writer:
 
     def write_later(self, task: Callable[[], None]) -> None:
         """Do `task` in the background, after those before it. What it writes may not change meanwhile."""
-        self._thread.submit(self.write, task)
+        self._last = self._thread.submit(self.write, task)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is still to be written in the background."""
+        return self._last is not None and not self._last.done()
 
     def wait(self) -> None:
         """Return when all is written."""
@@ -48,5 +54,6 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
+    def __exit__(self, error: object, *_: object) -> None:
+        # A process that fails says so at once, however slow the disk; it wastes a file that is not complete.
+        self._thread.shutdown(wait=error is None)

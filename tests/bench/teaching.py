@@ -6,8 +6,8 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from gowide_dist.insight.costs import network_cost
 from gowide_dist.stages import BlocksStage
+from gowide_dist.train.costs import network_cost
 from tests.bench import plain as plain_way
 from tests.bench.pairs import Figure, in_turns, milliseconds, seconds_of, spread
 from tests.bench.subject import Subject, TrainingStep, endless_batches

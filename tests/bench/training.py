@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gowide_dist.data.loader import Batch
-from gowide_dist.insight.costs import network_cost
 from gowide_dist.progress import Track
 from gowide_dist.recipe import Checkpoints
+from gowide_dist.train.costs import network_cost
 from tests.bench.pairs import Figure, clock, milliseconds, seconds_of
 from tests.bench.subject import OPTIM, Enough, Subject
 

@@ -15,7 +15,6 @@ from gowide_dist.errors import DataError
 from gowide_dist.files import sha256
 from gowide_dist.identity import fingerprint, identities
 from gowide_dist.insight.assumed import data_size, this_machines_cores
-from gowide_dist.insight.costs import IMPORTS
 from gowide_dist.insight.plan import longest_path, plan, plan_table, restarts
 from gowide_dist.insight.text import duration
 from gowide_dist.launch.local import KEEP_FREED_MEMORY
@@ -23,6 +22,7 @@ from gowide_dist.launch.profile import Device, Profile
 from gowide_dist.prepare import check_data, prepare
 from gowide_dist.run import Done, Run
 from gowide_dist.train.checkpoint import save_checkpoint
+from gowide_dist.train.costs import IMPORTS
 from tests.command import gowide, refused
 from tests.fashion import chain, write_job, write_part
 

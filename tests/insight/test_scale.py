@@ -9,9 +9,9 @@ import pytest
 from gowide_dist import load_recipe
 from gowide_dist.insight import scale
 from gowide_dist.insight.assumed import DataSize, data_size
-from gowide_dist.insight.costs import MacsPerImage, StageCost
 from gowide_dist.insight.scale import scale_nodes, scale_table, stage_seconds
 from gowide_dist.launch.profile import Device, Resources
+from gowide_dist.train.costs import MacsPerImage, StageCost
 from tests.command import gowide
 from tests.fashion import chain, encode_part, write_job
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
     ("fault", "line"),
     [
         ("data", "train.beton: image 7 is damaged; encode it again"),
-        ("memory", "teacher/wide: out of memory; stages.teacher.optim.accumulate=2 takes"),
+        ("memory", "teacher/wide: out of memory; wide needs about"),
         ("disk at a save", "disk full or quota exceeded; free space"),
         ("disk at the finish", "disk full or quota exceeded; free space"),
     ],

@@ -9,16 +9,16 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from gowide_dist import build_network, load_recipe
-from gowide_dist.insight.costs import (
+from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.teacher import Teacher
+from gowide_dist.timeline import Batching
+from gowide_dist.train.costs import (
     memory_per_process,
     network_cost,
     spent,
     stage_cost,
     training_macs,
 )
-from gowide_dist.networks.architecture import Architecture
-from gowide_dist.networks.teacher import Teacher
-from gowide_dist.timeline import Batching
 from gowide_dist.train.objectives import build_objective
 from tests.fashion import chain
 
