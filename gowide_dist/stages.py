@@ -145,6 +145,11 @@ class Phase(NamedTuple):
     trains: range  # backward pass
     targets: range  # their outputs are compared with the teacher's
 
+    @property
+    def has_frozen_prefix(self) -> bool:
+        """Whether blocks run below those that train."""
+        return self.runs.start < self.trains.start
+
 
 class BlocksStage(TaughtStage):
     """Imitation of the teacher's block outputs: mean squared errors, one for each block.

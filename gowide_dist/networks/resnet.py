@@ -69,6 +69,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.num_classes = num_classes
+        self.is_compiled = False
         kernel, stride, pool = STEMS[architecture.stem]
         self.conv1 = _conv(3, architecture.stem_channels, kernel, stride)
         self.bn1 = nn.BatchNorm2d(architecture.stem_channels)
@@ -129,6 +130,7 @@ class ResNet(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile each block in place; names and values of the weights stay."""
+        self.is_compiled = True
         for index in range(self.num_blocks):
             # By default all blocks share one limit of 8 compiled versions: torch.compile wraps the same code of each.
             self.layer(index).compile(isolate_recompiles=True, recompile_limit=32)

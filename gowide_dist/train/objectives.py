@@ -136,6 +136,7 @@ class Blocks(Objective):
 
     def begin_phase(self, phase: int) -> None:
         self._phase = self.phases[phase]
+        self._frozen: Teacher | None = None
         self._trained: list[nn.Module] = []
         for index in self._phase.trains:  # each block with the transforms around it
             down = [self.down[index - 1]] if index else []
@@ -157,8 +158,11 @@ class Blocks(Objective):
         """`mse_block1` and so on from the bottom, of the blocks that this phase compares, and `loss`, their sum."""
         targets = self.teacher.blocks(images, self._phase.targets.stop)
         errors = {}
-        x = images
-        for index in self._phase.runs:
+        x, runs = images, self._phase.runs
+        in_half = torch.amp.is_autocast_available(device := images.device.type) and torch.is_autocast_enabled(device)
+        if in_half and self._phase.has_frozen_prefix:
+            x, runs = self._frozen_prefix(images), self._phase.trains
+        for index in runs:
             if self.teacher_inputs and index > 0:
                 x = targets[index - 1]
             with torch.set_grad_enabled(index in self._phase.trains):
@@ -181,6 +185,17 @@ class Blocks(Objective):
     def finished(self) -> ResNet:
         """The plain student, its transforms and classifier merged into it."""
         return merged(self.student, list(self.up), list(self.down), self.classifier)
+
+    def _frozen_prefix(self, images: Tensor) -> Tensor:
+        """Output of the blocks below those that train, in the teacher's channels.
+
+        They stand still for a whole phase, so they are held in autocast's precision instead of cast in every step.
+        """
+        first = self._phase.trains.start
+        if self._frozen is None:  # not earlier: only when a phase begins has every process rank 0's statistics
+            network, dtype = self.finished(), torch.get_autocast_dtype(images.device.type)
+            self._frozen = Teacher(network, compiled=self.student.is_compiled, dtype=dtype)
+        return cast(Tensor, self.up[first - 1](self._frozen.blocks(images, first)[-1]))
 
     def _block(self, index: int, x: Tensor) -> Tensor:
         """Output of student block `index` in the teacher's channels, for an input in the teacher's channels."""

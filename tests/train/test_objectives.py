@@ -159,6 +159,27 @@ def test_bottom_up_trains_one_block_on_frozen_ones(thin, teacher, batch):
         assert moved == {name for name in statistics if name.rpartition(".")[0] in parts}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frozen_blocks_are_held_in_autocasts_precision(thin, teacher, batch, dtype):
+    """As if they were cast in every step, up to rounding; of the phase before nothing is left."""
+    objective = blocks(thin, teacher)
+    for index in range(1, 3):
+        objective.begin_phase(index)
+        objective.train()
+        with torch.no_grad():  # what the phase before would have changed
+            objective.student.layer(index - 1)[0].conv1.weight.mul_(1.5)
+        expected = objective(*batch)["loss"]
+        with torch.autocast("cpu", dtype):
+            losses = objective(*batch)
+        torch.testing.assert_close(losses["loss"], expected, rtol=0.02, atol=0)
+        assert {weight.dtype for weight in objective._frozen._network.parameters()} == {dtype}
+        losses["loss"].backward()
+        trained = {name for name, weight in objective.named_parameters() if weight.grad is not None}
+        assert trained >= names_of_block(objective, index)
+        assert not trained & names_of_block(objective, index - 1)
+        objective.zero_grad()
+
+
 def test_a_phase_minimises_what_the_evaluation_shows(thin, teacher, batch):
     objective = blocks(thin, teacher).eval()
     for phase in range(3):
