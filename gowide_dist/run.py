@@ -23,7 +23,7 @@ from gowide_dist.files import flock, sha256, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
 from gowide_dist.recipe import Recipe
 
-LOCK_WAIT_S = number_from("GOWIDE_LOCK_WAIT_S", 150)  # a file server frees a dead node's locks late
+LOCK_WAIT_S = 150  # a file server frees a dead node's locks late
 
 
 class Done(BaseModel):
@@ -150,10 +150,10 @@ class StageDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the only writer. Raises RunError if another one keeps the lock for `LOCK_WAIT_S`."""
+        """Be the only writer. Raises RunError if another one keeps the lock for GOWIDE_LOCK_WAIT_S."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
-            deadline = time.monotonic() + LOCK_WAIT_S
+            deadline = time.monotonic() + number_from("GOWIDE_LOCK_WAIT_S", LOCK_WAIT_S)
             while not flock(file, fcntl.LOCK_EX):
                 if time.monotonic() >= deadline:
                     self.check_unlocked()

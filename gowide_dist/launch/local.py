@@ -141,7 +141,8 @@ def _forwarding_signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[in
 
     def forward(number: int, _: FrameType | None) -> None:
         if not forwarded:
-            process.send_signal(number)
+            # Not SIGINT: a worker whose interpreter is still starting would print a traceback.
+            process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
         forwarded.append(number)
 
     numbers = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
