@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from operator import gt
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -239,11 +240,21 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
             f"{option}.teacher: the blocks of {instance.teacher} ({teacher.num_blocks} blocks, {teacher.stem} stem) "
             f"do not match those of {network} ({student.num_blocks} blocks, {student.stem} stem)"
         )
-    if stage.start == "teacher" and (student.stem, student.stem_channels) != (teacher.stem, teacher.stem_channels):
+    if stage.start != "fresh" and (student.stem, student.stem_channels) != (teacher.stem, teacher.stem_channels):
         raise RecipeError(
             f"{option}.start: the stem of {instance.teacher} ({teacher.stem}, {teacher.stem_channels} channels) does "
             f"not fit {network} ({student.stem}, {student.stem_channels}); take start: fresh, or reduce its width "
             "instead of its channels"
+        )
+    if stage.start == "pruned" and student.block != teacher.block:
+        raise RecipeError(
+            f"{option}.start: {instance.teacher} has {teacher.block} units and {network} {student.block} units, whose "
+            "inner channels do not correspond; take start: teacher or fresh"
+        )
+    if stage.start == "pruned" and any(map(gt, student.inner_channels, teacher.inner_channels)):
+        raise RecipeError(
+            f"{option}.start: {network} has more inner channels {list(student.inner_channels)} than {instance.teacher} "
+            f"{list(teacher.inner_channels)}, so that there is nothing to prune; take start: teacher or fresh"
         )
 
 

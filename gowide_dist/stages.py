@@ -129,12 +129,14 @@ class TaughtStage(StageBase):
     """Settings of every stage with a teacher."""
 
     teacher: Reference
-    start: Literal["teacher", "fresh"] = "fresh"  # teacher: its weights, where name and shape are the same
+    # teacher: its weights, where name and shape are the same; pruned: also its strongest channels inside the units
+    start: Literal["teacher", "pruned", "fresh"] = "fresh"
 
     @model_validator(mode="after")
     def _check_start(self) -> TaughtStage:
-        if self.start == "teacher" and self.init is not None:
-            raise ValueError("start: teacher and init both say which weights the stage starts from; keep one of them")
+        if self.start != "fresh" and self.init is not None:
+            both = f"start: {self.start} and init"
+            raise ValueError(f"{both} both say which weights the stage starts from; keep one of them")
         return self
 
 

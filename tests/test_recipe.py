@@ -149,6 +149,7 @@ BAD = {
     "stages.teacher.optim=null": "stages.teacher: optim is required to train",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, inputs: teacher, prefix: trained}": "prefix: trained needs inputs: student",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, start: teacher, init: teacher}": "stages.imitate: start: teacher and init both say",
+    "stages.distill.start=pruned": "stages.distill: start: pruned and init both say",
     "stages.teacher.init={fil: x}": "stages.teacher.init: unknown key 'fil', did you mean 'file'?",
     "stages.teacher.init=5": "stages.teacher.init: should be a valid string, not '5'",
     "stages.distill.optim={lr: 0.1, momentum: 0, nesterov: true}": "stages.distill.optim: nesterov needs a momentum",
@@ -173,6 +174,25 @@ def test_a_bad_value_is_named_with_its_key_and_what_to_write(job, override):
 def test_a_student_with_another_stem_cannot_start_from_its_teacher(job):
     with pytest.raises(RecipeError, match=r"imitate\.start: the stem of teacher/wide .* does not fit network 'half'"):
         load_recipe(job, ["stages.imitate.start=teacher", "networks.half.channels=0.5", "networks.wide.widen=quarter"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["networks.quarter.channels=0.5"], "the stem of teacher/wide .* does not fit network 'quarter'"),
+        (
+            ["networks.quarter.arch=resnet18"],
+            "has bottleneck units and network 'quarter' basic units, .* start: teacher",
+        ),
+        (
+            ["networks.quarter.width=8"],
+            r"network 'quarter' has more inner channels \[512, .*\] than teacher/wide \[256, ",
+        ),
+    ],
+)
+def test_what_cannot_be_pruned_is_told(job, overrides, message):
+    with pytest.raises(RecipeError, match=rf"imitate\.start: .*{message}"):
+        load_recipe(job, ["stages.imitate.start=pruned", *overrides])
 
 
 @pytest.mark.parametrize(

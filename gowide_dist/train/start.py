@@ -9,12 +9,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from gowide_dist.networks.pruning import take_over_strongest
 from gowide_dist.networks.resnet import ResNet, build_network, take_over
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
 from gowide_dist.recipe import Instance
 from gowide_dist.run import Run
-from gowide_dist.stages import KlStage, TaughtStage
+from gowide_dist.stages import KlStage, Stage, TaughtStage
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.checkpoint import load_checkpoint, whole_checkpoints
 from gowide_dist.train.context import COMPUTE_DTYPES, TrainContext
@@ -24,6 +25,8 @@ from gowide_dist.train.stream import Stream
 from gowide_dist.train.student import Student
 from gowide_dist.train.teacher_logits import Layout, TeacherLogits, stored_logits
 from gowide_dist.train.writing import Writer
+
+TAKE_OVER = {"teacher": take_over, "pruned": take_over_strongest, "fresh": None}  # by `start` of a stage
 
 
 def start_steps(instances: Sequence[Instance], ctx: TrainContext) -> list[tuple[int, list[str]]]:
@@ -54,7 +57,7 @@ def build_students(
     if isinstance(stage, KlStage) and stage.teacher_logits == "stored":
         stream.stored = _stored_logits(first, stage, stream, ctx, name)
     teacher_network = teacher = None
-    if first.teacher and (_starts_from_teacher(first) or not stream.stored):
+    if first.teacher and (TAKE_OVER[_start(stage)] or not stream.stored):
         teacher_network = _load_teacher(first, ctx)
         teacher = None if stream.stored else _build_teacher(teacher_network, ctx)
 
@@ -80,7 +83,8 @@ def _initial_objective(
     """The objective of a stage before its first step, on the device. The student's weights are, in this order:
 
     1. `init`: those of a finished stage, or of a file;
-    2. `start: teacher`: every weight of the teacher that fits by name and shape, the others fresh;
+    2. `start: teacher`: every weight of the teacher that fits by name and shape, the others fresh; `start: pruned`: in
+       place of these inside the units, the teacher's strongest channels;
     3. fresh, drawn from the instance's seed.
 
     A checkpoint, where there is one, goes over all of them (`Student.start`).
@@ -89,9 +93,9 @@ def _initial_objective(
     network = build_network(instance.architecture, ctx.data.num_classes)
     if weights := instance.init_file or (instance.init and ctx.run.stage(instance.init).model):
         load_weights(weights, network)
-    if _starts_from_teacher(instance):
+    if copy := TAKE_OVER[_start(instance.stage)]:
         assert teacher_network is not None
-        take_over(network, teacher_network)
+        copy(network, teacher_network)
     objective = build_objective(instance.stage, ctx.place(network), teacher, instance.seed)
     if ctx.recipe.compile:
         network.compile_blocks()
@@ -100,8 +104,8 @@ def _initial_objective(
     return objective
 
 
-def _starts_from_teacher(instance: Instance) -> bool:
-    return isinstance(instance.stage, TaughtStage) and instance.stage.start == "teacher"
+def _start(stage: Stage) -> str:
+    return stage.start if isinstance(stage, TaughtStage) else "fresh"
 
 
 def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:

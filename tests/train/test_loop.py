@@ -117,6 +117,7 @@ def test_decay_of_norms_counts(train):
         ("imitate/thin", ["stages.imitate.prefix=trained"]),
         ("imitate/thin", ["stages.imitate.classifier=fresh"]),
         ("imitate/thin", ["stages.imitate.start=teacher"]),
+        ("imitate/thin", ["stages.imitate.start=pruned"]),
         ("distill/thin", ["stages.distill.temperature=1"]),
         ("distill/thin", ["stages.distill.labels_weight=0.5"]),
         ("distill/thin", ["stages.distill.init=null"]),
