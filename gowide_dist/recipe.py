@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from gowide_dist.errors import RecipeError
 from gowide_dist.networks.architecture import Architecture
 from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, Positive, Seed, nearest, read_yaml, validate
-from gowide_dist.stages import BlocksStage, File, Stage, TaughtStage
+from gowide_dist.stages import BlocksStage, File, KlStage, Stage, TaughtStage
 from gowide_dist.timeline import Batching
 
 
@@ -182,6 +182,12 @@ class Recipe(Frozen):
                     f"stages.{name}.optim.accumulate: the local batch of {local_batch} images is not divisible by "
                     f"{stage.optim.accumulate}"
                 )
+            is_dist = isinstance(stage, KlStage) and stage.loss == "dist"
+            if is_dist and stage.optim and stage.optim.accumulate == local_batch:
+                raise RecipeError(
+                    f"stages.{name}.loss: dist correlates over a batch, and a process takes one image at a time; take "
+                    "fewer processes, a smaller accumulate or a larger batch_size"
+                )
 
     def _resolve(self, name: str, seen: tuple[str, ...]) -> Architecture:
         network = self.networks[name]
@@ -240,6 +246,16 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
             f"{option}.teacher: the blocks of {instance.teacher} ({teacher.num_blocks} blocks, {teacher.stem} stem) "
             f"do not match those of {network} ({student.num_blocks} blocks, {student.stem} stem)"
         )
+    if isinstance(stage, BlocksStage) and len(stage.block_weights) not in (0, student.num_blocks):
+        given = len(stage.block_weights)
+        raise RecipeError(f"{option}.block_weights: has {given} weights, but {network} has {student.num_blocks} blocks")
+    if isinstance(stage, KlStage) and stage.blocks_weight:
+        theirs, own = ((each.stem, list(each.block_channels)) for each in (teacher, student))
+        if theirs != own:
+            raise RecipeError(
+                f"{option}.blocks_weight: the blocks of {instance.teacher} ({theirs[0]} stem, channels {theirs[1]}) "
+                f"and of {network} ({own[0]} stem, channels {own[1]}) differ; leave blocks_weight out"
+            )
     if stage.start != "fresh" and (student.stem, student.stem_channels) != (teacher.stem, teacher.stem_channels):
         raise RecipeError(
             f"{option}.start: the stem of {instance.teacher} ({teacher.stem}, {teacher.stem_channels} channels) does "

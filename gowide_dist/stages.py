@@ -164,6 +164,7 @@ class BlocksStage(TaughtStage):
     inputs: Literal["student", "teacher"] = "student"  # of a block: the output of the block below, in this network
     prefix: Literal["frozen", "trained"] = "frozen"  # trained: a block's error also trains the blocks below it
     classifier: Literal["teacher", "fresh"] = "teacher"
+    block_weights: tuple[Positive, ...] = ()  # of each block's error, from the bottom; default: 1 for all
 
     def phases(self, num_blocks: int) -> list[Phase]:
         """The phases of the stage, equally long: bottom-up one for each block, jointly one for all blocks."""
@@ -187,11 +188,16 @@ class BlocksStage(TaughtStage):
 
 
 class KlStage(TaughtStage):
-    """Distillation of the teacher's logits: KL divergence at a temperature, mixed with cross-entropy on the labels."""
+    """Distillation of the teacher's logits at a temperature, mixed with cross-entropy and with block errors."""
 
     objective: Literal["kl"]
+    loss: Literal["kl", "dist", "dkd"] = "kl"  # on the logits; see docs/method.md
     temperature: Positive = 1.0
-    labels_weight: Fraction = 0.0  # weight of the cross-entropy; the KL divergence has the rest
+    standardise: bool = False  # z-scores of each sample's logits, student's and teacher's, take the logits' place
+    target_weight: NonNegative = 1.0  # of loss: dkd, alpha: of the label against all other classes
+    others_weight: NonNegative = 8.0  # of loss: dkd, beta: of the other classes among themselves
+    labels_weight: Fraction = 0.0  # weight of the cross-entropy; the loss on the logits has the rest
+    blocks_weight: NonNegative = 0.0  # weight of the sum of the blocks' mean squared errors, which comes on top
     teacher_logits: Literal["live", "stored"] = "live"  # stored: computed once for all stages of one teacher and stream
     top_k: Count | None = None  # stored logits: the K largest, and one number for all other classes; default: all
 
@@ -199,7 +205,26 @@ class KlStage(TaughtStage):
     def _check_top_k(self) -> KlStage:
         if self.top_k and self.teacher_logits == "live":
             raise ValueError("top_k: needs teacher_logits: stored; a live teacher gives all classes")
+        if self.top_k and self.needs_all_classes:
+            needy = "standardise" if self.standardise else f"loss: {self.loss}"
+            raise ValueError(f"top_k: {needy} needs every class by itself; leave top_k out")
         return self
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> KlStage:
+        if self.blocks_weight and self.teacher_logits == "stored":
+            raise ValueError("blocks_weight: needs teacher_logits: live; outputs of blocks are not stored")
+        weights = (self.target_weight, self.others_weight)
+        if self.loss != "dkd" and weights != (1.0, 8.0):
+            raise ValueError(f"target_weight and others_weight: belong to loss: dkd, which is {self.loss} here")
+        if not any(weights):
+            raise ValueError("target_weight and others_weight: one of them should be greater than 0")
+        return self
+
+    @property
+    def needs_all_classes(self) -> bool:
+        """Whether the loss is undefined for classes that are merged, as `top_k` does."""
+        return self.standardise or self.loss != "kl"
 
 
 Stage = Annotated[LabelsStage | BlocksStage | KlStage, Field(discriminator="objective")]

@@ -149,6 +149,11 @@ BAD = {
     "stages.teacher.optim=null": "stages.teacher: optim is required to train",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, inputs: teacher, prefix: trained}": "prefix: trained needs inputs: student",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, start: teacher, init: teacher}": "stages.imitate: start: teacher and init both say",
+    "stages.distill.loss=dst": "stages.distill.loss: should be 'kl', 'dist' or 'dkd', not 'dst'",
+    "stages.distill.others_weight=2": "stages.distill: target_weight and others_weight: belong to loss: dkd, which is kl here",
+    "stages.distill.blocks_weight=-1": "stages.distill.blocks_weight: should be greater than or equal to 0, not '-1'",
+    "stages.imitate.block_weights=[1, 0, 1, 1]": "stages.imitate.block_weights.1: should be greater than 0, not '0'",
+    "stages.imitate.block_weights=[1, 2]": "stages.imitate.block_weights: has 2 weights, but network 'half' has 4 blocks",
     "stages.distill.start=pruned": "stages.distill: start: pruned and init both say",
     "stages.teacher.init={fil: x}": "stages.teacher.init: unknown key 'fil', did you mean 'file'?",
     "stages.teacher.init=5": "stages.teacher.init: should be a valid string, not '5'",
@@ -174,6 +179,42 @@ def test_a_bad_value_is_named_with_its_key_and_what_to_write(job, override):
 def test_a_student_with_another_stem_cannot_start_from_its_teacher(job):
     with pytest.raises(RecipeError, match=r"imitate\.start: the stem of teacher/wide .* does not fit network 'half'"):
         load_recipe(job, ["stages.imitate.start=teacher", "networks.half.channels=0.5", "networks.wide.widen=quarter"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["teacher_logits=stored", "top_k=3", "loss=dist"],
+            "top_k: loss: dist needs every class by itself; leave top_k",
+        ),
+        (["teacher_logits=stored", "top_k=3", "loss=dkd"], "top_k: loss: dkd needs every class by itself; leave top_k"),
+        (["teacher_logits=stored", "top_k=3", "standardise=true"], "top_k: standardise needs every class by itself"),
+        (["teacher_logits=stored", "blocks_weight=1"], "blocks_weight: needs teacher_logits: live; outputs of blocks"),
+        (["loss=dkd", "target_weight=0", "others_weight=0"], "one of them should be greater than 0"),
+    ],
+)
+def test_terms_of_a_distillation_that_exclude_each_other(job, overrides, message):
+    with pytest.raises(RecipeError, match=f"stages.distill: .*{message}"):
+        load_recipe(job, [f"stages.distill.{override}" for override in overrides])
+
+
+def test_blocks_beside_the_logits_need_equal_channels(job):
+    weight = "stages.distill.blocks_weight=1"
+    load_recipe(job, [weight])
+    with pytest.raises(
+        RecipeError, match=r"distill\.blocks_weight: the blocks of teacher/wide \(small stem, .* differ"
+    ):
+        load_recipe(job, [weight, "networks.quarter.channels=0.5"])
+
+
+def test_a_correlation_over_a_batch_needs_more_than_one_image(job):
+    recipe = load_recipe(job, ["stages.distill.loss=dist", "stages.distill.optim.accumulate=4"])
+    recipe.check_processes(1)
+    with pytest.raises(
+        RecipeError, match=r"stages\.distill\.loss: dist correlates over a batch, .* one image at a time"
+    ):
+        recipe.check_processes(2)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def notes_on_logits(recipe: Recipe, size: DataSize, profile: Profile) -> Iterato
     """For students of one teacher on the same images: what storing its outputs saves, or would save."""
     groups: dict[Hashable, list[Instance]] = {}
     for instance in recipe.instances.values():
-        if isinstance(instance.stage, KlStage) and instance.stage.epochs:
+        if isinstance(instance.stage, KlStage) and instance.stage.epochs and not instance.stage.blocks_weight:
             groups.setdefault(_stream(instance), []).append(instance)
     for students in groups.values():
         instance, stage, count = students[0], students[0].stage, len(students)
@@ -129,7 +129,7 @@ def notes_on_logits(recipe: Recipe, size: DataSize, profile: Profile) -> Iterato
         images = stage.epochs * images_per_epoch
         macs = training_macs(instance, recipe, num_classes)
         once = images * 2 * macs.teacher / device_of(profile.resources(instance)).flops / 3600
-        top_k = stage.top_k or (TOP_K if not is_stored and num_classes > 100 else None)
+        top_k = stage.top_k or (None if is_stored or stage.needs_all_classes or num_classes <= 100 else TOP_K)
         row = 2 * (top_k + 1) + (2 if num_classes <= 2**15 else 4) * top_k if top_k else 2 * num_classes
         rows = f"{stage.epochs} epochs x {images_per_epoch:,} images x {row} bytes"
         yield (

@@ -29,12 +29,17 @@ class Teacher:
         self._network = fold_batch_norms(network).requires_grad_(False).to(dtype)
         if compiled:
             self._network.compile_blocks()
-        self._cache: dict[tuple[int, int | None], tuple[Tensor, Any]] | None = None
+        self._cache: dict[tuple[int, int | str], tuple[Tensor, Any]] | None = None
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, H] -> logits [B, K]."""
-        return self._cached(images, None, lambda: cast(Tensor, self._network(images)[0]))
+        return self._cached(images, "logits", lambda: cast(Tensor, self._network(images)[0]))
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Images [B, 3, H, H] -> logits [B, K] and outputs [B, C_i, H_i, H_i] of all blocks, from one pass."""
+        return self._cached(images, "outputs", lambda: cast(tuple[Tensor, tuple[Tensor, ...]], self._network(images)))
 
     @torch.no_grad()
     def blocks(self, images: Tensor, num_blocks: int) -> tuple[Tensor, ...]:
@@ -53,10 +58,10 @@ class Teacher:
         finally:
             self._cache = None
 
-    def _cached(self, images: Tensor, num_blocks: int | None, compute: Callable[[], Output]) -> Output:
+    def _cached(self, images: Tensor, what: int | str, compute: Callable[[], Output]) -> Output:
         if self._cache is None:
             return compute()
-        key = id(images), num_blocks
+        key = id(images), what
         if key not in self._cache:
             self._cache[key] = images, compute()  # holds the images too: no other tensor can get their id
         return cast(Output, self._cache[key][1])

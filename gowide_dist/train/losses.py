@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +16,64 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     log_student = F.log_softmax(student.float() / temperature, dim=1)
     log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+
+
+def dkd(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, target_weight: float, others_weight: float
+) -> Tensor:
+    """Decoupled distillation of each sample: logits [B, K] twice, labels [B] -> [B].
+
+    Zhao et al. 2022 (arXiv 2203.08679): alpha TCKD + beta NCKD, here `target_weight` and `others_weight`. TCKD
+    is the divergence between label and not label, NCKD that among the other classes; both times T^2 as in the authors'
+    code. KL is TCKD + (1 - p) NCKD, with the teacher's probability p of the label.
+    """
+    label = labels[:, None]
+    other = torch.arange(student.shape[1] - 1, device=labels.device)
+    other = other + (other >= label)  # [B, K - 1]
+
+    def split(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 2], the label and all others merged into one, and [B, K - 1], the others."""
+        others = logits.float().gather(1, other)
+        merged = temperature * torch.logsumexp(others / temperature, dim=1, keepdim=True)
+        return torch.cat([logits.float().gather(1, label), merged], dim=1), others
+
+    (own, own_others), (target, target_others) = split(student), split(teacher)
+    tckd = kl_divergence(own, target, temperature)
+    return target_weight * tckd + others_weight * kl_divergence(own_others, target_others, temperature)
+
+
+def dist_over_classes(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """DIST's inter-class term: T^2 (1 - Pearson correlation of the probabilities) of each sample: [B, K] twice -> [B].
+
+    Huang et al. 2022 (arXiv 2205.10536); T^2 as in the authors' code.
+    """
+    return temperature**2 * (1 - _pearson(*_probabilities(student, teacher, temperature)))
+
+
+def dist_over_batch(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """DIST's intra-class term: as `dist_over_classes`, of each class over the batch, averaged: a scalar."""
+    own, target = _probabilities(student, teacher, temperature)
+    return temperature**2 * (1 - _pearson(own.T, target.T)).mean()
+
+
+def _probabilities(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return F.softmax(student.float() / temperature, dim=1), F.softmax(teacher.float() / temperature, dim=1)
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation of each row: [N, M] twice -> [N]. 1e-8, the authors', makes a constant row 0."""
+    a, b = (rows - rows.mean(dim=1, keepdim=True) for rows in (a, b))
+    norms: Tensor = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+    return (a * b).sum(dim=1) / (norms + 1e-8)
+
+
+def z_scores(logits: Tensor) -> Tensor:
+    """Logits [B, K] less their mean, over their standard deviation (divisor K - 1), of each sample: [B, K].
+
+    Sun et al. 2024 (arXiv 2403.01427); divisor and 1e-7 are those of the authors' code.
+    """
+    logits = logits.float()
+    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + 1e-7)
 
 
 def block_mse(student: Tensor, teacher: Tensor) -> Tensor:

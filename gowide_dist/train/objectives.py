@@ -21,7 +21,17 @@ from gowide_dist.networks.resnet import ResNet
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.transforms import linear_transform, merged
 from gowide_dist.stages import BlocksStage, KlStage, LabelsStage
-from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
+from gowide_dist.train.losses import (
+    accuracy,
+    block_mse,
+    cross_entropy,
+    dist_over_batch,
+    dist_over_classes,
+    dkd,
+    kl_divergence,
+    mixup_lam,
+    z_scores,
+)
 from gowide_dist.train.teacher_logits import TeacherOutput, merge_tail
 
 Losses = dict[str, Tensor]  # by name
@@ -82,30 +92,54 @@ class Labels(Objective):
 
 
 class Kl(Objective):
-    """Distillation of the teacher's output, mixed with cross-entropy on the labels where these have a weight.
+    """Distillation of the teacher's logits, mixed with cross-entropy and block errors where these have a weight.
 
     Without a teacher, its output must come with every batch.
     """
 
-    def __init__(
-        self, student: ResNet, teacher: Teacher | None, temperature: float = 1.0, labels_weight: float = 0.0
-    ) -> None:
+    def __init__(self, student: ResNet, teacher: Teacher | None, stage: KlStage) -> None:
         super().__init__(student)
-        self.teacher, self.temperature, self.labels_weight = teacher, temperature, labels_weight
+        self.teacher, self.stage = teacher, stage
 
     def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
-        """`loss`: (1 - labels_weight) times the KL divergence at the temperature, labels_weight times cross-entropy."""
-        logits, _ = self.student(images)
+        """`loss`: (1 - labels_weight) times `kl`, `dkd` or `dist`, the comparison with the teacher's logits, plus
+        labels_weight times `cross_entropy`, plus blocks_weight times `mse_blocks`, the sum of all blocks' errors.
+        """
+        stage = self.stage
+        logits, blocks = self.student(images)
+        targets: tuple[Tensor, ...] = ()
         if stored is None:
             assert self.teacher is not None
-            stored = TeacherOutput(self.teacher.logits(images))
-        student = merge_tail(logits, stored.classes, self.temperature)
-        kl = kl_divergence(student, stored.values, self.temperature)
-        if not self.labels_weight:
-            return {"loss": kl}, logits
-        from_labels = cross_entropy(logits, labels)
-        loss = (1 - self.labels_weight) * kl + self.labels_weight * from_labels
-        return {"loss": loss, "kl": kl, "cross_entropy": from_labels}, logits
+            if stage.blocks_weight:
+                values, targets = self.teacher.outputs(images)
+            else:
+                values = self.teacher.logits(images)
+            stored = TeacherOutput(values)
+        losses: Losses = {stage.loss: self._compare(logits, stored, labels)}
+        loss = (1 - stage.labels_weight) * losses[stage.loss]
+        if stage.labels_weight:
+            losses["cross_entropy"] = cross_entropy(logits, labels)
+            loss = loss + stage.labels_weight * losses["cross_entropy"]
+        if stage.blocks_weight:
+            losses["mse_blocks"] = torch.stack(list(map(block_mse, blocks, targets))).sum(dim=0)
+            loss = loss + stage.blocks_weight * losses["mse_blocks"]
+        return ({"loss": loss, **losses} if len(losses) > 1 else {"loss": loss}), logits
+
+    def _compare(self, logits: Tensor, output: TeacherOutput, labels: Tensor) -> Tensor:
+        """The loss of the student's logits against the teacher's output, of each sample: [B]."""
+        stage = self.stage
+        student, teacher = merge_tail(logits, output.classes, stage.temperature), output.values
+        if stage.standardise:
+            student, teacher = z_scores(student), z_scores(teacher)
+        match stage.loss:
+            case "kl":
+                return kl_divergence(student, teacher, stage.temperature)
+            case "dkd":
+                return dkd(student, teacher, labels, stage.temperature, stage.target_weight, stage.others_weight)
+            case "dist":
+                loss = dist_over_classes(student, teacher, stage.temperature)
+                # In training alone: no sample has a correlation over the batch by itself, each gets it in full.
+                return loss + dist_over_batch(student, teacher, stage.temperature) if self.training else loss
 
 
 class Blocks(Objective):
@@ -126,6 +160,7 @@ class Blocks(Objective):
         self.teacher = teacher
         self.teacher_inputs, self.trained_prefix = stage.inputs == "teacher", stage.prefix == "trained"
         self.phases = stage.phases(student.num_blocks)
+        self.weights = stage.block_weights or [1.0] * student.num_blocks
         self.num_phases = len(self.phases)
         channels = list(zip(student.architecture.block_channels, teacher.block_channels, strict=True))
         self.up = nn.ModuleList(linear_transform(thin, wide) for thin, wide in channels)
@@ -155,7 +190,7 @@ class Blocks(Objective):
         return self
 
     def forward(self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None) -> Losses:
-        """`mse_block1` and so on from the bottom, of the blocks that this phase compares, and `loss`, their sum."""
+        """`mse_block1` and so on from the bottom, of the blocks that this phase compares; `loss`: weighted sum."""
         targets = self.teacher.blocks(images, self._phase.targets.stop)
         errors = {}
         x, runs = images, self._phase.runs
@@ -169,10 +204,10 @@ class Blocks(Objective):
                 x = self._block(index, x if self.trained_prefix else x.detach())
             if index in self._phase.targets:
                 errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
-        return _means(_with_sum(errors))
+        return _means(self._with_sum(errors, self._phase.targets))
 
     def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
-        """The error of every block when the student runs on its own, and `loss`, their sum."""
+        """The error of every block when the student runs on its own, and `loss`, their weighted sum."""
         errors = {}
         x = images
         for index, target in enumerate(self.teacher.blocks(images, self.student.num_blocks)):
@@ -180,7 +215,7 @@ class Blocks(Objective):
             x = self.up[index](last)
             errors[f"mse_block{index + 1}"] = block_mse(x, target)
         logits = self.student.head(last) if self.classifier is None else self.classifier(self.student.pool(x))
-        return _with_sum(errors), logits
+        return self._with_sum(errors, range(self.student.num_blocks)), logits
 
     def finished(self) -> ResNet:
         """The plain student, its transforms and classifier merged into it."""
@@ -197,6 +232,10 @@ class Blocks(Objective):
             self._frozen = Teacher(network, compiled=self.student.is_compiled, dtype=dtype)
         return cast(Tensor, self.up[first - 1](self._frozen.blocks(images, first)[-1]))
 
+    def _with_sum(self, errors: Losses, blocks: range) -> Losses:
+        weighted = [self.weights[index] * error for index, error in zip(blocks, errors.values(), strict=True)]
+        return {"loss": torch.stack(weighted).sum(dim=0), **errors}
+
     def _block(self, index: int, x: Tensor) -> Tensor:
         """Output of student block `index` in the teacher's channels, for an input in the teacher's channels."""
         x = self.student.block(index, x if index == 0 else self.down[index - 1](x))
@@ -211,7 +250,7 @@ def build_objective(
         case LabelsStage():
             return Labels(student, stage.label_smoothing, stage.mixup, seed)
         case KlStage():
-            return Kl(student, teacher, stage.temperature, stage.labels_weight)
+            return Kl(student, teacher, stage)
         case BlocksStage():
             assert teacher is not None
             return Blocks(student, teacher, stage)
@@ -219,7 +258,3 @@ def build_objective(
 
 def _means(losses: Losses) -> Losses:
     return {name: values.mean() for name, values in losses.items()}
-
-
-def _with_sum(errors: Losses) -> Losses:
-    return {"loss": torch.stack(list(errors.values())).sum(dim=0), **errors}

@@ -90,6 +90,9 @@ def test_a_teacher_has_the_outputs_of_its_network(architecture):
     images = torch.randn(4, 3, 64, 64)
     logits, blocks = network.eval()(images)
     assert torch.allclose(teacher.logits(images), logits, rtol=1e-4, atol=1e-4)
+    both = teacher.outputs(images)
+    assert torch.equal(both[0], teacher.logits(images))
+    assert all(map(torch.equal, both[1], teacher.blocks(images, 4)))
     for block, expected in zip(teacher.blocks(images, 3), blocks, strict=False):
         assert torch.allclose(block, expected, rtol=1e-3, atol=1e-4)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in teacher._network.modules())
@@ -115,9 +118,11 @@ def test_within_the_cache_a_teacher_runs_once_per_tensor_of_images():
         assert teacher.logits(images) is teacher.logits(images)
         assert teacher.blocks(images, 1) is teacher.blocks(images, 1)
         assert len(ran) == 2  # logits are not blocks
+        assert teacher.outputs(images) is teacher.outputs(images)
+        assert len(ran) == 3
         for _ in range(10):
             teacher.logits(images.clone())
-        assert len(ran) == 12
+        assert len(ran) == 13
     assert teacher.logits(images) is not teacher.logits(images)
 
 

@@ -22,10 +22,15 @@ STAGES = {
     "labels": (LabelsStage, {"label_smoothing": 0.1}),
     "mixup": (LabelsStage, {"mixup": 0.2}),
     "kl": (KlStage, {"temperature": 4.0, "labels_weight": 0.3}),
+    "standardised": (KlStage, {"standardise": True}),
+    "terms": (KlStage, {"labels_weight": 0.3, "blocks_weight": 1.0}),
+    "dist": (KlStage, {"loss": "dist", "temperature": 2.0}),
+    "dkd": (KlStage, {"loss": "dkd", "labels_weight": 0.5}),
     "stored": (KlStage, {"temperature": 4.0, "teacher_logits": "stored", "top_k": 3}),
     "bottom-up": (BlocksStage, {}),
     "prefix": (BlocksStage, {"prefix": "trained"}),
     "inputs": (BlocksStage, {"inputs": "teacher"}),
+    "weighted": (BlocksStage, {"block_weights": [1.0, 0.5]}),
     "joint": (BlocksStage, {"order": "joint", "classifier": "fresh"}),
 }
 
@@ -45,7 +50,8 @@ def test_a_step_leaves_no_tensor_behind_and_asks_for_no_scalar(monkeypatch, fami
     # no fused step on the meta device, whose devices PyTorch lists
     monkeypatch.setattr(optim, "SGD", lambda groups, fused, **options: torch.optim.SGD(groups, **options))
     with torch.device("meta"):
-        teacher_network = build_network({**family, "width": 4.0}, 10)
+        same = {"channels": channels} if name == "terms" else {}  # no transforms there
+        teacher_network = build_network({**family, "width": 4.0, **same}, 10)
         student = build_network({**family, "channels": channels}, 10)
     teacher = None if name == "stored" else Teacher(teacher_network)
     with torch.device("meta"):  # as `ctx.place` puts a network on the device before its objective is built

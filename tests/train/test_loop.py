@@ -120,6 +120,10 @@ def test_decay_of_norms_counts(train):
         ("imitate/thin", ["stages.imitate.start=pruned"]),
         ("distill/thin", ["stages.distill.temperature=1"]),
         ("distill/thin", ["stages.distill.labels_weight=0.5"]),
+        ("distill/thin", ["stages.distill.loss=dkd"]),
+        ("distill/thin", ["stages.distill.loss=dist"]),
+        ("distill/thin", ["stages.distill.standardise=true"]),
+        ("distill/thin", ["stages.distill.blocks_weight=1"]),
         ("distill/thin", ["stages.distill.init=null"]),
         ("distill/thin", ["stages.distill.init=null", "stages.distill.start=teacher"]),
     ],
@@ -203,6 +207,8 @@ class PowerCut(BaseException):
                           "stem: strided}", "stages.imitate.prefix=trained"]),
         ("imitate/thin", ["stages.imitate.order=joint", "stages.imitate.inputs=teacher"]),
         ("distill/thin", ["stages.distill.labels_weight=0.3", "stages.distill.optim.ema=0.5"]),
+        ("distill/thin", ["stages.distill={loss: dist, standardise: true, blocks_weight: 1, start: pruned, train: thin, "
+                          "objective: kl, teacher: teacher, epochs: 2, optim: {lr: 0.05, accumulate: 2}}"]),
     ],
 )  # fmt: skip
 def test_restarts_are_exact_with_every_option(train, monkeypatch, tmp_path, key, overrides):

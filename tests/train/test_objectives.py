@@ -1,14 +1,26 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gowide_dist import build_network
 from gowide_dist.networks.teacher import Teacher
-from gowide_dist.stages import BlocksStage
-from gowide_dist.train.losses import accuracy, block_mse, cross_entropy, kl_divergence, mixup_lam
+from gowide_dist.stages import BlocksStage, KlStage
+from gowide_dist.train.losses import (
+    accuracy,
+    block_mse,
+    cross_entropy,
+    dist_over_batch,
+    dist_over_classes,
+    dkd,
+    kl_divergence,
+    mixup_lam,
+    z_scores,
+)
 from gowide_dist.train.objectives import Blocks, Kl, Labels
+from gowide_dist.train.teacher_logits import compress
 
 THIN = {"block": "bottleneck", "depths": [1, 1, 1], "base": 8, "width": 0.5, "stem": "strided"}
 
@@ -36,6 +48,11 @@ def blocks(student, teacher, **options):
     return Blocks(student, teacher, BlocksStage.model_validate(stage))
 
 
+def kl(student, teacher, **options):
+    stage = {"train": ["thin"], "objective": "kl", "teacher": "teacher", "epochs": 1, "optim": {"lr": 1}, **options}
+    return Kl(student, teacher, KlStage.model_validate(stage))
+
+
 def test_kl_by_hand():
     # teacher (3/4, 1/4) at T = 1, student (1/2, 1/2): 3/4 ln(3/2) + 1/4 ln(1/2)
     teacher, student = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
@@ -45,6 +62,78 @@ def test_kl_by_hand():
     p = math.sqrt(3) / (1 + math.sqrt(3))
     by_hand = 4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)))
     assert kl_divergence(student, teacher, 2.0).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_dkd_by_hand():
+    # teacher (1/2, 1/4, 1/4), student (1/3, 1/3, 1/3)
+    teacher, student = torch.tensor([[math.log(2.0), 0.0, 0.0]] * 2), torch.zeros(2, 3)
+    losses = dkd(student, teacher, torch.tensor([0, 1]), 1.0, target_weight=1.0, others_weight=8.0)
+    # label 0: (1/2, 1/2) and (1/3, 2/3); among the others both are even
+    assert losses[0].item() == pytest.approx(0.5 * math.log(1.5) + 0.5 * math.log(0.75), rel=1e-5)
+    # label 1: (1/4, 3/4) and (1/3, 2/3); among the others (2/3, 1/3) and (1/2, 1/2)
+    target = 0.25 * math.log(0.75) + 0.75 * math.log(9 / 8)
+    others = 2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)
+    assert losses[1].item() == pytest.approx(target + 8 * others, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kl_is_the_sum_of_its_decoupled_parts(temperature):
+    """KL = TCKD + (1 - p) NCKD, Zhao et al. 2022, and so are the gradients: p is the teacher's."""
+    torch.manual_seed(0)
+    student, teacher = 3 * torch.randn(16, 7).double().requires_grad_(), 5 * torch.randn(16, 7).double()
+    labels = torch.randint(0, 7, (16,))
+    tckd, nckd = (dkd(student, teacher, labels, temperature, *weights) for weights in ((1, 0), (0, 1)))
+    p = F.softmax(teacher / temperature, dim=1)[range(16), labels].float()
+    whole = kl_divergence(student, teacher, temperature)
+    assert torch.allclose(tckd + (1 - p) * nckd, whole, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(loss.sum(), student)[0] for loss in (tckd + (1 - p) * nckd, whole)]
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_dist_is_one_less_the_correlations_over_classes_and_over_the_batch():
+    rng = np.random.default_rng(0)
+    student, teacher = 2 * rng.standard_normal((6, 5)), 3 * rng.standard_normal((6, 5))
+    own, target = (np.exp(logits / 2) / np.exp(logits / 2).sum(1, keepdims=True) for logits in (student, teacher))
+    over_classes = [4 * (1 - np.corrcoef(a, b)[0, 1]) for a, b in zip(own, target, strict=True)]
+    over_batch = np.mean([4 * (1 - np.corrcoef(a, b)[0, 1]) for a, b in zip(own.T, target.T, strict=True)])
+    pair = torch.tensor(student), torch.tensor(teacher)
+    assert dist_over_classes(*pair, 2.0).tolist() == pytest.approx(over_classes, rel=1e-4)
+    assert dist_over_batch(*pair, 2.0).item() == pytest.approx(over_batch, rel=1e-4)
+
+
+def test_dist_asks_for_relations_not_for_values():
+    """Probabilities that are stretched around even ones correlate perfectly, over classes and over the batch."""
+    torch.manual_seed(0)
+    teacher = torch.rand(6, 4).softmax(dim=1)
+    student = 0.25 + 0.5 * (teacher - 0.25)
+    assert dist_over_classes(student.log(), teacher.log(), 1.0).abs().max() < 1e-5
+    assert dist_over_batch(student.log(), teacher.log(), 1.0).abs() < 1e-5
+    assert kl_divergence(student.log(), teacher.log(), 1.0).min() > 1e-4
+
+
+def test_z_scores_by_hand():
+    # deviations of (1, 2, 3) with divisor 2: -1, 0, 1; of (0, 0, 3) the mean is 1 and the variance (1 + 1 + 4) / 2
+    scores = z_scores(torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]]))
+    root = math.sqrt(3)
+    assert torch.allclose(scores, torch.tensor([[-1.0, 0.0, 1.0], [-1 / root, -1 / root, 2 / root]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_compute_in_float32_and_survive_what_is_constant(dtype):
+    """Equal logits have no deviation and no correlation: no loss or gradient may become NaN."""
+    labels = torch.zeros(4, dtype=torch.long)
+    for logits in (torch.zeros(4, 3), torch.tensor([[300.0, 0.0, -300.0]]).repeat(4, 1)):
+        student, teacher = logits.to(dtype).requires_grad_(), logits.to(dtype)
+        losses = [
+            dkd(student, teacher, labels, 1.0, 1.0, 8.0),
+            dist_over_classes(student, teacher, 1.0),
+            dist_over_batch(student, teacher, 1.0),
+            kl_divergence(z_scores(student), z_scores(teacher), 2.0),
+        ]
+        for loss in losses:
+            assert loss.dtype == torch.float32
+            (gradient,) = torch.autograd.grad(loss.sum(), student)
+            assert loss.isfinite().all() and gradient.isfinite().all()
 
 
 def test_mse_by_hand():
@@ -101,7 +190,7 @@ def test_mixup_by_hand(student, batch):
 
 
 def test_kl_trains_the_student_alone(student, teacher, batch):
-    objective = Kl(student, teacher, temperature=4.0)
+    objective = kl(student, teacher, temperature=4.0)
     objective(*batch)["loss"].backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert {id(p) for p in objective.parameters()} == {id(p) for p in student.parameters()}
@@ -111,12 +200,64 @@ def test_kl_trains_the_student_alone(student, teacher, batch):
 def test_kl_with_labels(student, teacher, batch):
     images, labels = batch
     student.eval()
-    losses = Kl(student, teacher, temperature=2.0, labels_weight=0.3)(images, labels)
-    kl = Kl(student, teacher, temperature=2.0)(images, labels)["loss"]
+    losses = kl(student, teacher, temperature=2.0, labels_weight=0.3)(images, labels)
+    alone = kl(student, teacher, temperature=2.0)(images, labels)["loss"]
     from_labels = Labels(student)(images, labels)["loss"]
-    assert torch.allclose(losses["loss"], 0.7 * kl + 0.3 * from_labels)
-    assert torch.allclose(losses["kl"], kl)
+    assert torch.allclose(losses["loss"], 0.7 * alone + 0.3 * from_labels)
+    assert torch.allclose(losses["kl"], alone)
     assert torch.allclose(losses["cross_entropy"], from_labels)
+
+
+@pytest.mark.parametrize("loss", ["kl", "dkd", "dist"])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_losses_on_logits(student, teacher, batch, loss, standardise):
+    """Every sample's as it is evaluated; in training, DIST's correlation over the batch comes on top."""
+    images, labels = batch
+    objective = kl(student.eval(), teacher, loss=loss, standardise=standardise, temperature=2.0, labels_weight=0.25)
+    objective.eval()
+    own, target = student(images)[0], teacher.logits(images)
+    own, target = (z_scores(logits) for logits in (own, target)) if standardise else (own, target)
+    formulas = {
+        "kl": lambda: kl_divergence(own, target, 2.0),
+        "dkd": lambda: dkd(own, target, labels, 2.0, 1.0, 8.0),
+        "dist": lambda: dist_over_classes(own, target, 2.0),
+    }
+    values = objective.evaluate(images, labels)
+    assert torch.allclose(values[loss], formulas[loss]())
+    assert torch.allclose(values["loss"], 0.75 * values[loss] + 0.25 * values["cross_entropy"])
+    objective.train()
+    student.eval()  # batch norms as before
+    means = objective(images, labels)
+    over_batch = dist_over_batch(own, target, 2.0) if loss == "dist" else 0
+    assert torch.allclose(means[loss], formulas[loss]().mean() + over_batch)
+    means["loss"].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in student.parameters())
+    assert torch.allclose(means["loss"], 0.75 * means[loss] + 0.25 * means["cross_entropy"])
+
+
+@pytest.mark.parametrize("options", [{"loss": "dkd"}, {"loss": "dist"}, {"standardise": True}], ids=str)
+def test_losses_on_stored_logits(student, teacher, batch, options):
+    """To half precision: stored logits are shifted, which none of them sees."""
+    objective = kl(student.eval(), teacher, temperature=2.0, **options)
+    live = objective(*batch)["loss"]
+    stored = objective(*batch, 0, compress(teacher.logits(batch[0]), None, 1.0))["loss"]
+    assert stored.item() == pytest.approx(live.item(), rel=5e-3)
+
+
+def test_one_stage_sums_kl_labels_and_blocks(student, teacher, batch):
+    images, labels = batch
+    student.eval()
+    ran = []
+    teacher._network.layer(0).register_forward_hook(lambda *_: ran.append(0))
+    objective = kl(student, teacher, labels_weight=0.3, blocks_weight=2.0)
+    losses = objective(images, labels)
+    assert ran == [0]  # one pass gives logits and blocks
+    errors = blocks(student, teacher).eval().evaluate(images, labels)["loss"].mean()
+    student.requires_grad_(True)
+    alone = kl(student, teacher)(images, labels)["loss"]
+    assert torch.allclose(losses["mse_blocks"], errors)
+    assert torch.allclose(losses["loss"], 0.7 * alone + 0.3 * losses["cross_entropy"] + 2 * errors)
+    assert set(objective.evaluate(images, labels)) == {*losses, "top1", "top5"}
 
 
 def gradients(objective, batch):
@@ -241,6 +382,25 @@ def test_jointly_with_a_trained_prefix_losses_reach_down(thin, teacher, batch):
     assert separate.keys() == through.keys()
     assert not torch.allclose(separate["student.conv1.weight"], through["student.conv1.weight"])
     assert torch.allclose(separate["student.layer3.0.bn3.bias"], through["student.layer3.0.bn3.bias"])
+
+
+@pytest.mark.parametrize("order", ["joint", "bottom-up"])
+def test_blocks_have_weights(thin, teacher, batch, order):
+    plain, weighted = (blocks(thin, teacher, order=order, block_weights=w).eval() for w in ([], [1.0, 0.5, 3.0]))
+    weighted.load_state_dict(plain.state_dict())
+    for phase in range(plain.num_phases):
+        for objective in (plain, weighted):
+            objective.begin_phase(phase)
+        before, _ = gradients(plain, batch)
+        after, losses = gradients(weighted, batch)
+        parts = {name: loss for name, loss in losses.items() if name != "loss"}
+        weights = {"mse_block1": 1.0, "mse_block2": 0.5, "mse_block3": 3.0}
+        assert torch.allclose(losses["loss"], sum(weights[name] * loss for name, loss in parts.items()))
+        for index, weight in enumerate(weights.values()):
+            for name in names_of_block(plain, index) & before.keys():
+                assert torch.allclose(after[name], weight * before[name], rtol=1e-3, atol=1e-7), name
+    total = weighted.evaluate(*batch)
+    assert torch.allclose(total["loss"], total["mse_block1"] + 0.5 * total["mse_block2"] + 3 * total["mse_block3"])
 
 
 def test_imitation_never_runs_the_teacher_above_the_block(student, batch):
