@@ -78,7 +78,7 @@ def test_encode_an_image_folder(tmp_path):
         (["encode", "fashion-mnist", "--out", "x", "--dry-run"], "encode --dry-run: prints the script of a Slurm job"),
         (["data", "verify", "nowhere"], "nowhere/dataset.json: not found"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["report", "nowhere"], "nowhere: no run directory"),
+        (["report", "nowhere"], "nowhere: not a run directory"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, message):

@@ -44,8 +44,9 @@ def start():
 
     def started(command):
         process = subprocess.Popen(
-            [GOWIDE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            [GOWIDE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+        )  # fmt: skip
         processes.append(process)
         return process
 

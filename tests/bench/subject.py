@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import tempfile
+import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -158,6 +159,9 @@ class Subject:
             ctx = TrainContext(recipe, Run(Path(folder)), self.world, data, identities(recipe, self.checksums))
             with contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO()):
                 train_together([recipe.instances["stage/network"]], ctx)
+            for thread in threading.enumerate():  # a loop that ends by an error leaves its last checkpoint to a thread
+                if thread.name.startswith("writer"):
+                    thread.join()
 
     def save(self, network: ResNet, step: int) -> None:
         """Write a training state: weights, statistics, and momentum in the parameters' shapes."""
