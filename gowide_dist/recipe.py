@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from gowide_dist.errors import RecipeError
 from gowide_dist.networks.architecture import Architecture
 from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, Positive, Seed, nearest, read_yaml, validate
-from gowide_dist.stages import BlocksStage, File, KlStage, Stage, TaughtStage
+from gowide_dist.stages import BlocksStage, File, KlStage, MixedStage, Stage, TaughtStage
 from gowide_dist.timeline import Batching
 
 
@@ -169,7 +169,7 @@ class Recipe(Frozen):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
     def check_processes(self, num_processes: int) -> None:
-        """Raises RecipeError if the global batch, or a process's local batch, cannot be divided equally."""
+        """Raises RecipeError if the global batch, or a process's local batch, cannot be divided equally or paired."""
         if self.batch_size % num_processes:
             raise RecipeError(
                 f"batch_size: {self.batch_size} is not divisible by {num_processes} processes; "
@@ -187,6 +187,11 @@ class Recipe(Frozen):
                 raise RecipeError(
                     f"stages.{name}.loss: dist correlates over a batch, and a process takes one image at a time; take "
                     "fewer processes, a smaller accumulate or a larger batch_size"
+                )
+            if isinstance(stage, MixedStage) and stage.is_mixed and local_batch % 2:
+                raise RecipeError(
+                    f"stages.{name}: {'mixup' if stage.mixup else 'cutmix'} mixes pairs of images, but the local batch "
+                    f"of {local_batch} is odd; take a batch_size that is a multiple of {2 * num_processes}"
                 )
 
     def _resolve(self, name: str, seen: tuple[str, ...]) -> Architecture:

@@ -117,12 +117,22 @@ class StageBase(Frozen):
         return self
 
 
-class LabelsStage(StageBase):
+class MixedStage(StageBase):
+    """Settings of every stage whose training images can be mixed in pairs. With both, half of the pairs each."""
+
+    mixup: NonNegative = 0.0  # alpha of the Beta distribution of an image's own part; 0: no mixup
+    cutmix: NonNegative = 0.0  # the same for CutMix, in which a box of the partner covers the rest
+
+    @property
+    def is_mixed(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
+
+class LabelsStage(MixedStage):
     """Cross-entropy on the labels."""
 
     objective: Literal["labels"]
     label_smoothing: Fraction = 0.0
-    mixup: NonNegative = 0.0  # alpha of the Beta distribution that mixes pairs of images; 0: no mixup
 
 
 class TaughtStage(StageBase):
@@ -187,7 +197,7 @@ class BlocksStage(TaughtStage):
         return self
 
 
-class KlStage(TaughtStage):
+class KlStage(TaughtStage, MixedStage):
     """Distillation of the teacher's logits at a temperature, mixed with cross-entropy and with block errors."""
 
     objective: Literal["kl"]
@@ -214,6 +224,8 @@ class KlStage(TaughtStage):
     def _check_loss(self) -> KlStage:
         if self.blocks_weight and self.teacher_logits == "stored":
             raise ValueError("blocks_weight: needs teacher_logits: live; outputs of blocks are not stored")
+        if self.loss == "dkd" and self.is_mixed:
+            raise ValueError("loss: dkd needs one label for each image; leave mixup and cutmix out")
         weights = (self.target_weight, self.others_weight)
         if self.loss != "dkd" and weights != (1.0, 8.0):
             raise ValueError(f"target_weight and others_weight: belong to loss: dkd, which is {self.loss} here")

@@ -17,7 +17,7 @@ import torch
 from gowide_dist import pipeline
 from gowide_dist.data.loader import Loader
 from gowide_dist.errors import DataError
-from gowide_dist.train import start, student
+from gowide_dist.train import loop, start, student
 from tests import nccl
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -26,14 +26,14 @@ FAULTY_STEP = 3
 
 def at_step(wrong: Callable[[], None], rank: int) -> None:
     """Let something go wrong on a rank in the middle of training."""
-    forward_backward = student.Student.forward_backward
+    train_step = loop.StageTraining._train_step
 
-    def faulty(self, batch, step, *rest):
-        if rank == RANK and step == FAULTY_STEP:
+    def faulty(self, *arguments):
+        if rank == RANK and self.step == FAULTY_STEP:
             wrong()
-        forward_backward(self, batch, step, *rest)
+        train_step(self, *arguments)
 
-    student.Student.forward_backward = faulty
+    loop.StageTraining._train_step = faulty
 
 
 def full_disk(module: object, name: str, moment: Path) -> None:

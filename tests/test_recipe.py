@@ -191,6 +191,7 @@ def test_a_student_with_another_stem_cannot_start_from_its_teacher(job):
         (["teacher_logits=stored", "top_k=3", "loss=dkd"], "top_k: loss: dkd needs every class by itself; leave top_k"),
         (["teacher_logits=stored", "top_k=3", "standardise=true"], "top_k: standardise needs every class by itself"),
         (["teacher_logits=stored", "blocks_weight=1"], "blocks_weight: needs teacher_logits: live; outputs of blocks"),
+        (["loss=dkd", "cutmix=1"], "loss: dkd needs one label for each image; leave mixup and cutmix out"),
         (["loss=dkd", "target_weight=0", "others_weight=0"], "one of them should be greater than 0"),
     ],
 )
@@ -293,6 +294,15 @@ def test_local_batches_are_equal(job):
     recipe.check_processes(4)
     with pytest.raises(RecipeError, match="batch_size: 8 is not divisible by 3 processes"):
         recipe.check_processes(3)
+
+
+def test_mixed_images_need_pairs(job):
+    recipe = load_recipe(job, ["stages.distill.cutmix=1", "batch_size=12"])
+    recipe.check_processes(2)
+    with pytest.raises(
+        RecipeError, match=r"stages.distill: cutmix mixes pairs of images, but the local batch of 3 is odd"
+    ):
+        recipe.check_processes(4)
 
 
 garbage = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,7 +15,7 @@ _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
-ORDER_STREAM, AUGMENT_STREAM, PAGE_STREAM = range(3)
+ORDER_STREAM, AUGMENT_STREAM, PAGE_STREAM, MIXING_STREAM = range(4)
 
 
 def draw(key: Any, position: Any) -> Any:

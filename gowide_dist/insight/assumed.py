@@ -144,5 +144,8 @@ def notes_on_logits(recipe: Recipe, size: DataSize, profile: Profile) -> Iterato
 def _stream(instance: Instance) -> tuple[Hashable, ...]:
     """Equal for stages that need the same outputs of the same teacher."""
     stage = instance.stage
-    kept = (stage.top_k, stage.temperature if stage.top_k else None) if isinstance(stage, KlStage) else ()
-    return (stage.objective, instance.teacher, instance.data_seed, stage.epochs, stage.ramp, *kept)
+    stream = instance.teacher, instance.data_seed, stage.epochs, stage.ramp
+    if not isinstance(stage, KlStage):
+        return (stage.objective, *stream)
+    kept = stage.top_k, stage.temperature if stage.top_k else None
+    return (stage.objective, *stream, stage.mixup, stage.cutmix, *kept)

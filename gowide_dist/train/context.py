@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from gowide_dist.networks.resnet import ResNet
 from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run
 from gowide_dist.stages import Stage
+from gowide_dist.train.losses import Targets
 from gowide_dist.train.teacher_logits import TeacherOutput
 from gowide_dist.world import World, to_device
 
@@ -24,16 +25,17 @@ COMPUTE_DTYPES = {
 
 
 class TrainBatch(NamedTuple):
-    """A batch on the device: images [B, 3, H, H], labels [B], and the teacher's output where it is stored."""
+    """A batch on the device: images [B, 3, H, H], labels, and the teacher's output where it is stored."""
 
     images: Tensor
-    labels: Tensor
+    labels: Targets
     stored: TeacherOutput | None
 
     def chunk(self, num_chunks: int) -> list[TrainBatch]:
         """The batch in equal parts."""
         stored = self.stored.chunk(num_chunks) if self.stored else [None] * num_chunks
-        parts = zip(self.images.chunk(num_chunks), self.labels.chunk(num_chunks), stored, strict=True)
+        labels: Sequence[Targets] = self.labels.chunk(num_chunks)
+        parts = zip(self.images.chunk(num_chunks), labels, stored, strict=True)
         return [TrainBatch(*part) for part in parts]
 
 

@@ -108,7 +108,7 @@ def _count(
     network = _on_meta(taught_by, num_classes) if taught_by else None
     with torch.device("meta"):
         teacher = Teacher(network) if network else None
-        objective = build_objective(stage, _on_meta(student, num_classes), teacher, seed=0)
+        objective = build_objective(stage, _on_meta(student, num_classes), teacher)
     images, labels = _batch(num_images, side)
     phases = [_count_phase(objective, teacher, phase, images, labels) for phase in range(objective.num_phases)]
     macs, trained, _, _ = zip(*phases, strict=True)

@@ -103,7 +103,7 @@ class StageTraining:
         self.ctx, self.recipe, self.world = ctx, ctx.recipe, ctx.world
         self.stage, self.name = instances[0].stage, display_name(instances)
         self.writer = Writer(self.world.is_main)
-        self.stream = Stream(loader, self.stage.ramp, ctx)
+        self.stream = Stream(loader, instances[0], ctx)
         self.students, self.teacher = build_students(instances, start, self.stream, self.writer, ctx, self.name)
         self.timeline = self.students[0].timeline
         self.step = start
@@ -144,7 +144,7 @@ class StageTraining:
         for index, part in enumerate(batch.chunk(num_passes)):
             with self.teacher.cached() if self.teacher else nullcontext():
                 for student in self.students:
-                    student.forward_backward(part, self.step, index, num_passes)
+                    student.forward_backward(part, index, num_passes)
         for student in self.students:
             student.update(lr)
 

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class MixedLabels(NamedTuple):
+    """Labels of mixed images: `own` and those of their `partners`, [B] each, and `lam` [B], the weight of the own."""
+
+    own: Tensor
+    partners: Tensor
+    lam: Tensor
+
+    def chunk(self, num_chunks: int) -> list[MixedLabels]:
+        return [MixedLabels(*part) for part in zip(*(values.chunk(num_chunks) for values in self), strict=True)]
+
+
+Targets = Tensor | MixedLabels  # labels [B], in training also those of mixed images
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -84,17 +99,15 @@ def block_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.float()).square().flatten(1).mean(dim=1)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each sample: logits [B, K], labels [B] -> [B].
+def cross_entropy(logits: Tensor, labels: Targets, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each sample: logits [B, K], labels [B] -> [B]; of mixed images, that on both labels weighted.
 
     `smoothing` is the part of the target that is shared equally by all classes (Szegedy et al. 2016, arXiv 1512.00567).
     """
+    if isinstance(labels, MixedLabels):
+        own, partners = (cross_entropy(logits, of, smoothing) for of in (labels.own, labels.partners))
+        return labels.lam * own + (1 - labels.lam) * partners
     return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-
-
-def mixup_lam(alpha: float, seed: int, step: int) -> float:
-    """The first image's part in each pair of a batch: Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412)."""
-    return float(np.random.default_rng((seed, step)).beta(alpha, alpha))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ To add one: its settings as a stage model in `stages` (and in the union `Stage` 
 and a case of `build_objective` here. Phases, stored outputs, costs, restarts and reports follow from these. It must run
 on the meta device, where costs are counted: no `.item()`, no tensor made on the CPU (tests/train/test_devices.py).
 
-Shapes: B images, C channels, H = W pixels, K classes. An objective called with images [B, 3, H, H] and labels [B] gives
-scalars by name, `loss` among them; `evaluate` gives losses and accuracies of every sample by name: [B] each. `stored`
-is the teacher's output for the batch, where the stage reads it from disk.
+Shapes: B images, C channels, H = W pixels, K classes. An objective called with images [B, 3, H, H] and labels [B], or
+mixed images and `MixedLabels`, gives scalars by name, `loss` among them; `evaluate`, of images that are never mixed,
+gives losses and accuracies of every sample by name: [B] each. `stored` is the teacher's output for the batch, where the
+stage reads it from disk.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.transforms import linear_transform, merged
 from gowide_dist.stages import BlocksStage, KlStage, LabelsStage
 from gowide_dist.train.losses import (
+    Targets,
     accuracy,
     block_mse,
     cross_entropy,
@@ -29,7 +31,6 @@ from gowide_dist.train.losses import (
     dist_over_classes,
     dkd,
     kl_divergence,
-    mixup_lam,
     z_scores,
 )
 from gowide_dist.train.teacher_logits import TeacherOutput, merge_tail
@@ -47,19 +48,20 @@ class Objective(nn.Module, ABC):
         self.student = student
 
     @abstractmethod
-    def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
+    def losses(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
         """Losses of each sample by name, [B] each, and the logits [B, K]."""
 
     def begin_phase(self, phase: int) -> None:
         """Let exactly what phase `phase` trains require gradients and, in training mode, update statistics."""
 
-    def forward(self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None) -> Losses:
-        """Losses by name, averaged over the batch; `loss` is the one to minimise. `step` keys what is random."""
+    def forward(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> Losses:
+        """Losses by name, averaged over the batch; `loss` is the one to minimise."""
         losses, _ = self.losses(images, labels, stored)
         return _means(losses)
 
-    def evaluate(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> Losses:
+    def evaluate(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> Losses:
         """Losses and accuracies of each sample by name, [B] each."""
+        assert isinstance(labels, Tensor), "evaluation is never mixed"
         losses, logits = self.losses(images, labels, stored)
         return {**losses, **accuracy(logits, labels)}
 
@@ -69,23 +71,18 @@ class Objective(nn.Module, ABC):
 
 
 class Labels(Objective):
-    """Cross-entropy on the labels, in training with label smoothing and mixup."""
+    """Cross-entropy on the labels, in training with label smoothing."""
 
-    def __init__(self, student: ResNet, label_smoothing: float = 0.0, mixup: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, student: ResNet, label_smoothing: float = 0.0) -> None:
         super().__init__(student)
-        self.label_smoothing, self.mixup, self.seed = label_smoothing, mixup, seed
+        self.label_smoothing = label_smoothing
 
-    def forward(self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None) -> Losses:
-        """`loss`: the cross-entropy. With mixup each image is mixed with its neighbour in this process's batch."""
-        if not self.mixup:
-            logits, _ = self.student(images)
-            return {"loss": cross_entropy(logits, labels, self.label_smoothing).mean()}
-        lam = mixup_lam(self.mixup, self.seed, step)
-        logits, _ = self.student(lam * images + (1 - lam) * images.roll(1, dims=0))
-        own, neighbours = (cross_entropy(logits, of, self.label_smoothing) for of in (labels, labels.roll(1)))
-        return {"loss": (lam * own + (1 - lam) * neighbours).mean()}
+    def forward(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> Losses:
+        """`loss`: the cross-entropy."""
+        logits, _ = self.student(images)
+        return {"loss": cross_entropy(logits, labels, self.label_smoothing).mean()}
 
-    def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
+    def losses(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
         """`loss`: the plain cross-entropy."""
         logits, _ = self.student(images)
         return {"loss": cross_entropy(logits, labels)}, logits
@@ -101,7 +98,7 @@ class Kl(Objective):
         super().__init__(student)
         self.teacher, self.stage = teacher, stage
 
-    def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
+    def losses(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
         """`loss`: (1 - labels_weight) times `kl`, `dkd` or `dist`, the comparison with the teacher's logits, plus
         labels_weight times `cross_entropy`, plus blocks_weight times `mse_blocks`, the sum of all blocks' errors.
         """
@@ -125,7 +122,7 @@ class Kl(Objective):
             loss = loss + stage.blocks_weight * losses["mse_blocks"]
         return ({"loss": loss, **losses} if len(losses) > 1 else {"loss": loss}), logits
 
-    def _compare(self, logits: Tensor, output: TeacherOutput, labels: Tensor) -> Tensor:
+    def _compare(self, logits: Tensor, output: TeacherOutput, labels: Targets) -> Tensor:
         """The loss of the student's logits against the teacher's output, of each sample: [B]."""
         stage = self.stage
         student, teacher = merge_tail(logits, output.classes, stage.temperature), output.values
@@ -135,6 +132,7 @@ class Kl(Objective):
             case "kl":
                 return kl_divergence(student, teacher, stage.temperature)
             case "dkd":
+                assert isinstance(labels, Tensor), "a stage with loss: dkd does not mix"
                 return dkd(student, teacher, labels, stage.temperature, stage.target_weight, stage.others_weight)
             case "dist":
                 loss = dist_over_classes(student, teacher, stage.temperature)
@@ -189,7 +187,7 @@ class Blocks(Objective):
             module.train(mode)
         return self
 
-    def forward(self, images: Tensor, labels: Tensor, step: int = 0, stored: TeacherOutput | None = None) -> Losses:
+    def forward(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> Losses:
         """`mse_block1` and so on from the bottom, of the blocks that this phase compares; `loss`: weighted sum."""
         targets = self.teacher.blocks(images, self._phase.targets.stop)
         errors = {}
@@ -206,7 +204,7 @@ class Blocks(Objective):
                 errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
         return _means(self._with_sum(errors, self._phase.targets))
 
-    def losses(self, images: Tensor, labels: Tensor, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
+    def losses(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
         """The error of every block when the student runs on its own, and `loss`, their weighted sum."""
         errors = {}
         x = images
@@ -242,13 +240,11 @@ class Blocks(Objective):
         return cast(Tensor, self.up[index](x))
 
 
-def build_objective(
-    stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None, seed: int
-) -> Objective:
+def build_objective(stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None) -> Objective:
     """The objective that a stage of a recipe describes, over `student`. Without a teacher, its logits are stored."""
     match stage:
         case LabelsStage():
-            return Labels(student, stage.label_smoothing, stage.mixup, seed)
+            return Labels(student, stage.label_smoothing)
         case KlStage():
             return Kl(student, teacher, stage)
         case BlocksStage():

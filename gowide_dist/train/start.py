@@ -96,7 +96,7 @@ def _initial_objective(
     if copy := TAKE_OVER[_start(instance.stage)]:
         assert teacher_network is not None
         copy(network, teacher_network)
-    objective = build_objective(instance.stage, ctx.place(network), teacher, instance.seed)
+    objective = build_objective(instance.stage, ctx.place(network), teacher)
     if ctx.recipe.compile:
         network.compile_blocks()
     if ctx.recipe.sync_batch_norm:
@@ -141,15 +141,16 @@ def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: Trai
         "data": {**identity["data"], "seed": instance.data_seed},
         **stage.model_dump(mode="json", include={"epochs", "ramp", "top_k"}),
         "temperature": temperature,
+        **stage.model_dump(mode="json", include={"mixup", "cutmix"}, exclude_defaults=True),
     }
     rows_per_epoch, val_rows = stream.steps_per_epoch * ctx.recipe.batch_size, ctx.data.val.num_samples
     layout = Layout(stage.epochs, rows_per_epoch, val_rows, ctx.data.num_classes, stage.top_k, temperature)
     teacher = cache(lambda: _build_teacher(_load_teacher(instance, ctx), ctx))
 
     def source(block: int) -> Iterator[Tensor]:
-        for batch in stream.epoch(block) if block < stage.epochs else ctx.data.val.batches():
+        for batch in stream.epoch(block) if block < stage.epochs else stream.validation():
             with ctx.autocast():
-                logits = teacher().logits(ctx.data.to_device(batch)[0])
+                logits = teacher().logits(batch.images)
             yield logits
 
     return stored_logits(ctx.run.teacher_logits, metadata, layout, source, ctx.world, name)

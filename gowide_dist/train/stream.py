@@ -8,21 +8,31 @@ from contextlib import closing
 import torch
 
 from gowide_dist.data.loader import Batch, Loader
-from gowide_dist.stages import Ramp
+from gowide_dist.recipe import Instance
+from gowide_dist.stages import MixedStage
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.context import TrainBatch, TrainContext
+from gowide_dist.train.losses import Targets
 from gowide_dist.train.metrics import StreamDigest, Throughput
+from gowide_dist.train.mixing import Mixing, Pairs
 from gowide_dist.train.teacher_logits import TeacherLogits, TeacherOutput
 
 
 class Stream:
     """One process's part of a stage's images, for all students of the stage.
 
-    digest: which samples were seen at which step. throughput: steps per second, and the time spent waiting for data.
+    digest: which samples were seen at which step, and how they were mixed. throughput: steps per second, and the time
+    spent waiting for data.
     """
 
-    def __init__(self, loader: Loader, ramp: Ramp | None, ctx: TrainContext) -> None:
-        self._loader, self._ramp, self._ctx = loader, ramp, ctx
+    def __init__(self, loader: Loader, instance: Instance, ctx: TrainContext) -> None:
+        """Instance: any of the students; they have the same stage and the same seed of the data."""
+        stage = instance.stage
+        self._loader, self._ramp, self._ctx = loader, stage.ramp, ctx
+        self._mixing: Mixing | None = None
+        if isinstance(stage, MixedStage) and stage.is_mixed:
+            self._mixing = Mixing(stage.mixup, stage.cutmix, instance.data_seed)
+        self._batching = Batching(ctx.recipe.batch_size, ctx.world.size, ctx.world.rank)
         self.stored: TeacherLogits | None = None
         self.digest = StreamDigest()
         self.throughput = Throughput()
@@ -31,7 +41,12 @@ class Stream:
     def steps_per_epoch(self) -> int:
         return self._loader.steps_per_epoch
 
-    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+    def epoch(self, epoch: int) -> Iterator[TrainBatch]:
+        """The batches of an epoch as training takes them, without stored outputs. Their samples are not counted."""
+        for step, batch in enumerate(self._decoded(epoch), epoch * self.steps_per_epoch):
+            yield self._on_device(batch, None, self._pairs(step, batch))
+
+    def _decoded(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The loader's batches of an epoch from its step `start` on, in the resolution of the epoch."""
         resolution = self._ctx.recipe.data.resolution
         return self._loader.batches(epoch, start, self._ramp.side(epoch, resolution) if self._ramp else resolution)
@@ -41,13 +56,14 @@ class Stream:
         step = start
         while step < stop:
             epoch, step_of_epoch = divmod(step, timeline.steps_per_epoch)
-            with closing(self.epoch(epoch, step_of_epoch)) as batches:
+            with closing(self._decoded(epoch, step_of_epoch)) as batches:
                 while step < min(stop, (epoch + 1) * timeline.steps_per_epoch):
                     with self.throughput.waiting():
                         batch = next(batches)
-                    self.digest.add(step, batch.indices)
-                    rows = timeline.batching.local_rows(step)
-                    yield self._on_device(batch, self.stored.train(rows.start, len(rows)) if self.stored else None)
+                    pairs, rows = self._pairs(step, batch), timeline.batching.local_rows(step)
+                    self.digest.add(step, pairs.seen(batch.indices) if pairs else batch.indices)
+                    stored = self.stored.train(rows.start, len(rows)) if self.stored else None
+                    yield self._on_device(batch, stored, pairs)
                     step += 1
 
     def validation(self) -> Iterator[TrainBatch]:
@@ -63,5 +79,12 @@ class Stream:
         stored = self.stored.train(0, num_images).to(device) if self.stored else None
         return TrainBatch(images, torch.zeros(num_images, dtype=torch.long, device=device), stored)
 
-    def _on_device(self, batch: Batch, stored: TeacherOutput | None) -> TrainBatch:
-        return TrainBatch(*self._ctx.data.to_device(batch), stored.to(self._ctx.world.device) if stored else None)
+    def _pairs(self, step: int, batch: Batch) -> Pairs | None:
+        return self._mixing.pairs(step, batch.images.shape[1], self._batching) if self._mixing else None
+
+    def _on_device(self, batch: Batch, stored: TeacherOutput | None, pairs: Pairs | None = None) -> TrainBatch:
+        images, labels = self._ctx.data.to_device(batch)
+        targets: Targets = labels
+        if pairs:
+            images, targets = pairs.mix(images, labels)
+        return TrainBatch(images, targets, stored.to(self._ctx.world.device) if stored else None)

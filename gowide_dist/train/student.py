@@ -66,11 +66,11 @@ class Student:
         self._settle_gradient_buckets(blank)
         self.objective.train()
 
-    def forward_backward(self, batch: TrainBatch, step: int, index: int = 0, num_passes: int = 1) -> None:
-        """Add the gradient of pass `index` of the `num_passes` equal ones that the batch of a step is taken in."""
+    def forward_backward(self, batch: TrainBatch, index: int = 0, num_passes: int = 1) -> None:
+        """Add the gradient of pass `index` of the `num_passes` equal ones that a step's batch is taken in."""
         with self.ctx.world.no_sync(self.wrapped, skip=index + 1 < num_passes):
             with self.ctx.autocast():
-                losses = self.wrapped(batch.images, batch.labels, step, batch.stored)
+                losses = self.wrapped(*batch)
             self.optimizer.backward(losses["loss"] / num_passes if num_passes > 1 else losses["loss"])
         self.losses.add(losses, num_passes)
 
@@ -154,7 +154,7 @@ class Student:
             return
         self.objective.eval()
         with self.ctx.autocast():
-            losses = self.wrapped(blank.images, blank.labels, 0, blank.stored)
+            losses = self.wrapped(*blank)
         losses["loss"].backward()
         self.objective.zero_grad()
 

@@ -112,7 +112,7 @@ class Subject:
         self, instance: Instance, teacher: Teacher | None, stage: Stage | None = None, phase: int = 0
     ) -> TrainingStep:
         """A step of a stage, or of `stage` with its network, which trains a new student. teacher: None where stored."""
-        objective = build_objective(stage or instance.stage, self.network(instance.architecture), teacher, seed=0)
+        objective = build_objective(stage or instance.stage, self.network(instance.architecture), teacher)
         objective.begin_phase(phase)
         return TrainingStep(objective, self.recipe, self.world)
 

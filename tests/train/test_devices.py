@@ -11,6 +11,7 @@ from gowide_dist.networks.teacher import Teacher
 from gowide_dist.stages import BlocksStage, KlStage, LabelsStage, Optim
 from gowide_dist.train import optim
 from gowide_dist.train.context import COMPUTE_DTYPES, TrainBatch
+from gowide_dist.train.losses import MixedLabels
 from gowide_dist.train.objectives import build_objective
 from gowide_dist.train.optim import MovingAverage, Optimizer
 from gowide_dist.train.teacher_logits import TeacherOutput
@@ -20,7 +21,8 @@ BASIC = {"block": "basic", "depths": [1, 2], "base": 8, "stem": "small"}
 BOTTLENECK = {"block": "bottleneck", "depths": [2, 1], "base": 8, "stem": "imagenet", "zero_init_residual": True}
 STAGES = {
     "labels": (LabelsStage, {"label_smoothing": 0.1}),
-    "mixup": (LabelsStage, {"mixup": 0.2}),
+    "mixed labels": (LabelsStage, {"mixup": 0.2, "cutmix": 1.0}),
+    "mixed kl": (KlStage, {"temperature": 4.0, "labels_weight": 0.3, "cutmix": 1.0}),
     "kl": (KlStage, {"temperature": 4.0, "labels_weight": 0.3}),
     "standardised": (KlStage, {"standardise": True}),
     "terms": (KlStage, {"labels_weight": 0.3, "blocks_weight": 1.0}),
@@ -55,7 +57,7 @@ def test_a_step_leaves_no_tensor_behind_and_asks_for_no_scalar(monkeypatch, fami
         student = build_network({**family, "channels": channels}, 10)
     teacher = None if name == "stored" else Teacher(teacher_network)
     with torch.device("meta"):  # as `ctx.place` puts a network on the device before its objective is built
-        objective = build_objective(stage_of(name), student, teacher, seed=0)
+        objective = build_objective(stage_of(name), student, teacher)
     assert {parameter.device.type for parameter in objective.parameters()} == {"meta"}
     images = torch.empty(8, 3, 32, 32, device="meta").to(memory_format=torch.channels_last)
     labels = torch.zeros(8, dtype=torch.long, device="meta")
@@ -63,13 +65,15 @@ def test_a_step_leaves_no_tensor_behind_and_asks_for_no_scalar(monkeypatch, fami
         torch.empty(8, 4, dtype=torch.half, device="meta"), torch.empty(8, 3, dtype=torch.int, device="meta")
     )
     batch = TrainBatch(images, labels, stored if name == "stored" else None)
+    lam = torch.empty(8, device="meta")
+    targets = MixedLabels(labels, labels, lam) if "mixed" in name else labels
     average = MovingAverage(objective, 0.9)
     for phase in range(objective.num_phases):
         objective.begin_phase(phase)
         optimizer = Optimizer(objective, Optim(lr=0.1, momentum=0.9, clip_norm=1.0), scaled=False)
         objective.train()
-        for part in batch.chunk(2):
-            losses = objective(part.images, part.labels, 0, part.stored)
+        for part in batch._replace(labels=targets).chunk(2):
+            losses = objective(*part)
             optimizer.backward(losses["loss"] / 2)
         optimizer.step(0.1)
         average.update()

@@ -73,6 +73,7 @@ def sha(run, key="teacher/wide"):
         ["precision=bf16"],
         ["stages.teacher.label_smoothing=0.1"],
         ["stages.teacher.mixup=0.2"],
+        ["stages.teacher.cutmix=1"],
         ["stages.teacher.schedule=linear"],
         ["stages.teacher.schedule=constant"],
         ["stages.teacher.schedule.warmup_epochs=1"],
@@ -202,11 +203,12 @@ class PowerCut(BaseException):
     ("key", "overrides"),
     [
         ("teacher/wide", ["precision=fp16", "stages.teacher.optim={lr: 0.05, clip_norm: 1, ema: 0.9, accumulate: 2}"]),
-        ("teacher/wide", ["precision=bf16", "stages.teacher.mixup=0.4", "stages.teacher.optim.nesterov=true"]),
+        ("teacher/wide", ["precision=bf16", "stages.teacher.mixup=0.4", "stages.teacher.cutmix=1",
+                          "stages.teacher.optim.nesterov=true"]),
         ("imitate/thin", ["networks.thin.channels=0.5", "networks.wide={block: bottleneck, depths: [1, 1], base: 4, "
                           "stem: strided}", "stages.imitate.prefix=trained"]),
         ("imitate/thin", ["stages.imitate.order=joint", "stages.imitate.inputs=teacher"]),
-        ("distill/thin", ["stages.distill.labels_weight=0.3", "stages.distill.optim.ema=0.5"]),
+        ("distill/thin", ["stages.distill.labels_weight=0.3", "stages.distill.optim.ema=0.5", "stages.distill.cutmix=1"]),
         ("distill/thin", ["stages.distill={loss: dist, standardise: true, blocks_weight: 1, start: pruned, train: thin, "
                           "objective: kl, teacher: teacher, epochs: 2, optim: {lr: 0.05, accumulate: 2}}"]),
     ],

@@ -16,7 +16,6 @@ from gowide_dist.train.losses import (
     dist_over_classes,
     dkd,
     kl_divergence,
-    mixup_lam,
     z_scores,
 )
 from gowide_dist.train.objectives import Blocks, Kl, Labels
@@ -173,22 +172,6 @@ def test_label_smoothing_trains_but_does_not_judge(student, batch):
     assert torch.equal(smooth.eval().evaluate(images, labels)["loss"], Labels(student).evaluate(images, labels)["loss"])
 
 
-def test_mixup_by_hand(student, batch):
-    images, labels = batch
-    objective = Labels(student.eval(), mixup=0.4, seed=5)
-    share = mixup_lam(0.4, seed=5, step=17)
-    partner = torch.tensor([7, 0, 1, 2, 3, 4, 5, 6])
-    mixed = share * images + (1 - share) * images[partner]
-    log_probabilities = student(mixed)[0].log_softmax(1)
-    both = -share * log_probabilities[range(8), labels] - (1 - share) * log_probabilities[range(8), labels[partner]]
-    assert torch.allclose(objective(images, labels, 17)["loss"], both.mean())
-    assert objective(images, labels, 18)["loss"] != objective(images, labels, 17)["loss"]
-    shares = [mixup_lam(0.4, 5, step) for step in range(4000)]
-    assert sum(shares) / 4000 == pytest.approx(0.5, abs=0.03)
-    variance = sum((share - 0.5) ** 2 for share in shares) / 4000
-    assert variance == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.1)  # of Beta(a, a)
-
-
 def test_kl_trains_the_student_alone(student, teacher, batch):
     objective = kl(student, teacher, temperature=4.0)
     objective(*batch)["loss"].backward()
@@ -240,7 +223,7 @@ def test_losses_on_stored_logits(student, teacher, batch, options):
     """To half precision: stored logits are shifted, which none of them sees."""
     objective = kl(student.eval(), teacher, temperature=2.0, **options)
     live = objective(*batch)["loss"]
-    stored = objective(*batch, 0, compress(teacher.logits(batch[0]), None, 1.0))["loss"]
+    stored = objective(*batch, compress(teacher.logits(batch[0]), None, 1.0))["loss"]
     assert stored.item() == pytest.approx(live.item(), rel=5e-3)
 
 

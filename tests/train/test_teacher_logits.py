@@ -136,8 +136,23 @@ def test_a_stored_stage_learns_as_a_live_one(distill):
     assert done(stored).stream == done(live).stream
     assert done(stored).fingerprint != done(live).fingerprint
     assert done(stored).top1 == pytest.approx(done(live).top1, abs=2)
-    mixed = "stages.distill.labels_weight=0.5"
-    assert losses(distill(STORED, mixed)) == pytest.approx(losses(distill(mixed)), rel=2e-3)
+    both = "stages.distill.labels_weight=0.5"
+    assert losses(distill(STORED, both)) == pytest.approx(losses(distill(both)), rel=2e-3)
+
+
+def test_of_mixed_images_the_answers_to_the_mixed_are_stored(distill):
+    settings = ("mixup=0.4", "cutmix=1", "labels_weight=0.5", "optim.accumulate=2")
+    mixed = [f"stages.distill.{setting}" for setting in settings]
+    live, stored = distill(*mixed), distill(STORED, *mixed)
+    assert losses(stored) == pytest.approx(losses(live), rel=2e-3)
+    assert done(stored).stream == done(live).stream
+    assert losses(stored) != pytest.approx(losses(distill()), rel=2e-2)
+
+
+def test_an_unmixed_stream_keeps_its_name(distill, monkeypatch):
+    """Its description does not speak of mixing, so that what was stored before is still found."""
+    description = json.loads((folder_of(distill(STORED)) / "logits.json").read_text())
+    assert not {"mixup", "cutmix"} & description["metadata"].keys()
 
 
 def test_the_teacher_runs_once_for_all_students_of_a_stream(distill, monkeypatch):
@@ -157,7 +172,15 @@ def test_the_teacher_runs_once_for_all_students_of_a_stream(distill, monkeypatch
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=5", "data.seed=5", "precision=bf16", "stages.distill.epochs=1", "stages.distill.top_k=3"],
+    [
+        "seed=5",
+        "data.seed=5",
+        "precision=bf16",
+        "stages.distill.epochs=1",
+        "stages.distill.top_k=3",
+        "stages.distill.mixup=0.4",
+        "stages.distill.cutmix=1",
+    ],
 )
 def test_another_stream_is_stored_by_itself(distill, override):
     run = distill(STORED)

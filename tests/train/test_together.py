@@ -11,7 +11,7 @@ from gowide_dist.networks.teacher import Teacher
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
 from gowide_dist.run import Run, read_metrics
-from gowide_dist.train import student
+from gowide_dist.train import loop, student
 from gowide_dist.train.checkpoint import whole_checkpoints
 from gowide_dist.train.student import TrainingError
 from tests import fashion
@@ -29,7 +29,12 @@ def students(data):
     recipe["networks"] |= {"slim": {**thin, "width": 0.25}, "narrow": {**thin, "width": 1.0, "channels": 0.5}}
     for name in STAGES:
         recipe["stages"][name] |= {"train": NETWORKS}
-    recipe["stages"]["distill"] |= {"epochs": 1, "optim": {"lr": 0.05, "accumulate": 2, "ema": 0.9}}
+    recipe["stages"]["distill"] |= {
+        "epochs": 1,
+        "optim": {"lr": 0.05, "accumulate": 2, "ema": 0.9},
+        "mixup": 0.2,
+        "cutmix": 1.0,
+    }
     return recipe
 
 
@@ -143,14 +148,15 @@ def test_students_ahead_of_the_others_train_alone(train, monkeypatch):
 
 
 def test_a_non_finite_loss_names_its_student(train, monkeypatch):
-    forward_backward = student.Student.forward_backward
+    train_step = loop.StageTraining._train_step
 
-    def spoilt(self, batch, step, *rest):
-        if self.instance.network_name == "slim" and step == 4:
-            self.objective.student.conv1.weight.data[:] = float("nan")
-        forward_backward(self, batch, step, *rest)
+    def spoilt(self, *arguments):
+        for each in self.students:
+            if each.instance.network_name == "slim" and self.step == 4:
+                each.objective.student.conv1.weight.data[:] = float("nan")
+        train_step(self, *arguments)
 
-    monkeypatch.setattr(student.Student, "forward_backward", spoilt)
+    monkeypatch.setattr(loop.StageTraining, "_train_step", spoilt)
     with pytest.raises(TrainingError, match=r"imitate/slim: the loss is not finite at step 5 ") as caught:
         train(only=["imitate"])
     assert "imitate/slim/checkpoints/step-000000003.pt" in str(caught.value)
