@@ -104,17 +104,25 @@ def _transform(image, original, matrix):
     pixels = original.reshape(-1)
     half = np.float32(0.5 * size)
     a, b, c, d, e, f = [np.float32(value) / half for value in matrix]
+    sources, size_32 = np.empty(size, np.int32), np.int32(size)
+    middle, one, two, three = np.float32(0.5 * (size - 1)), np.uint64(1), np.uint64(2), np.uint64(3)
     for row in range(size):
         line = image[row].reshape(-1)
-        y = np.float32(row - 0.5 * (size - 1))
-        for column in range(size):
-            x = np.float32(column - 0.5 * (size - 1))
-            from_x = np.int64(np.rint((a * x + b * y + c + _ONE) * half - _HALF))
-            from_y = np.int64(np.rint((d * x + e * y + f + _ONE) * half - _HALF))
-            is_inside = 0 <= from_x < size and 0 <= from_y < size
-            source, target = np.uint64((from_y * size + from_x) * 3 if is_inside else 0), np.uint64(column * 3)
-            for channel in range(np.uint64(3)):
-                line[target + channel] = pixels[source + channel] if is_inside else 0
+        y = np.float32(row) - middle
+        for column in range(size):  # alone in a loop, so that it is compiled to vectors
+            x = np.float32(column) - middle
+            from_x = np.int32(np.rint((a * x + b * y + c + _ONE) * half - _HALF))
+            from_y = np.int32(np.rint((d * x + e * y + f + _ONE) * half - _HALF))
+            is_inside = (from_x >= 0) & (from_x < size_32) & (from_y >= 0) & (from_y < size_32)
+            sources[column] = (from_y * size_32 + from_x) * np.int32(3) if is_inside else np.int32(-1)
+        target = np.uint64(0)
+        for source_32 in sources:
+            source = np.uint64(max(source_32, 0))
+            is_inside = source_32 >= 0
+            line[target] = pixels[source] if is_inside else 0
+            line[target + one] = pixels[source + one] if is_inside else 0
+            line[target + two] = pixels[source + two] if is_inside else 0
+            target += three
 
 
 @numba.njit
