@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 from gowide_dist.data.info import read_dataset_info
 from gowide_dist.errors import DataError
 from gowide_dist.progress import say
-from gowide_dist.recipe import Recipe
+from gowide_dist.recipe import Augment, Recipe
 from gowide_dist.steps import memory_bytes, run_steps
 from gowide_dist.timeline import Batching
 
@@ -33,13 +33,17 @@ _RATIOS = {"ffcv": "over_ffcv", "torchvision": "over_torchvision", "decode_only"
 
 
 class Reading(NamedTuple):
-    """What all loaders read and give: batches of `side` px, cropped at random, or else only shifted."""
+    """What all loaders read and give: batches of `side` px, cropped at random, or else only shifted.
+
+    augment: of it the policy, jitter and erasing, by this loader and by torchvision's; stock FFCV has them not.
+    """
 
     path: Path
     batch_size: int
     side: int
     cropped: bool
     num_threads: int
+    augment: Augment
 
 
 def machine() -> dict[str, Any]:
@@ -97,13 +101,15 @@ def tables(results: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def loader(
-    data_dir: Path, images_dir: Path | None = None, *, batch_size: int, resolution: int | None = None
-) -> dict[str, Any]:
+    data_dir: Path, images_dir: Path | None = None, *,
+    batch_size: int, resolution: int | None = None, augment: Augment | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Epochs of the loader beside stock FFCV, torchvision and the bare decoding of every image.
 
     data_dir: a folder that `gowide encode` wrote. images_dir: the same images for torchvision's ImageFolder (class
     folders, or a folder `train` of them). Variable or large images are cropped at random to `resolution` (default 224)
-    and flipped, small fixed ones shifted and flipped.
+    and flipped, small fixed ones shifted and flipped. augment: its policy, jitter and erasing are applied too, but by
+    stock FFCV and the bare decoding.
 
     Returns `over_ffcv`, `over_torchvision` (with images_dir), `of_decode_only` (where there are JPEGs) and
     `memory_over_ffcv`: medians of the ratios of the rounds; and what they come from, `images_per_s` and `memory_mib`
@@ -112,7 +118,9 @@ def loader(
     beton, num_threads = data_dir / "train.beton", len(os.sched_getaffinity(0))
     info = read_dataset_info(beton)
     is_cropped = resolution is not None or info.fixed_side_px is None
-    reading = Reading(beton, batch_size, resolution or info.fixed_side_px or 224, is_cropped, num_threads)
+    reading = Reading(
+        beton, batch_size, resolution or info.fixed_side_px or 224, is_cropped, num_threads, augment or Augment()
+    )
     readings = {"gowide_dist": reading, "ffcv": reading}
     if info.encoding.get("jpg_share"):
         readings["decode_only"] = reading
@@ -158,11 +166,15 @@ def _open(name: str, reading: Reading) -> tuple[int, Epoch]:
 
 def _own(reading: Reading) -> Epoch:
     from gowide_dist.data.decode import RandomResizedCrop, Shift
-    from gowide_dist.data.loader import Loader
+    from gowide_dist.data.loader import Loader, augmentations_of
 
     geometry = RandomResizedCrop(True, 0.08, 1.0, 3 / 4, 4 / 3) if reading.cropped else Shift(True, 4)
     batching, threads = Batching(reading.batch_size), reading.num_threads
-    stream = Loader(reading.path, batching, train=True, geometry=geometry, resolution=reading.side, num_threads=threads)
+    augmentations = tuple(augmentations_of(reading.augment, read_dataset_info(reading.path).mean))
+    stream = Loader(
+        reading.path, batching, train=True, geometry=geometry, augmentations=augmentations, resolution=reading.side,
+        num_threads=threads,
+    )  # fmt: skip
     return lambda epoch: sum(len(batch.images) for batch in stream.batches(epoch))
 
 
@@ -205,7 +217,17 @@ def _torchvision(reading: Reading) -> Epoch:
     from torchvision.transforms import v2
 
     crop = v2.RandomResizedCrop(reading.side) if reading.cropped else v2.RandomCrop(reading.side, padding=4)
-    images = ImageFolder(reading.path, v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]))
+    transforms = [crop, v2.RandomHorizontalFlip()]
+    if reading.augment.trivial_augment:
+        transforms.append(v2.TrivialAugmentWide())
+    if policy := reading.augment.rand_augment:
+        transforms.append(v2.RandAugment(policy.num_ops, policy.magnitude))
+    if jitter := reading.augment.color_jitter:
+        transforms.append(v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue))
+    transforms.append(v2.PILToTensor())
+    if erase := reading.augment.erase:
+        transforms.append(v2.RandomErasing(erase.probability, erase.scale, erase.ratio))
+    images = ImageFolder(reading.path, v2.Compose(transforms))
     size, workers = reading.batch_size, reading.num_threads
     stream = DataLoader(images, size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True)
     return lambda _: sum(len(images) for images, _ in stream)

@@ -145,7 +145,8 @@ def bench(
 ) -> None:
     """Measure whether this machine feeds and trains a recipe.
 
-    - `loader`: images per second and growth of memory, against stock FFCV and, with --images, torchvision
+    - `loader`: images per second and growth of memory, against stock FFCV (always without a policy, jitter and
+      erasing) and, with --images, torchvision
     - `stages`: a few real steps of every stage: images per second, the part of the time spent waiting for data, and
       the peak memory of a process (of its GPU, if it has one)
 
@@ -163,7 +164,9 @@ def bench(
     if "loader" in parts:
         resolution = recipe.data.resolution if recipe.data.augment.crop else None
         folder = data or recipe.data.train.parent
-        results["loader"] = loader(folder, images, batch_size=recipe.batch_size, resolution=resolution)
+        results["loader"] = loader(
+            folder, images, batch_size=recipe.batch_size, resolution=resolution, augment=recipe.data.augment
+        )
     if "stages" in parts:
         results["stages"] = stages(recipe, choose_num_processes(recipe, nproc))
     if as_json:

@@ -16,7 +16,7 @@ from gowide_dist.errors import RunError
 from gowide_dist.files import NO_WEIGHTS, sha256
 from gowide_dist.recipe import Instance, Recipe
 
-IDENTITY_FORMAT = 3  # raised when the code changes so that the same recipe gives other weights
+IDENTITY_FORMAT = 4  # raised when the code changes so that the same recipe gives other weights
 
 
 def recipe_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:

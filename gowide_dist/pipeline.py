@@ -73,13 +73,16 @@ def open_data(recipe: Recipe, world: World) -> Iterator[TrainData]:
     """This process's part of the data that a recipe names. Raises DataError if it cannot be read."""
     import torch
 
-    from gowide_dist.data.loader import Loader, geometry_of
+    from gowide_dist.data.loader import Loader, augmentations_of, geometry_of
     from gowide_dist.train.context import TrainData
 
     info, data = read_dataset_info(recipe.data.train), recipe.data
     batching, num_threads = Batching(recipe.batch_size, world.size, world.rank), world.num_loader_threads
     loader = functools.partial(Loader, batching=batching, resolution=data.resolution, num_threads=num_threads)
-    train = functools.partial(loader, data.train, train=True, geometry=geometry_of(data, train=True), order=data.order)
+    train = functools.partial(
+        loader, data.train, train=True, geometry=geometry_of(data, train=True),
+        augmentations=tuple(augmentations_of(data.augment, info.mean)), order=data.order,
+    )  # fmt: skip
     with contextlib.closing(loader(data.val, train=False, geometry=geometry_of(data, train=False))) as val:
         val.preflight(len(info.classes))
         mean, std = (torch.tensor(channels, device=world.device) * 255 for channels in (info.mean, info.std))

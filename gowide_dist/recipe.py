@@ -9,16 +9,35 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import gt
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from gowide_dist.errors import RecipeError
 from gowide_dist.networks.architecture import Architecture
-from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, Positive, Seed, nearest, read_yaml, validate
+from gowide_dist.schema import (
+    Count,
+    Fraction,
+    Frozen,
+    Name,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    nearest,
+    read_yaml,
+    validate,
+)
 from gowide_dist.stages import BlocksStage, File, KlStage, MixedStage, Stage, TaughtStage
 from gowide_dist.timeline import Batching
+
+
+def _check_box(scale: tuple[float, float], ratio: tuple[float, float], sides: str) -> None:
+    if not scale[0] <= scale[1] <= 1:
+        raise ValueError("scale: should be [least, greatest] part of the area, at most 1")
+    if ratio[0] > ratio[1]:
+        raise ValueError(f"ratio: should be [least, greatest] {sides}")
 
 
 class RandomCrop(Frozen):
@@ -29,19 +48,69 @@ class RandomCrop(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> RandomCrop:
-        if not self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("scale: should be [least, greatest] part of the area, at most 1")
-        if self.ratio[0] > self.ratio[1]:
-            raise ValueError("ratio: should be [least, greatest] width over height")
+        _check_box(self.scale, self.ratio, "width over height")
+        return self
+
+
+class RandAugment(Frozen):
+    """torchvision's RandAugment, with its defaults."""
+
+    num_ops: Count = 2  # of an image, one after the other
+    magnitude: Annotated[Natural, Field(le=30)] = 9
+
+
+class ColorJitter(Frozen):
+    """torchvision's ColorJitter: each factor is drawn from 1 - x to 1 + x, the hue's shift from -x to x."""
+
+    brightness: NonNegative = 0.0
+    contrast: NonNegative = 0.0
+    saturation: NonNegative = 0.0
+    hue: Annotated[NonNegative, Field(le=0.5)] = 0.0  # part of the whole colour wheel
+
+    @model_validator(mode="after")
+    def _check(self) -> ColorJitter:
+        if not (self.brightness or self.contrast or self.saturation or self.hue):
+            raise ValueError("should set brightness, contrast, saturation or hue above 0; all are 0")
+        return self
+
+
+class Erase(Frozen):
+    """torchvision's RandomErasing, with its defaults. `0.1` is short for `{probability: 0.1}`."""
+
+    probability: Annotated[Fraction, Field(gt=0)]
+    scale: tuple[Positive, Positive] = (0.02, 0.33)  # area of the box over that of the image: least, greatest
+    ratio: tuple[Positive, Positive] = (0.3, 3.3)  # height over width: least, greatest
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        return values if isinstance(values, Mapping | Erase) else {"probability": values}
+
+    @model_validator(mode="after")
+    def _check(self) -> Erase:
+        _check_box(self.scale, self.ratio, "height over width")
+        least = self.scale[0]
+        if least == 1 or self.ratio[1] <= least or self.ratio[0] >= 1 / least:
+            raise ValueError("erases nothing: no box of this scale and ratio is smaller than the image on both sides")
         return self
 
 
 class Augment(Frozen):
-    """Augmentation of training images, a function of (seed, epoch, sample index)."""
+    """Augmentation of training images, a function of (seed, epoch, sample index), in the order of the keys."""
 
     flip: bool = False
     translate: Natural = 0  # px, in each direction
     crop: RandomCrop | None = None
+    trivial_augment: bool = False  # torchvision's TrivialAugmentWide
+    rand_augment: RandAugment | None = None
+    color_jitter: ColorJitter | None = None
+    erase: Erase | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Augment:
+        if self.trivial_augment and self.rand_augment:
+            raise ValueError("trivial_augment and rand_augment are policies for the same images; keep one of them")
+        return self
 
 
 class Data(Frozen):

@@ -8,6 +8,7 @@ from gowide_dist import load_recipe, steps
 from gowide_dist.bench import loader, tables
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.errors import DataError, UserError
+from gowide_dist.recipe import Augment
 from gowide_dist.steps import _warm_means, run_steps
 from tests.command import gowide, refused
 from tests.data.conftest import write_image_folder
@@ -23,7 +24,8 @@ def job(tmp_path_factory):
 def test_loader_against_the_usual_ways(tmp_path):
     write_image_folder(tmp_path / "images", 64, 4)
     encode("imagefolder", tmp_path / "out", tmp_path / "images", Options(jpg_share=1.0, workers=1))
-    result = loader(tmp_path / "out", tmp_path / "images", batch_size=16, resolution=32)
+    augment = Augment.model_validate({"trivial_augment": True, "color_jitter": {"hue": 0.1}, "erase": 0.5})
+    result = loader(tmp_path / "out", tmp_path / "images", batch_size=16, resolution=32, augment=augment)
     rates = result["images_per_s"]
     assert set(rates) == {"gowide_dist", "ffcv", "torchvision", "decode_only"} == set(result["memory_mib"])
     assert all(rate > 0 for rate in rates.values())

@@ -97,18 +97,19 @@ _library = ctypes.CDLL(str(next(Path(_package.origin).parent.glob("_libffcv*.so"
 llvmlite.binding.add_symbol("ffcv_imdecode", ctypes.cast(_library.imdecode, ctypes.c_void_p).value)
 _imdecode: Any = types.ExternalFunction("ffcv_imdecode", types.int32(*[types.int64] * 13))
 
-_draw = numba.njit(order.draw)
+draw = numba.njit(order.draw)
 
 
 @numba.njit
-def _uniform(key, position, low, high):
-    return low + (high - low) * (np.float64(_draw(key, np.uint64(position)) >> np.uint64(11)) * 2.0**-53)
+def uniform(key, position, low, high):
+    """A float64 from low to below high."""
+    return low + (high - low) * (np.float64(draw(key, np.uint64(position)) >> np.uint64(11)) * 2.0**-53)
 
 
 @numba.njit
-def _uniform_int(key, position, low, high):
+def uniform_int(key, position, low, high):
     """An integer from low to high, both included."""
-    return low + np.int64(_draw(key, np.uint64(position)) % np.uint64(high - low + 1))
+    return low + np.int64(draw(key, np.uint64(position)) % np.uint64(high - low + 1))
 
 
 @numba.njit
@@ -160,10 +161,10 @@ def decode_shifted(beton, indices, key, shift, images, scratch):
     side = images.shape[1]
     for b, index in enumerate(indices):
         source = _rgb(beton, index, side, scratch)[: side * side * 3].reshape(side, side, 3)
-        sample_key = _draw(key, np.uint64(index))
-        step = -1 if shift.flip and _uniform_int(sample_key, 0, 0, 1) == 1 else 1
-        down = _uniform_int(sample_key, 1, -shift.translate, shift.translate)
-        right = _uniform_int(sample_key, 2, -shift.translate, shift.translate)
+        sample_key = draw(key, np.uint64(index))
+        step = -1 if shift.flip and uniform_int(sample_key, 0, 0, 1) == 1 else 1
+        down = uniform_int(sample_key, 1, -shift.translate, shift.translate)
+        right = uniform_int(sample_key, 2, -shift.translate, shift.translate)
         if down or right:
             images[b] = 0
         images[b, max(down, 0) : side + min(down, 0), max(right, 0) : side + min(right, 0)] = source[:, ::step][
@@ -178,12 +179,12 @@ def _random_box(key, height, width, crop):
     height, width: of the image. key: of the sample in this epoch; attempt i takes the draws 4i + 1 to 4i + 4.
     """
     for attempt in range(10):
-        area = height * width * _uniform(key, 4 * attempt + 1, crop.min_scale, crop.max_scale)
-        ratio = math.exp(_uniform(key, 4 * attempt + 2, math.log(crop.min_ratio), math.log(crop.max_ratio)))
+        area = height * width * uniform(key, 4 * attempt + 1, crop.min_scale, crop.max_scale)
+        ratio = math.exp(uniform(key, 4 * attempt + 2, math.log(crop.min_ratio), math.log(crop.max_ratio)))
         w, h = np.int64(np.rint(math.sqrt(area * ratio))), np.int64(np.rint(math.sqrt(area / ratio)))
         if 0 < w <= width and 0 < h <= height:
-            top = _uniform_int(key, 4 * attempt + 3, 0, height - h)
-            return top, _uniform_int(key, 4 * attempt + 4, 0, width - w), h, w
+            top = uniform_int(key, 4 * attempt + 3, 0, height - h)
+            return top, uniform_int(key, 4 * attempt + 4, 0, width - w), h, w
     w, h = width, height
     if width / height < crop.min_ratio:
         h = np.int64(np.rint(w / crop.min_ratio))
@@ -295,9 +296,9 @@ def _resize_crop(beton, index, box, inside, flipped, image, scratch):
 def decode_random_crops(beton, indices, key, crop, images, scratch):
     """Fill images (uint8 [B, R, R, 3]) with a random crop of samples `indices` (int64 [B]), half of them flipped."""
     for b, index in enumerate(indices):
-        sample_key = _draw(key, np.uint64(index))
+        sample_key = draw(key, np.uint64(index))
         top, left, height, width = _random_box(sample_key, beton.heights[index], beton.widths[index], crop)
-        flipped = crop.flip and _uniform_int(sample_key, 0, 0, 1) == 1
+        flipped = crop.flip and uniform_int(sample_key, 0, 0, 1) == 1
         box = np.float64(top), np.float64(left), np.float64(height), np.float64(width)
         _resize_crop(beton, index, box, True, flipped, images[b], scratch)
 

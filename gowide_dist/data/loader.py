@@ -3,7 +3,7 @@
 import math
 import multiprocessing
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
 from multiprocessing.pool import AsyncResult, ThreadPool
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gowide_dist.data import decode
+from gowide_dist.data.augment import DRAWN, Augmentation, ColorJitter, Policy, RandomErasing, augment
 from gowide_dist.data.beton import Beton
+from gowide_dist.data.info import Channels
 from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.data.order import (
     AUGMENT_STREAM,
@@ -27,7 +29,7 @@ from gowide_dist.data.order import (
     validation_part,
 )
 from gowide_dist.errors import DataError
-from gowide_dist.recipe import Data
+from gowide_dist.recipe import Augment, Data
 from gowide_dist.timeline import Batching
 from gowide_dist.world import copy_stream
 
@@ -59,13 +61,26 @@ def geometry_of(data: Data, *, train: bool) -> decode.Geometry:
     return decode.CenterCrop(data.center_crop) if data.center_crop else decode.UNCHANGED
 
 
+def augmentations_of(settings: Augment, mean: Channels) -> Iterator[Augmentation]:
+    """What follows the geometry of training images, in this order. mean: of the channels, which fills erased boxes."""
+    if settings.trivial_augment:
+        yield Policy(wide=True, num_ops=1, magnitude=DRAWN)
+    if policy := settings.rand_augment:
+        yield Policy(wide=False, num_ops=policy.num_ops, magnitude=policy.magnitude)
+    if jitter := settings.color_jitter:
+        yield ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    if erase := settings.erase:
+        red, green, blue = (round(channel * 255) for channel in mean)
+        yield RandomErasing(erase.probability, *erase.scale, *erase.ratio, (red, green, blue))
+
+
 class Loader:
     """One process's part of the data stream of an FFCV file.
 
-    Training (train=True) goes through all samples in a random order, in whole batches. The images are augmented as
-    `geometry` says, keyed by (seed, epoch, sample). order="quasi-random" reads a window of `window_pages` pages (8 MiB
-    each) at a time, ahead: for files larger than memory on slow disks. Validation goes once through
-    this process's part of the samples, or through `samples` alone (int64 [N]).
+    Training (train=True) goes through all samples in a random order, in whole batches. The images are changed as
+    `geometry` and then `augmentations` say, keyed by (seed, epoch, sample). order="quasi-random" reads a window of
+    `window_pages` pages (8 MiB each) at a time, ahead: for files larger than memory on slow disks. Validation goes once
+    through this process's part of the samples, or through `samples` alone (int64 [N]).
 
     resolution: side of the images in pixels. num_threads: decoding threads of this process. Raises DataError if the
     file is damaged, if its images or the free memory do not fit, or if it cannot be read within timeout_s.
@@ -79,6 +94,7 @@ class Loader:
         train: bool,
         resolution: int,
         geometry: decode.Geometry = decode.UNCHANGED,
+        augmentations: Iterable[Augmentation] = (),
         seed: int = 0,
         samples: Indices | None = None,
         order: Literal["random", "quasi-random"] = "random",
@@ -87,7 +103,7 @@ class Loader:
         timeout_s: float = 300.0,
     ):
         self._path, self._seed = beton, seed
-        self._geometry, self._resolution = geometry, resolution
+        self._geometry, self._augmentations, self._resolution = geometry, tuple(augmentations), resolution
         self._order, self._window_pages = order, window_pages
         self._timeout_s, self._stalled = timeout_s, False
         self._num_ahead = num_threads + _BATCHES_AHEAD
@@ -185,6 +201,8 @@ class Loader:
         scratch = self._scratches.pop()  # as many as threads
         try:
             decode.fill(self._arrays, indices, key, self._geometry, images.numpy(), scratch)
+            for augmentation in self._augmentations:
+                augment(images.numpy(), indices, key, augmentation)
         finally:
             self._scratches.append(scratch)
         return Batch(images, torch.from_numpy(self._beton.labels[indices]), torch.from_numpy(indices))

@@ -100,7 +100,7 @@ def test_pixels_are_torchvisions_of_the_same_box(photo_set: Path):
     decode.fill(arrays, np.arange(len(beton)), key, CROP, images, decode.Scratch.of(arrays))
     num_flipped = 0
     for index in range(len(beton)):
-        sample_key = np.uint64(decode._draw(key, np.uint64(index)))
+        sample_key = np.uint64(decode.draw(key, np.uint64(index)))
         top, left, height, width = decode._random_box(sample_key, beton.heights[index], beton.widths[index], CROP)
         crop = pixels_of(beton, index)[:, top : top + height, left : left + width]
         expected = functional.resize(crop, [SIDE, SIDE], antialias=True).permute(1, 2, 0).numpy().astype(int)
@@ -119,7 +119,7 @@ def test_boxes_are_distributed_as_torchvisions():
     num, height, width = 4000, 300, 400
     keys = np.arange(num, dtype=np.uint64)
     boxes = np.array(
-        [decode._random_box(np.uint64(decode._draw(np.uint64(3), key)), height, width, CROP) for key in keys]
+        [decode._random_box(np.uint64(decode.draw(np.uint64(3), key)), height, width, CROP) for key in keys]
     )
     torch.manual_seed(0)
     transform = v2.RandomResizedCrop(SIDE)

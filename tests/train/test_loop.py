@@ -69,6 +69,10 @@ def sha(run, key="teacher/wide"):
         ["stages.teacher.seed=1"],
         ["data.augment.flip=false"],
         ["data.augment.translate=3"],
+        ["data.augment.trivial_augment=true"],
+        ["data.augment.rand_augment={}"],
+        ["data.augment.color_jitter={brightness: 0.4}"],
+        ["data.augment.erase=0.5"],
         ["batch_size=48"],
         ["precision=bf16"],
         ["stages.teacher.label_smoothing=0.1"],
@@ -205,6 +209,7 @@ class PowerCut(BaseException):
         ("teacher/wide", ["precision=fp16", "stages.teacher.optim={lr: 0.05, clip_norm: 1, ema: 0.9, accumulate: 2}"]),
         ("teacher/wide", ["precision=bf16", "stages.teacher.mixup=0.4", "stages.teacher.cutmix=1",
                           "stages.teacher.optim.nesterov=true"]),
+        ("teacher/wide", ["data.augment={flip: true, rand_augment: {}, color_jitter: {contrast: 0.4}, erase: 0.5}"]),
         ("imitate/thin", ["networks.thin.channels=0.5", "networks.wide={block: bottleneck, depths: [1, 1], base: 4, "
                           "stem: strided}", "stages.imitate.prefix=trained"]),
         ("imitate/thin", ["stages.imitate.order=joint", "stages.imitate.inputs=teacher"]),
