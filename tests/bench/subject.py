@@ -136,7 +136,7 @@ class Subject:
         starts = itertools.cycle(range(0, rows, self.recipe.batch_size))
 
         def stored(images: Tensor, labels: Tensor) -> None:
-            step(images, labels, 0, logits.train(next(starts), len(labels)).to(self.world.device))
+            step(images, labels, logits.train(next(starts), len(labels)).to(self.world.device))
 
         return stored
 
