@@ -104,6 +104,11 @@ class StageBase(Frozen):
     ramp: Ramp | None = None  # progressive resizing; needs data.augment.crop
     seed: Seed | None = None  # default: the recipe's; set, several recipes of other seeds can share one teacher
 
+    @property
+    def has_stored_logits(self) -> bool:
+        """Whether the teacher's outputs are read from disk, so that it does not run in a step."""
+        return False
+
     def num_phases(self, num_blocks: int) -> int:
         """Phases of equal length, each of which trains its own subset of the parameters."""
         return 1
@@ -213,7 +218,7 @@ class KlStage(TaughtStage, MixedStage):
 
     @model_validator(mode="after")
     def _check_top_k(self) -> KlStage:
-        if self.top_k and self.teacher_logits == "live":
+        if self.top_k and not self.has_stored_logits:
             raise ValueError("top_k: needs teacher_logits: stored; a live teacher gives all classes")
         if self.top_k and self.needs_all_classes:
             needy = "standardise" if self.standardise else f"loss: {self.loss}"
@@ -222,7 +227,7 @@ class KlStage(TaughtStage, MixedStage):
 
     @model_validator(mode="after")
     def _check_loss(self) -> KlStage:
-        if self.blocks_weight and self.teacher_logits == "stored":
+        if self.blocks_weight and self.has_stored_logits:
             raise ValueError("blocks_weight: needs teacher_logits: live; outputs of blocks are not stored")
         if self.loss == "dkd" and self.is_mixed:
             raise ValueError("loss: dkd needs one label for each image; leave mixup and cutmix out")
@@ -232,6 +237,10 @@ class KlStage(TaughtStage, MixedStage):
         if not any(weights):
             raise ValueError("target_weight and others_weight: one of them should be greater than 0")
         return self
+
+    @property
+    def has_stored_logits(self) -> bool:
+        return self.teacher_logits == "stored"
 
     @property
     def needs_all_classes(self) -> bool:

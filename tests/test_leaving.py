@@ -198,13 +198,3 @@ def test_gloos_timeout_names_its_cause():
     line = peer_failure(RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms"))
     assert "GOWIDE_COLLECTIVE_TIMEOUT_S" in line
     assert peer_failure(OSError(errno.EIO, "Input/output error")) is None
-
-
-def test_training_goes_on_where_it_was_stopped(start, command, place):
-    """After all of the above the same command still finishes."""
-    process = start(command)
-    wait_for(place.metrics.exists, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=LIMIT_S)
-    assert gowide(*command).returncode == 0
-    assert place.done is not None

@@ -103,7 +103,7 @@ def known_outputs(recipe: Recipe, done: Collection[str], *, together: bool) -> s
     computed: set[Hashable] = set()
     for key in sorted(recipe.instances, key=lambda key: key not in done):  # done ones have stored theirs
         instance = recipe.instances[key]
-        if isinstance(instance.stage, KlStage) and instance.stage.teacher_logits == "stored":
+        if instance.stage.has_stored_logits:
             outputs: Hashable = _stream(instance)
         elif together and key not in done:
             outputs = instance.stage_name
@@ -124,7 +124,7 @@ def notes_on_logits(recipe: Recipe, size: DataSize, profile: Profile) -> Iterato
     for students in groups.values():
         instance, stage, count = students[0], students[0].stage, len(students)
         assert isinstance(stage, KlStage)
-        is_stored, num_classes = stage.teacher_logits == "stored", size.classes
+        is_stored, num_classes = stage.has_stored_logits, size.classes
         images_per_epoch = size.train // recipe.batch_size * recipe.batch_size
         images = stage.epochs * images_per_epoch
         macs = training_macs(instance, recipe, num_classes)

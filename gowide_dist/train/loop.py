@@ -84,7 +84,15 @@ def _out_of_memory(instances: Sequence[Instance], ctx: TrainContext) -> str:
     optim, threads = instance.stage.optim, world.num_loader_threads
     batching = Batching(ctx.recipe.batch_size, world.size, accumulate=optim.accumulate if optim else 1)
     on_gpu = world.device.type != "cpu"
-    memory = memory_per_process(instance, ctx.recipe, ctx.data.num_classes, batching, threads, on_gpu=on_gpu)
+    memory = memory_per_process(
+        instance,
+        ctx.recipe,
+        ctx.data.num_classes,
+        batching,
+        threads,
+        on_gpu=on_gpu,
+        teacher_runs=not instance.stage.has_stored_logits,
+    )
     needed = sum(num_bytes for part, num_bytes in memory.items() if not (on_gpu and part in HOST_PARTS))
     of_images = sum(memory[part] for part in ("activations", "transient", "heap"))
     divisors = (n for n in range(batching.accumulate + 1, batching.local_batch + 1) if batching.local_batch % n == 0)

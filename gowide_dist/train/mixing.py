@@ -77,9 +77,8 @@ class Mixing:
         lam, box_lam = (
             random.beta(alpha, alpha, num_pairs) if alpha else np.ones(num_pairs) for alpha in (self.mixup, self.cutmix)
         )
-        centre = (random.random_sample((2, num_pairs)) * side).astype(
-            np.int64
-        )  # the border cuts the box, as in the paper
+        # A centre may lie at the border, which then cuts the box, as in the paper.
+        centre = (random.random_sample((2, num_pairs)) * side).astype(np.int64)
         half = np.where(has_box, np.sqrt(1 - box_lam) * side / 2, 0).astype(np.int64)
         box = np.stack([centre - half, centre + half], axis=1).reshape(4, num_pairs).clip(0, side)
         rows = batching.local_rows(0)

@@ -54,7 +54,7 @@ def build_students(
     Every process loads the teacher once, whatever the number of students.
     """
     first, stage = instances[0], instances[0].stage
-    if isinstance(stage, KlStage) and stage.teacher_logits == "stored":
+    if isinstance(stage, KlStage) and stage.has_stored_logits:
         stream.stored = _stored_logits(first, stage, stream, ctx, name)
     teacher_network = teacher = None
     if first.teacher and (TAKE_OVER[_start(stage)] or not stream.stored):
