@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -432,6 +433,7 @@ def main() -> None:
     except OSError as error:
         if not (line := fixable(error) or ""):
             raise
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient Ctrl-C changes neither line nor status any more
     if line:
         sys.stderr.write(f"gowide: {line}\n")
     sys.exit(status)

@@ -99,7 +99,7 @@ def test_ctrl_c_again_and_again_still_saves(start, command, place):
     wait_for(lambda: len(read_metrics(place.metrics)) > 3, process)
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(0.02)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors

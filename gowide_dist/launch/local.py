@@ -134,8 +134,8 @@ def device_environment(num_gpus: int) -> dict[str, str]:
 def _forwarding_signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     """Inside, the first signal goes to `process`, and the list names it.
 
-    At a second one torchrun would give up waiting for its workers, which are saving. Signals that this process ignores,
-    such as SIGHUP under nohup, stay ignored.
+    At a second one torchrun would give up waiting for its workers, which are saving; later ones come to nothing too,
+    for the command is about to end. Signals that this process ignores, such as SIGHUP under nohup, stay ignored.
     """
     forwarded: list[int] = []
 
@@ -150,8 +150,9 @@ def _forwarding_signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[in
     try:
         yield forwarded
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        if not forwarded:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def end_with_launcher() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import signal
 import sys
 from contextlib import closing
 
@@ -222,8 +223,10 @@ def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatc
         8,
     ]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    at_sigint = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as left:
         main()
+    signal.signal(signal.SIGINT, at_sigint)  # the command's end ignores it
     assert left.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("gowide: model.")
