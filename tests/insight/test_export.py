@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import subprocess
 import signal
+import subprocess
 import sys
 from contextlib import closing
 
