@@ -23,7 +23,7 @@ from gowide_dist.identity import identities
 from gowide_dist.launch.local import end_with_launcher, leave, leave_error
 from gowide_dist.prepare import check_data, check_group
 from gowide_dist.recipe import Instance, Recipe, load_recipe
-from gowide_dist.run import Done, Run
+from gowide_dist.run import Done, Run, key_of
 from gowide_dist.timeline import Batching
 
 if TYPE_CHECKING:
@@ -105,14 +105,10 @@ def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNe
 def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Recipe, Instance, Done]:
     """The finished instance of a stage, and its recipe. Raises UserError as `load_model` does."""
     recipe = load_recipe(run.recipe_path)
-    keys = [
-        key for key in recipe.instances if key == f"{stage}/{network}" or (not network and key.startswith(f"{stage}/"))
-    ]
-    if len(keys) != 1:
-        raise RunError(f"{run.path}: name one of its stages and networks: {', '.join(recipe.instances)}")
-    if (done := run.finished(recipe).get(keys[0])) is None:
-        raise RunError(f"{run.path}: {keys[0]} is not finished; run the recipe again to continue it")
-    return recipe, recipe.instances[keys[0]], done
+    key = key_of(f"{stage}/{network}" if network else stage, recipe.instances, run.path)
+    if (done := run.finished(recipe).get(key)) is None:
+        raise RunError(f"{run.path}: {key} is not finished; run the recipe again to continue it")
+    return recipe, recipe.instances[key], done
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from gowide_dist.errors import RunError, number_from
 from gowide_dist.files import flock, sha256, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
 from gowide_dist.recipe import Recipe
+from gowide_dist.schema import nearest
 
 LOCK_WAIT_S = 150  # a file server frees a dead node's locks late
 
@@ -104,11 +105,24 @@ class StageDir:
             return
         was, now = flat(claimed), flat(identity)
         differing = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-        texts = [f"{key} was {was.get(key, 'absent')}, is {now.get(key, 'absent')}" for key in differing[:4]]
+        texts = [self._difference(key, was.get(key), now.get(key)) for key in differing[:4]]
         raise RunError(
             f"{self.path}: holds {self.key} of another recipe ({'; '.join(texts)}); take another name, or --fresh to "
             "train it again"
         )
+
+    def _difference(self, key: str, was: str | None, now: str | None) -> str:
+        """How two identities differ in one of their keys, in the recipe's words. None: the default."""
+        stage, _, network = self.key.partition("/")
+        if key == "format":
+            return f"it was trained by another version of gowide_dist, whose format is {was}, not {now}"
+        if key in ("data.train", "data.val"):
+            return f"{key}: the file is another"
+        if key in ("init", "teacher"):
+            return f"stages.{stage}.{key}: the network is another, or trained otherwise"
+        room, _, rest = key.partition(".")
+        path = {"stage": f"stages.{stage}.{rest}", "network": f"networks.{network}.{rest}"}.get(room, key)
+        return f"{path} was {was or 'its default'}, is {now or 'its default'}"
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Create the folder for the training of this identity. Raises RunError if another has claimed it."""
@@ -229,6 +243,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if isinstance(line := json.loads(text), dict) and {"kind", "step"} <= line.keys():
                 lines.append(line)
     return lines
+
+
+def key_of(name: str, keys: Collection[str], run: Path) -> str:
+    """The one of `keys` that is named by `stage` or `stage/network`. Raises RunError if it is none or several."""
+    named = [key for key in keys if name in (key, key.partition("/")[0])]
+    if len(named) == 1:
+        return named[0]
+    stages = [key.partition("/")[0] for key in keys]
+    hint = f"name one of {', '.join(named)}" if named else nearest(name, keys if "/" in name else dict.fromkeys(stages))
+    raise RunError(f"{run}: {name} is {'several networks' if named else 'not there'}; {hint}")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

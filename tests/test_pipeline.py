@@ -168,7 +168,7 @@ def test_a_teacher_that_is_trained_is_shared(finished, data, tmp_path):
 def test_another_recipe_in_the_same_place(finished, job):
     run, _ = finished
     line = refused("run", job, "--runs", run.path.parent, "stages.distill.epochs=5", "--nproc", 2)
-    assert "holds distill/thin of another recipe (stage.epochs was 2, is 5)" in line
+    assert "holds distill/thin of another recipe (stages.distill.epochs was 2, is 5)" in line
     assert "--fresh" in line
     assert run.stage("distill/thin").done.epochs == 2
 

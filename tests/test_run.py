@@ -34,8 +34,8 @@ def test_every_difference_is_refused(tmp_path):
     stage_dir.claim({"stage": {"epochs": 2}, "data": {}})
     stage_dir.claim({"data": {}, "stage": {"epochs": 2}})
     for other, difference in [
-        ({"stage": {"epochs": 3}, "data": {}}, "stage.epochs was 2, is 3"),
-        ({"stage": {"epochs": 2}, "data": {"crop": {}}}, r"data.crop was absent, is \{\}"),
+        ({"stage": {"epochs": 3}, "data": {}}, "stages.a.epochs was 2, is 3"),
+        ({"stage": {"epochs": 2}, "data": {"crop": {}}}, r"data.crop was its default, is \{\}"),
     ]:
         with pytest.raises(RunError, match=difference):
             stage_dir.claim(other)

@@ -131,7 +131,8 @@ def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
         say(f"{error}; encoding now")
         return None
     if info.encoding != encoding:
-        raise DataError(f"{out}: holds another dataset ({info.encoding}); remove it or choose another --out")
+        options = ", ".join(f"{name} {value}" for name, value in info.encoding.items())
+        raise DataError(f"{out}: holds another dataset ({options}); remove it or choose another --out")
     say(f"{out}: already encoded ({info.summary}); nothing to do")
     return info
 

@@ -18,7 +18,7 @@ from gowide_dist.launch.slurm import log_file, start_of
 from gowide_dist.prepare import Prepared
 from gowide_dist.progress import clock
 from gowide_dist.recipe import Recipe, load_recipe
-from gowide_dist.run import Run, read_metrics
+from gowide_dist.run import Run, key_of, read_metrics
 
 FOLLOW_EVERY_S = 0.5
 ASK_SLURM_EVERY = 10  # of these
@@ -135,13 +135,13 @@ def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterat
     """What a stage's newest job prints, with `follow` until it is over. Raises UserError if it has printed nothing."""
     recipe = load_recipe(run.recipe_path)
     ids = read_jobs(run.slurm)
-    keys = [key for key in ids if stage in (key, key.partition("/")[0])]
-    if len(keys) != 1:
-        raise RunError(f"{run.path}: name a stage that was submitted: {', '.join(ids) or 'there is none'}")
-    job_id = ids[keys[0]][-1]
+    if not ids:
+        raise RunError(f"{run.path}: no stage of it was submitted to Slurm; `gowide run` prints where it runs")
+    key = key_of(stage, ids, run.path)
+    job_id = ids[key][-1]
     path = log_file(run.slurm, job_id, rank)
     if not path.exists() and not follow:
-        raise RunError(f"{path}: job {job_id} of {keys[0]} has not printed anything; `gowide status` says where it is")
+        raise RunError(f"{path}: job {job_id} of {key} has not printed anything; `gowide status` says where it is")
     position = 0
     for turn in itertools.count(1):
         if path.exists():
@@ -153,7 +153,7 @@ def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterat
             return
         time.sleep(FOLLOW_EVERY_S)
         if turn % ASK_SLURM_EVERY == 0:
-            job = newest_jobs(run.slurm, recipe.name).get(keys[0])
+            job = newest_jobs(run.slurm, recipe.name).get(key)
             follow = job is not None and not job.is_over  # over: what it has printed since the last turn is left
 
 

@@ -119,7 +119,7 @@ class Layout:
 
 
 class TeacherLogits:
-    """Stored logits, mapped into memory. Each process verifies a block when it first reads from it.
+    """Stored logits, mapped into memory. Each process verifies an epoch's block when it first reads from it.
 
     Raises RunError if the files are damaged.
     """
@@ -132,9 +132,10 @@ class TeacherLogits:
             try:
                 self._arrays[name] = array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="r")
             except (OSError, ValueError) as error:
-                raise _damaged(folder) from error
+                raise _damaged(folder, name) from error
             if (array.dtype, array.shape) != (dtype, shape):
-                raise _damaged(folder)
+                raise _damaged(folder, name)
+        self.val(0, 0)  # verified now: before an epoch is spent
 
     def train(self, start: int, count: int) -> TeacherOutput:
         """The output for `count` training images of one epoch, from row `start` of the stream on."""
@@ -147,7 +148,7 @@ class TeacherLogits:
     def _rows(self, block: int, start: int, count: int) -> TeacherOutput:
         for name, digest in self._unverified.pop(block, {}).items():
             if hashlib.sha256(self._arrays[name][self._layout.block_rows(block)].data).hexdigest() != digest:
-                raise _damaged(self._folder)
+                raise _damaged(self._folder, name)
         arrays = (self._arrays[name][start : start + count].copy() for name, _, _ in self._layout.arrays(block))
         return TeacherOutput(*map(torch.from_numpy, arrays))
 
@@ -274,9 +275,10 @@ def _read_digests(folder: Path) -> list[dict[str, str]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder) from error
+        raise _damaged(folder, DESCRIPTION) from error
     return digests
 
 
-def _damaged(folder: Path) -> RunError:
-    return RunError(f"{folder}: damaged; delete it, and the same command runs the teacher again")
+def _damaged(folder: Path, name: str) -> RunError:
+    file = folder / (name if name == DESCRIPTION else f"{name}.npy")
+    return RunError(f"{file}: damaged; delete {folder}, and the same command runs the teacher again")

@@ -116,10 +116,10 @@ def test_table_of_many_classes(finished_run):
 
 
 def test_data_of_other_classes_is_refused(finished_run, other_data, tmp_path):
-    with pytest.raises(
-        RunError, match="name one of its stages and networks: finetune/thin, baseline/thin, baseline/basic"
-    ):
+    with pytest.raises(RunError, match="baseline is several networks; name one of baseline/thin, baseline/basic"):
         open_trained(finished_run.path, "baseline")
+    with pytest.raises(RunError, match="baselin is not there; did you mean 'baseline'"):
+        open_trained(finished_run.path, "baselin")
     data = tmp_path / "data"
     shutil.copytree(other_data, data)
     info = data / "dataset.json"

@@ -48,5 +48,5 @@ def test_a_run_on_this_machine(run):
 
 def test_no_run_and_no_job(run, tmp_path):
     assert "no such file" in refused("status", tmp_path / "nothing")
-    assert "name a stage that was submitted: there is none" in refused("logs", run.path, "teacher")
+    assert "no stage of it was submitted to Slurm" in refused("logs", run.path, "teacher")
     assert gowide("cancel", run.path).stdout == f"{run.path}: no job is queued or running\n"

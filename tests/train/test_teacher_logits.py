@@ -276,7 +276,7 @@ def test_damage_is_found(distill, name, harm):
     path.write_bytes(content)
     if harm == "missing":
         path.unlink()
-    with pytest.raises(RunError, match=rf"{folder}: damaged; delete it, and the same command runs the teacher again"):
+    with pytest.raises(RunError, match=rf"{folder}/{name}: damaged; delete {folder}, and the same"):
         distill(STORED, "seed=9", "data.seed=0")
     shutil.rmtree(folder)
     assert done(distill(STORED, "seed=9", "data.seed=0"))
@@ -285,24 +285,23 @@ def test_damage_is_found(distill, name, harm):
 def test_a_damaged_description_is_found(distill):
     folder = folder_of(distill(STORED))
     (folder / "logits.json").write_text("{")
-    with pytest.raises(RunError, match=rf"{folder}: damaged; delete it"):
+    with pytest.raises(RunError, match=rf"{folder}/logits.json: damaged; delete {folder}"):
         distill(STORED, "seed=9", "data.seed=0")
 
 
 def test_a_block_is_hashed_once_and_by_whoever_reads_it(distill, monkeypatch):
-    """Nobody waits for minutes at the start: an epoch is verified when its first row is read."""
+    """Nobody waits for minutes at the start: an epoch is verified when its first row is read, the validation set before
+    an epoch is spent."""
     folder = folder_of(distill(STORED))
     layout = teacher_logits.Layout(2, 240, 100, 10, None, 1.0)
-    stored = teacher_logits.TeacherLogits(folder, layout)
     hashed, sha256 = [], teacher_logits.hashlib.sha256
     monkeypatch.setattr(teacher_logits.hashlib, "sha256", lambda data: (hashed.append(data.shape), sha256(data))[1])
-    assert hashed == []
+    stored = teacher_logits.TeacherLogits(folder, layout)
+    assert hashed == [(100, 10)]
     stored.train(250, 60)
     stored.train(300, 60)
-    assert hashed == [(240, 10)]
-    stored.val(0, 50)
     stored.val(50, 50)
-    assert hashed == [(240, 10), (100, 10)]
+    assert hashed == [(100, 10), (240, 10)]
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_teacher_runs(distill, monkeypatch):
