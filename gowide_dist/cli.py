@@ -273,7 +273,10 @@ def submit(
     recipe, profile = load_recipe(job, overrides or []), load_profile(cluster)
     if dry_run or test_only:
         chain = rehearse_chain(recipe, runs, profile, only=only or [], fresh=fresh)
-        print_line("\n".join(chain.scripts() if dry_run else chain.try_out()) or f"{runs / recipe.name}: all of it is done; nothing to submit")
+        print_line(
+            "\n".join(chain.scripts() if dry_run else chain.try_out())
+            or f"{runs / recipe.name}: all of it is done; nothing to submit"
+        )
         return
     require("sbatch")
     prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
