@@ -17,6 +17,7 @@ from gowide_dist.files import NO_WEIGHTS, sha256
 from gowide_dist.recipe import Instance, Recipe
 
 IDENTITY_FORMAT = 4  # raised when the code changes so that the same recipe gives other weights
+EMA_FORMAT = 5  # of stages with a moving average, which warms up since; goes when the other one is raised
 
 
 def recipe_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def identities(recipe: Recipe, data_checksums: Mapping[str, str]) -> dict[str, d
     for key, instance in recipe.instances.items():  # parents first
         own = recipe_identity(instance, recipe)
         by_key[key] = {
-            "format": IDENTITY_FORMAT,
+            "format": EMA_FORMAT if instance.stage.optim and instance.stage.optim.ema else IDENTITY_FORMAT,
             **own,
             "data": {**data_checksums, **own["data"]},
             "init": _file_checksum(instance) or (instance.init and fingerprint(by_key[instance.init])),

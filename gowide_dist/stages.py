@@ -26,7 +26,8 @@ class Optim(Frozen):
     decay_norms: bool = True  # whether weight decay applies to batch norms and biases too
     clip_norm: Positive | None = None  # largest norm of the gradient of all parameters together
     accumulate: Count = 1  # micro-batches of a process's local batch, one forward and backward pass each: less memory
-    ema: Decay | None = None  # decay per step of the moving average of weights that is evaluated and kept
+    # decay per step of the moving average of weights that is evaluated and kept; it warms up to this
+    ema: Decay | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Optim:

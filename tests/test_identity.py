@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from gowide_dist import load_recipe
+from gowide_dist.identity import EMA_FORMAT, IDENTITY_FORMAT, identities
 from gowide_dist.networks import architecture
 from gowide_dist.recipe import Recipe
 from gowide_dist.schema import Frozen
 
 DEFAULTS = Path(__file__).parent / "defaults.json"
+DEMO = Path(__file__).parents[1] / "jobs" / "demo.yaml"
 
 
 def recipe_models(base=Frozen):
@@ -44,3 +47,11 @@ def test_a_changed_default_changes_the_fingerprint():
         "writes it anew. A changed default: raise IDENTITY_FORMAT in gowide_dist/identity.py as well, or stages that were "
         "trained with the old default would pass for finished"
     )
+
+
+def test_only_stages_with_a_moving_average_are_told_from_those_trained_before_it_warmed_up():
+    plain, averaged = (load_recipe(DEMO, overrides) for overrides in ([], ["stages.finetune.optim.ema=0.99"]))
+    checksums = {"train": "a", "val": "b"}
+    before, after = (identities(recipe, checksums) for recipe in (plain, averaged))
+    assert {key for key in before if before[key] != after[key]} == {"finetune/thin"}
+    assert (before["finetune/thin"]["format"], after["finetune/thin"]["format"]) == (IDENTITY_FORMAT, EMA_FORMAT)

@@ -154,7 +154,7 @@ class StageTraining:
                 for student in self.students:
                     student.forward_backward(part, index, num_passes)
         for student in self.students:
-            student.update(lr)
+            student.update(self.step, lr)
 
     def _after_step(self, phase: int, lr: float) -> None:
         """Record, evaluate, save and stop where these are due.

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, and learning rates as pure functions of the step."""
+"""Stochastic gradient descent, and what changes from step to step, as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ def learning_rate(step: int, timeline: Timeline, stage: Stage) -> float:
     if schedule.decay == "linear":
         return optim.lr * (1 - part)
     return optim.lr
+
+
+def average_decay(step: int, timeline: Timeline, ema: float) -> float:
+    """Decay of the moving average at `step`: the recipe's, once a phase is long enough to have forgotten its start.
+
+    It warms up as in timm's ModelEmaV3, with its defaults (gamma 1, power 2/3): the first step of a phase replaces the
+    average by the weights.
+    """
+    done = step - timeline.phase(timeline.phase_of(step)).start
+    return min(ema, 1 - math.pow(1 + done, -2 / 3))
 
 
 class Optimizer:
@@ -91,14 +101,13 @@ class Optimizer:
 class MovingAverage:
     """Exponential moving average of a module's parameters and statistics, updated after every step."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self._decay = decay
+    def __init__(self, module: nn.Module) -> None:
         self._live = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
         self._average = [tensor.clone() for tensor in self._live]
 
-    def update(self) -> None:
+    def update(self, decay: float) -> None:
         """average = decay * average + (1 - decay) * weights."""
-        torch._foreach_lerp_(self._average, self._live, 1 - self._decay)
+        torch._foreach_lerp_(self._average, self._live, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from gowide_dist.train.checkpoint import save_checkpoint, snapshot
 from gowide_dist.train.context import TrainBatch, TrainContext
 from gowide_dist.train.metrics import LossMeter, MetricsLog
 from gowide_dist.train.objectives import Objective
-from gowide_dist.train.optim import MovingAverage, Optimizer, learning_rate
+from gowide_dist.train.optim import MovingAverage, Optimizer, average_decay, learning_rate
 from gowide_dist.train.writing import Writer
 
 
@@ -38,7 +38,7 @@ class Student:
         self.stage_dir = ctx.run.stage(instance.key)
         self.fingerprint = ctx.fingerprint(instance.key)
         optim = instance.stage.optim
-        self.average = MovingAverage(objective, optim.ema) if optim and optim.ema else None
+        self.average = MovingAverage(objective) if optim and optim.ema else None
 
     def start(self, step: int, state: dict[str, Any] | None) -> None:
         """Start at `step`, from a checkpoint's state if there is one. Its optimizer is loaded when the phase begins."""
@@ -74,11 +74,12 @@ class Student:
             self.optimizer.backward(losses["loss"] / num_passes if num_passes > 1 else losses["loss"])
         self.losses.add(losses, num_passes)
 
-    def update(self, lr: float) -> None:
-        """An optimizer step with learning rate `lr`, along the gradient of all passes."""
+    def update(self, step: int, lr: float) -> None:
+        """The optimizer's step `step` with learning rate `lr`, along the gradient of all passes."""
         self.optimizer.step(lr)
-        if self.average:
-            self.average.update()
+        optim = self.instance.stage.optim
+        if self.average and optim and optim.ema:
+            self.average.update(average_decay(step, self.timeline, optim.ema))
 
     def mean_losses(self) -> dict[str, float]:
         """Averages since the last call; a collective. Raises TrainingError on a non-finite loss, on every process."""

@@ -67,7 +67,7 @@ def test_a_step_leaves_no_tensor_behind_and_asks_for_no_scalar(monkeypatch, fami
     batch = TrainBatch(images, labels, stored if name == "stored" else None)
     lam = torch.empty(8, device="meta")
     targets = MixedLabels(labels, labels, lam) if "mixed" in name else labels
-    average = MovingAverage(objective, 0.9)
+    average = MovingAverage(objective)
     for phase in range(objective.num_phases):
         objective.begin_phase(phase)
         optimizer = Optimizer(objective, Optim(lr=0.1, momentum=0.9, clip_norm=1.0), scaled=False)
@@ -76,7 +76,7 @@ def test_a_step_leaves_no_tensor_behind_and_asks_for_no_scalar(monkeypatch, fami
             losses = objective(*part)
             optimizer.backward(losses["loss"] / 2)
         optimizer.step(0.1)
-        average.update()
+        average.update(0.9)
     objective.eval()
     with torch.inference_mode(), average.applied():
         values = objective.evaluate(*batch)

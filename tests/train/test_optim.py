@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gowide_dist.stages import LabelsStage, Optim
 from gowide_dist.timeline import Batching, Timeline
-from gowide_dist.train.optim import MovingAverage, Optimizer, learning_rate
+from gowide_dist.train.optim import MovingAverage, Optimizer, average_decay, learning_rate
 
 OPTIM = Optim(lr=0.1)
 
@@ -111,16 +111,36 @@ def test_an_overflow_in_the_first_step_leaves_no_trace():
 
 def test_moving_average_by_hand():
     module = torch.nn.BatchNorm1d(1, affine=False)
-    average = MovingAverage(module, decay=0.75)
+    average = MovingAverage(module)
     expected = 0.0
     for value in (4.0, 8.0):
         module.running_mean.fill_(value)
-        average.update()
+        average.update(0.75)
         expected = 0.75 * expected + 0.25 * value
     with average.applied():
         assert module.running_mean.item() == pytest.approx(expected)
     assert module.running_mean.item() == 8.0
-    again = MovingAverage(module, decay=0.75)
+    again = MovingAverage(module)
     again.load_state_dict(average.state_dict())
     with again.applied():
         assert module.running_mean.item() == pytest.approx(expected)
+
+
+def test_the_average_warms_up_with_every_phase():
+    """timm's ModelEmaV3 at its defaults: 1 - (1 + n)^(-2/3) after n steps, at most the recipe's decay."""
+    timeline = Timeline(Batching(8), steps_per_epoch=10, epochs=20, num_phases=2)
+    by_hand = {0: 0.0, 7: 1 - 1 / 4, 26: 1 - 1 / 9, 63: 0.9, 99: 0.9, 100: 0.0, 107: 0.75, 199: 0.9}
+    assert {step: average_decay(step, timeline, 0.9) for step in by_hand} == pytest.approx(by_hand)
+
+
+def test_after_a_short_stage_the_average_holds_nothing_of_its_start():
+    """Without a warm-up 91 % of it would be the random start: 0.9999^936."""
+    timeline = Timeline(Batching(8), steps_per_epoch=312, epochs=3)
+    module = torch.nn.BatchNorm1d(1, affine=False)
+    module.running_mean.fill_(1.0)
+    average = MovingAverage(module)
+    module.running_mean.fill_(0.0)
+    for step in range(timeline.total_steps):
+        average.update(average_decay(step, timeline, 0.9999))
+    with average.applied():
+        assert module.running_mean.item() == 0
