@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
+from gowide_dist.effects import without_effect
 from gowide_dist.errors import DataError, RecipeError, RunError
 from gowide_dist.files import write_atomically
 from gowide_dist.identity import fingerprint, identities
+from gowide_dist.progress import say
 from gowide_dist.recipe import Data, Instance, Recipe
 from gowide_dist.run import Run, StageDir
 from gowide_dist.stages import KlStage
@@ -71,7 +73,7 @@ def prepare(
 def check_run(
     recipe: Recipe, runs: Path, *, only: Sequence[str] = (), fresh: bool = False, in_jobs: Collection[str] = ()
 ) -> Prepared:
-    """Check the recipe against the data and the run directory, and write nothing.
+    """Check the recipe against the data and the run directory, and write nothing. Says what has no effect.
 
     in_jobs: instances that Slurm jobs are training or will train. Raises UserError if anything does not fit.
     """
@@ -91,6 +93,8 @@ def check_run(
             raise RunError(f"{fault}; `gowide cancel {run.path}` before --fresh")
         if not fresh:
             stage_dir.check_identity(prepared.identities[instance.key])
+    for line in without_effect(recipe, prepared.unfinished, check_split(recipe.data.train).samples):
+        say(f"warning: {line}")
     return prepared
 
 

@@ -22,6 +22,7 @@ FLOORS = [
     ["data"],
     ["run"],
     ["identity"],
+    ["effects"],
     ["recipe"],
     ["stages"],
     ["networks"],

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gowide_dist.effects import without_effect
 from gowide_dist.errors import DataError
 from gowide_dist.identity import fingerprint, identities
 from gowide_dist.insight.assumed import (
@@ -95,6 +96,8 @@ def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None 
         resources = profile.resources(instance)
         stages.append(_plan_stage(instance, recipe, size, resources, progress.get(key, 0), key not in known))
         warnings += _warnings(stages[-1], recipe, size, resources) if stages[-1].steps_left else []
+    left = [recipe.instances[stage.stage] for stage in stages if not isinstance(progress.get(stage.stage), str)]
+    warnings += without_effect(recipe, left, size.train)
     parents = {key: instance.parents for key, instance in recipe.instances.items()}
     path, hours = longest_path({stage.stage: stage.hours for stage in stages}, parents)
     return Plan(
