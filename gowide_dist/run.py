@@ -37,6 +37,7 @@ class Done(BaseModel):
     model_sha256: str
     top1: float  # %, of all validation images
     top5: float
+    balanced_top1: float | None = None  # mean of the classes' top-1; None in files from before it was noted
     epochs: int
     steps: int
     images: int  # trained on

@@ -124,10 +124,15 @@ class StageBase(Frozen):
 
 
 class MixedStage(StageBase):
-    """Settings of every stage whose training images can be mixed in pairs. With both, half of the pairs each."""
+    """Settings of every stage that can learn from labels, and whose training images can be mixed in pairs.
+
+    With mixup and cutmix, half of the pairs each.
+    """
 
     mixup: NonNegative = 0.0  # alpha of the Beta distribution of an image's own part; 0: no mixup
     cutmix: NonNegative = 0.0  # the same for CutMix, in which a box of the partner covers the rest
+    # balanced: an image's cross-entropy in training is weighted by N / (K times the N_k training images of its class)
+    class_weights: Literal["balanced"] | None = None
 
     @property
     def is_mixed(self) -> bool:
@@ -230,6 +235,8 @@ class KlStage(TaughtStage, MixedStage):
     def _check_loss(self) -> KlStage:
         if self.blocks_weight and self.has_stored_logits:
             raise ValueError("blocks_weight: needs teacher_logits: live; outputs of blocks are not stored")
+        if self.class_weights and not self.labels_weight:
+            raise ValueError("class_weights: weights the cross-entropy on the labels; set a labels_weight above 0")
         if self.loss == "dkd" and self.is_mixed:
             raise ValueError("loss: dkd needs one label for each image; leave mixup and cutmix out")
         weights = (self.target_weight, self.others_weight)

@@ -136,6 +136,10 @@ class Loader:
         # Where there is a GPU the memory is pinned: a copy to the GPU then runs beside the computation.
         self._buffers = torch.empty(buffers, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
+    def class_counts(self, num_classes: int) -> Tensor:
+        """How many images of the file each class has: int64 [K]."""
+        return torch.bincount(torch.from_numpy(self._beton.labels), minlength=num_classes)
+
     def preflight(self, num_classes: int) -> None:
         """Check before a long run: labels in range, a first batch in time. Raises DataError."""
         low, high = self._beton.labels.min(), self._beton.labels.max()

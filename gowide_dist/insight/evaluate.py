@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
 
     Returns the content of `eval.json`: accuracies and the expected calibration error (`ece`) in %, the mean negative
     log-likelihood of the labels (`nll`), `confusion` [K, K], images by label (rows) and prediction (columns), and
-    `per_class_top1`, None without images; `top1_in_training`: the top-1 in done.json if that is of the same images.
+    `per_class_top1`, None without images, with their mean `balanced_top1`; `top1_in_training`: the top-1 in done.json
+    if that is of the same images.
     """
     path = path or trained.recipe.data.val
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,6 +50,7 @@ def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
     confusion.index_put_((labels, logits.argmax(dim=1)), torch.tensor(1), accumulate=True)
     counts = confusion.sum(dim=1).tolist()
     hits_and_counts = zip(confusion.diagonal().tolist(), counts, strict=True)
+    per_class = [100 * hit / count if count else None for hit, count in hits_and_counts]
     return {
         "run": str(trained.run.path),
         "stage": trained.instance.stage_name,
@@ -55,12 +58,13 @@ def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
         "data": str(path),
         "images": len(labels),
         **top1_and_top5,
+        "balanced_top1": fmean(top1 for top1 in per_class if top1 is not None),
         "nll": float(F.cross_entropy(logits.double(), labels)),
         "ece": calibration_error(logits, labels),
         "top1_in_training": trained.done.top1 if check_split(path).checksum == trained.val_checksum else None,
         "classes": trained.info.classes,
         "per_class_images": counts,
-        "per_class_top1": [100 * hit / count if count else None for hit, count in hits_and_counts],
+        "per_class_top1": per_class,
         "confusion": confusion.tolist(),
     }
 
@@ -95,8 +99,9 @@ def table(evaluation: Mapping[str, Any]) -> str:
     in_training = "" if e["top1_in_training"] is None else f" ({e['top1_in_training']:.2f} in training)"
     head = (
         f"{e['run']}  {e['stage']}/{e['network']} on {e['images']:,} images of {e['data']}\n"
-        f"top-1 {e['top1']:.2f} %{in_training}, top-5 {e['top5']:.2f} %, negative log-likelihood {e['nll']:.4f}, "
-        f"calibration error {e['ece']:.2f} % ({NUM_BINS} bins)"
+        f"top-1 {e['top1']:.2f} %{in_training}, its mean over classes {e['balanced_top1']:.2f} %, "
+        f"top-5 {e['top5']:.2f} %, negative log-likelihood {e['nll']:.4f}, calibration error {e['ece']:.2f} % "
+        f"({NUM_BINS} bins)"
     )
     classes, title = [row for row in zip(names, images, e["per_class_top1"], strict=True) if row[1]], "class"
     if len(classes) > MANY_CLASSES:

@@ -16,7 +16,8 @@ from gowide_dist.run import Run
 
 COLUMNS = {  # of results.csv; those of a run's table with their title and format
     "stage": ("stage", ""), "network": ("network", ""), "parameters": ("parameters", ","), "mflops": ("MFLOPs", ",.3f"),
-    "epochs": ("epochs", ""), "top1": ("top-1 %", ".2f"), "top5": ("top-5 %", ".2f"), "seconds": ("seconds", ",.0f"),
+    "epochs": ("epochs", ""), "top1": ("top-1 %", ".2f"), "balanced_top1": ("balanced %", ".2f"),
+    "top5": ("top-5 %", ".2f"), "seconds": ("seconds", ",.0f"),
     "student_epochs": ("student epochs", ""), "images": None, "train_tflops": ("train TFLOPs", ",.2f"), "hours": None,
     "teacher": None, "agreement": ("agreement %", ".2f"), "latency_ms_1": ("ms at 1", ",.2f"),
     "latency_ms_64": ("ms at 64", ",.1f"),
@@ -29,7 +30,8 @@ SPREADS = [(name, key) for name in ("top1", "minus_baseline") for key in ("n", "
 GROUPS_CSV = ["recipe", "seeds", *GROUP_KEY, *(f"{name}_{key}" for name, key in SPREADS)]
 CAPTION = (
     "Epochs and seconds are of the stage alone; student epochs and train TFLOPs include the stages that it started "
-    "from and the teacher's forward passes. FLOPs are multiply-adds. Agreement: fraction of validation images for "
+    "from and the teacher's forward passes. FLOPs are multiply-adds. Balanced: mean of the classes' top-1, where they "
+    "have unequally many validation images. Agreement: fraction of validation images for "
     "which network and teacher predict the same class. Latency: median of batches of 1 and 64, PyTorch float32. "
 )
 CURVES_CAPTION = (
@@ -101,10 +103,11 @@ def _report_groups(groups: list[Group], folder: Path) -> tuple[str, dict[str, An
 
 
 def _run_section(results: RunResults) -> Section:
-    rows = [
-        ["" if row[name] is None else format(row[name], spec) for name, (_, spec) in SHOWN.items()]
-        for row in results.rows.values()
-    ]
+    rows = []
+    for row in results.rows.values():
+        if row["balanced_top1"] == row["top1"]:  # so it is where the classes have equally many images
+            row = {**row, "balanced_top1": None}
+        rows.append(["" if row[name] is None else format(row[name], spec) for name, (_, spec) in SHOWN.items()])
     progress = f"{results.run.path}: {len(rows)} of {len(results.recipe.instances)} stages done"
     places = sorted({measured["where"] for measured in results.measured.values() if "where" in measured})
     title, head = f"{results.run.path}, seed {results.recipe.seed}", [title for title, _ in SHOWN.values()]

@@ -99,7 +99,7 @@ class RunResults:
             teacher = teacher_of(instance, self.recipe)
             sha256 = self.done[teacher].model_sha256 if teacher in self.done else ""
             rows[key] = {
-                **done.model_dump(include={"stage", "network", "epochs", "top1", "top5", "seconds"}),
+                **done.model_dump(include={"stage", "network", "epochs", "top1", "balanced_top1", "top5", "seconds"}),
                 "parameters": network.parameters,
                 "mflops": network.macs / 1e6,  # multiply-adds of one image, in millions
                 "student_epochs": cost.epochs,  # with the stages that it started from

@@ -23,6 +23,7 @@ from gowide_dist.stop import Stopped
 from gowide_dist.timeline import Batching
 from gowide_dist.train.context import TrainBatch, TrainContext, configure_backends
 from gowide_dist.train.costs import HOST_PARTS, memory_per_process
+from gowide_dist.train.losses import balanced_weights
 from gowide_dist.train.metrics import mean_over_samples
 from gowide_dist.train.objectives import Losses
 from gowide_dist.train.optim import learning_rate
@@ -251,11 +252,16 @@ class StageTraining:
 def evaluate(
     students: Sequence[Student], teacher: Teacher | None, stream: Stream, ctx: TrainContext
 ) -> list[dict[str, float]]:
-    """Each student's means over the validation set: its losses, and accuracies in %; a collective."""
+    """Each student's means over the validation set: its losses, and accuracies in %; a collective.
+
+    balanced_top1: the mean of the classes' top-1, in which each has the same weight.
+    """
+    weights = balanced_weights(ctx.data.val.class_counts(ctx.data.num_classes)).to(ctx.world.device)
 
     def evaluate_batch(batch: TrainBatch) -> list[Losses]:
         with teacher.cached() if teacher else nullcontext():
-            return [student.objective.evaluate(*batch) for student in students]
+            results = [student.objective.evaluate(*batch) for student in students]
+        return [{**losses, "balanced_top1": losses["top1"] * weights[batch.labels]} for losses in results]
 
     with ExitStack() as stack:
         for student in students:
@@ -268,7 +274,7 @@ def evaluate(
         results = mean_over_samples(map(evaluate_batch, stream.validation()), ctx.world)
     for student, means in zip(students, results, strict=True):
         student.objective.train()
-        means |= {name: 100 * means[name] for name in ("top1", "top5")}
+        means |= {name: 100 * means[name] for name in ("top1", "top5", "balanced_top1")}
     return results
 
 

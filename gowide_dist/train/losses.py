@@ -99,15 +99,29 @@ def block_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.float()).square().flatten(1).mean(dim=1)
 
 
-def cross_entropy(logits: Tensor, labels: Targets, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Targets, smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of each sample: logits [B, K], labels [B] -> [B]; of mixed images, that on both labels weighted.
 
     `smoothing` is the part of the target that is shared equally by all classes (Szegedy et al. 2016, arXiv 1512.00567).
+    `class_weights` [K] multiply a sample's by its label's, and no mean divides by them: gradients of processes and of
+    micro-batches add up to that of the whole batch.
     """
     if isinstance(labels, MixedLabels):
-        own, partners = (cross_entropy(logits, of, smoothing) for of in (labels.own, labels.partners))
+        own, partners = (cross_entropy(logits, of, smoothing, class_weights) for of in (labels.own, labels.partners))
         return labels.lam * own + (1 - labels.lam) * partners
-    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+    losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+    return losses if class_weights is None else class_weights[labels] * losses
+
+
+def balanced_weights(counts: Tensor) -> Tensor:
+    """Weights with which every class counts alike: N / (K N_k) for N_k of N images, K classes: [K] float32.
+
+    Their mean over the images is 1. A class without images has 0, and is not among the K.
+    """
+    weights = counts.sum() / ((counts > 0).sum() * counts.double())
+    return weights.where(counts > 0, 0).float()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

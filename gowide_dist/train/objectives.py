@@ -71,16 +71,16 @@ class Objective(nn.Module, ABC):
 
 
 class Labels(Objective):
-    """Cross-entropy on the labels, in training with label smoothing."""
+    """Cross-entropy on the labels, in training with label smoothing and weights of the classes [K]."""
 
-    def __init__(self, student: ResNet, label_smoothing: float = 0.0) -> None:
+    def __init__(self, student: ResNet, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
         super().__init__(student)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
     def forward(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> Losses:
         """`loss`: the cross-entropy."""
         logits, _ = self.student(images)
-        return {"loss": cross_entropy(logits, labels, self.label_smoothing).mean()}
+        return {"loss": cross_entropy(logits, labels, self.label_smoothing, self.class_weights).mean()}
 
     def losses(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
         """`loss`: the plain cross-entropy."""
@@ -91,12 +91,14 @@ class Labels(Objective):
 class Kl(Objective):
     """Distillation of the teacher's logits, mixed with cross-entropy and block errors where these have a weight.
 
-    Without a teacher, its output must come with every batch.
+    Without a teacher, its output must come with every batch. class_weights [K]: of the cross-entropy in training.
     """
 
-    def __init__(self, student: ResNet, teacher: Teacher | None, stage: KlStage) -> None:
+    def __init__(
+        self, student: ResNet, teacher: Teacher | None, stage: KlStage, class_weights: Tensor | None = None
+    ) -> None:
         super().__init__(student)
-        self.teacher, self.stage = teacher, stage
+        self.teacher, self.stage, self.class_weights = teacher, stage, class_weights
 
     def losses(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
         """`loss`: (1 - labels_weight) times `kl`, `dkd` or `dist`, the comparison with the teacher's logits, plus
@@ -115,7 +117,8 @@ class Kl(Objective):
         losses: Losses = {stage.loss: self._compare(logits, stored, labels)}
         loss = (1 - stage.labels_weight) * losses[stage.loss]
         if stage.labels_weight:
-            losses["cross_entropy"] = cross_entropy(logits, labels)
+            class_weights = self.class_weights if self.training else None
+            losses["cross_entropy"] = cross_entropy(logits, labels, class_weights=class_weights)
             loss = loss + stage.labels_weight * losses["cross_entropy"]
         if stage.blocks_weight:
             losses["mse_blocks"] = torch.stack(list(map(block_mse, blocks, targets))).sum(dim=0)
@@ -240,13 +243,16 @@ class Blocks(Objective):
         return cast(Tensor, self.up[index](x))
 
 
-def build_objective(stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None) -> Objective:
+def build_objective(
+    stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None,
+    class_weights: Tensor | None = None,
+) -> Objective:  # fmt: skip
     """The objective that a stage of a recipe describes, over `student`. Without a teacher, its logits are stored."""
     match stage:
         case LabelsStage():
-            return Labels(student, stage.label_smoothing)
+            return Labels(student, stage.label_smoothing, class_weights)
         case KlStage():
-            return Kl(student, teacher, stage)
+            return Kl(student, teacher, stage, class_weights)
         case BlocksStage():
             assert teacher is not None
             return Blocks(student, teacher, stage)

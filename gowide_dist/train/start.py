@@ -15,7 +15,7 @@ from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
 from gowide_dist.recipe import Instance
 from gowide_dist.run import Run
-from gowide_dist.stages import KlStage, Stage, TaughtStage
+from gowide_dist.stages import KlStage, MixedStage, Stage, TaughtStage
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.checkpoint import load_checkpoint, whole_checkpoints
 from gowide_dist.train.context import COMPUTE_DTYPES, TrainContext
@@ -65,7 +65,7 @@ def build_students(
     batching = Batching(ctx.recipe.batch_size, ctx.world.size, ctx.world.rank, accumulate)
     students = []
     for instance in instances:
-        objective = _initial_objective(instance, ctx, teacher_network, teacher)
+        objective = _initial_objective(instance, stream, ctx, teacher_network, teacher)
         timeline = Timeline(batching, stream.steps_per_epoch, stage.epochs, objective.num_phases)
         students.append(Student(instance, objective, ctx, timeline, writer))
     states = [load_checkpoint(student.stage_dir.checkpoints, start) if start else None for student in students]
@@ -78,7 +78,7 @@ def build_students(
 
 
 def _initial_objective(
-    instance: Instance, ctx: TrainContext, teacher_network: ResNet | None, teacher: Teacher | None
+    instance: Instance, stream: Stream, ctx: TrainContext, teacher_network: ResNet | None, teacher: Teacher | None
 ) -> Objective:
     """The objective of a stage before its first step, on the device. The student's weights are, in this order:
 
@@ -96,7 +96,9 @@ def _initial_objective(
     if copy := TAKE_OVER[_start(instance.stage)]:
         assert teacher_network is not None
         copy(network, teacher_network)
-    objective = build_objective(instance.stage, ctx.place(network), teacher)
+    is_weighted = isinstance(instance.stage, MixedStage) and instance.stage.class_weights
+    class_weights = stream.class_weights() if is_weighted else None
+    objective = build_objective(instance.stage, ctx.place(network), teacher, class_weights)
     if ctx.recipe.compile:
         network.compile_blocks()
     if ctx.recipe.sync_batch_norm:

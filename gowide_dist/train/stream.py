@@ -6,13 +6,14 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 
 import torch
+from torch import Tensor
 
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.recipe import Instance
 from gowide_dist.stages import MixedStage
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.context import TrainBatch, TrainContext
-from gowide_dist.train.losses import Targets
+from gowide_dist.train.losses import Targets, balanced_weights
 from gowide_dist.train.metrics import StreamDigest, Throughput
 from gowide_dist.train.mixing import Mixing, Pairs
 from gowide_dist.train.teacher_logits import TeacherLogits, TeacherOutput
@@ -40,6 +41,11 @@ class Stream:
     @property
     def steps_per_epoch(self) -> int:
         return self._loader.steps_per_epoch
+
+    def class_weights(self) -> Tensor:
+        """Weights with which every class counts alike in training: [K], on the device."""
+        counts = self._loader.class_counts(self._ctx.data.num_classes)
+        return balanced_weights(counts).to(self._ctx.world.device)
 
     def epoch(self, epoch: int) -> Iterator[TrainBatch]:
         """The batches of an epoch as training takes them, without stored outputs. Their samples are not counted."""

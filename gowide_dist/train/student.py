@@ -129,6 +129,7 @@ class Student:
             model_sha256=sha256(self.stage_dir.model),
             top1=results["top1"],
             top5=results["top5"],
+            balanced_top1=results["balanced_top1"],
             epochs=self.instance.stage.epochs,
             steps=step,
             images=self.timeline.images(step),

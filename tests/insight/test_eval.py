@@ -61,6 +61,10 @@ def test_every_figure(finished_run, plain):
     assert evaluation["confusion"] == by_hand.tolist()
     assert evaluation["per_class_images"] == by_hand.sum(1).tolist()
     assert evaluation["per_class_top1"] == pytest.approx((100 * by_hand.diagonal() / by_hand.sum(1)).tolist())
+    assert evaluation["balanced_top1"] == pytest.approx(np.mean(evaluation["per_class_top1"]))
+    in_training = finished_run.stage("finetune/thin").done
+    assert in_training.balanced_top1 == pytest.approx(evaluation["balanced_top1"]) != pytest.approx(in_training.top1)
+    assert f"its mean over classes {evaluation['balanced_top1']:.2f} %" in table(evaluation)
     assert evaluation["classes"][6] == "Shirt"
 
     confidence = logits.double().softmax(1).amax(1)

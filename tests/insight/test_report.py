@@ -86,6 +86,23 @@ def test_agreement_dead_channels_and_latency_of_finished_networks(reported):
                for name in ("loss", "accuracy"))  # fmt: skip
 
 
+def test_accuracy_in_the_mean_of_classes_stands_beside_top1(copy):
+    """Unless it is the same, because the classes have equally many images."""
+    text, data = report([copy], measure=False)
+    row = data["results"][0]
+    assert row["balanced_top1"] == pytest.approx(copy.stage("teacher/wide").done.balanced_top1) != row["top1"]
+    assert "top-1 %  balanced %  top-5 %" in text and f"{row['balanced_top1']:.2f}" in text
+    assert float(rows(copy.report / "results.csv")[0]["balanced_top1"]) == pytest.approx(row["balanced_top1"])
+    for path in copy.path.glob("stages/*/*/done.json"):
+        done = json.loads(path.read_text())
+        path.write_text(json.dumps({**done, "balanced_top1": done["top1"]}))
+    assert "balanced" not in report([copy], measure=False)[0]
+    for path in copy.path.glob("stages/*/*/done.json"):  # of a run from before it was noted
+        done = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in done.items() if key != "balanced_top1"}))
+    assert "balanced" not in report([copy], measure=False)[0]
+
+
 def test_latency_is_a_median_after_warm_up():
     durations = iter([0.5, 0.5, 0.01, 0.2, 0.03] + [0.02] * 50)
     calls = []

@@ -21,6 +21,8 @@ BASIC = {"block": "basic", "depths": [1, 2], "base": 8, "stem": "small"}
 BOTTLENECK = {"block": "bottleneck", "depths": [2, 1], "base": 8, "stem": "imagenet", "zero_init_residual": True}
 STAGES = {
     "labels": (LabelsStage, {"label_smoothing": 0.1}),
+    "balanced labels": (LabelsStage, {"class_weights": "balanced"}),
+    "balanced kl": (KlStage, {"class_weights": "balanced", "labels_weight": 0.3}),
     "mixed labels": (LabelsStage, {"mixup": 0.2, "cutmix": 1.0}),
     "mixed kl": (KlStage, {"temperature": 4.0, "labels_weight": 0.3, "cutmix": 1.0}),
     "kl": (KlStage, {"temperature": 4.0, "labels_weight": 0.3}),
@@ -57,7 +59,8 @@ def test_a_step_leaves_no_tensor_behind_and_asks_for_no_scalar(monkeypatch, fami
         student = build_network({**family, "channels": channels}, 10)
     teacher = None if name == "stored" else Teacher(teacher_network)
     with torch.device("meta"):  # as `ctx.place` puts a network on the device before its objective is built
-        objective = build_objective(stage_of(name), student, teacher)
+        weights = torch.empty(10) if "balanced" in name else None
+        objective = build_objective(stage_of(name), student, teacher, weights)
     assert {parameter.device.type for parameter in objective.parameters()} == {"meta"}
     images = torch.empty(8, 3, 32, 32, device="meta").to(memory_format=torch.channels_last)
     labels = torch.zeros(8, dtype=torch.long, device="meta")

@@ -76,6 +76,7 @@ def sha(run, key="teacher/wide"):
         ["batch_size=48"],
         ["precision=bf16"],
         ["stages.teacher.label_smoothing=0.1"],
+        ["stages.teacher.class_weights=balanced"],
         ["stages.teacher.mixup=0.2"],
         ["stages.teacher.cutmix=1"],
         ["stages.teacher.schedule=linear"],

@@ -9,7 +9,9 @@ from gowide_dist import build_network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.stages import BlocksStage, KlStage
 from gowide_dist.train.losses import (
+    MixedLabels,
     accuracy,
+    balanced_weights,
     block_mse,
     cross_entropy,
     dist_over_batch,
@@ -156,6 +158,51 @@ def test_cross_entropy_by_hand():
     # smoothing 0.2 over two classes: targets 0.9 and 0.1
     by_hand = 0.9 * math.log(4 / 3) + 0.1 * math.log(4)
     assert cross_entropy(logits, label, smoothing=0.2).item() == pytest.approx(by_hand)
+
+
+def test_weights_of_classes_by_hand():
+    weights = balanced_weights(torch.tensor([6, 2, 0]))  # 8 images in 2 classes: 8 / (2 * 6), 8 / (2 * 2)
+    assert weights.tolist() == pytest.approx([2 / 3, 2, 0])
+    assert balanced_weights(torch.tensor([5, 5, 5])).tolist() == [1, 1, 1]
+    logits, labels = torch.tensor([[math.log(3.0), 0.0, -99.0]] * 2), torch.tensor([0, 1])
+    by_hand = [2 / 3 * math.log(4 / 3), 2 * math.log(4)]
+    assert cross_entropy(logits, labels, class_weights=weights).tolist() == pytest.approx(by_hand, rel=1e-5)
+    mixed = cross_entropy(logits, MixedLabels(labels, labels.flip(0), torch.tensor([0.75, 1.0])), 0.0, weights)
+    assert mixed.tolist() == pytest.approx([0.75 * by_hand[0] + 0.25 * by_hand[1], by_hand[1]], rel=1e-5)
+
+
+def test_classes_of_any_size_pull_alike():
+    """Of 30 images of one class and 2 of another, on logits that say nothing: their gradients cancel."""
+    labels = torch.tensor([0] * 30 + [1] * 2)
+    bias = torch.zeros(2, requires_grad=True)
+    weights = balanced_weights(torch.bincount(labels))
+    cross_entropy(bias.expand(32, 2), labels, 0.1, weights).mean().backward()
+    assert bias.grad.tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["labels", "kl"])
+def test_weights_of_classes_train_but_do_not_judge(student, teacher, batch, objective):
+    images, labels = batch
+    weights = balanced_weights(torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]))
+    stage = KlStage.model_validate(
+        {
+            "train": "thin",
+            "objective": "kl",
+            "teacher": "teacher",
+            "epochs": 1,
+            "optim": {"lr": 1},
+            "labels_weight": 0.4,
+        }
+    )
+    build = {"labels": lambda *w: Labels(student, 0.1, *w), "kl": lambda *w: Kl(student, teacher, stage, *w)}[objective]
+    weighted, plain = build(weights), build()
+    losses = weighted(images, labels)
+    assert losses["loss"] != plain(images, labels)["loss"]
+    if objective == "kl":
+        by_hand = (weights[labels] * F.cross_entropy(student(images)[0], labels, reduction="none")).mean()
+        assert torch.allclose(losses["cross_entropy"], by_hand)
+    evaluated = [each.eval().evaluate(images, labels)["loss"] for each in (weighted, plain)]
+    assert torch.equal(*evaluated)
 
 
 def test_labels_is_cross_entropy(student, batch):
