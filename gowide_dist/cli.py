@@ -70,7 +70,9 @@ Only = Annotated[
 ]
 Runs = Annotated[Path, Option(help="Folder of run directories.")]
 Fresh = Annotated[bool, Option(help="Discard what unfinished stages have left in this run's folder.")]
-Nproc = Annotated[int | None, Option(help="Processes; default: one per GPU, else one per two cores.", min=1)]
+Nproc = Annotated[
+    int | None, Option(help="Processes; default: one per GPU, else per two cores; fewer to divide the batch.", min=1)
+]
 Dataset = Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "ffcv"]
 BenchPart = StrEnum("BenchPart", ["loader", "stages"])  # typer has no lists of Literal
 Json = Annotated[bool, Option("--json", help="Print JSON.")]

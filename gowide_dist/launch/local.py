@@ -43,26 +43,30 @@ def default_num_processes() -> int:
 
 
 def choose_num_processes(recipe: Recipe, asked: int | None) -> int:
-    """As many as asked for, else the default, or fewer, so that they divide the recipe's batches equally.
+    """As many as asked for, else the default, or as many fewer as can share the recipe's batches, which is then said.
 
-    Raises RecipeError if those asked for do not divide it, UserError if they are more than the GPUs.
+    Raises RecipeError if those asked for cannot share them, UserError if they are more than the GPUs.
     """
-    if asked is None:
-        default = default_num_processes()
-        for number in range(default, 1, -1):
-            with contextlib.suppress(RecipeError):
-                recipe.check_processes(number)
-                if number < default:
-                    say(f"using {number} processes: batch_size {recipe.batch_size} is not divisible by {default}")
-                return number
-        asked = 1
-    if 0 < num_gpus() < asked:
+    most = default_num_processes() if asked is None else asked
+    if asked and 0 < num_gpus() < asked:
         raise UserError(
             f"--nproc {asked}: there is one process per GPU, and this machine has {num_gpus()}; leave --nproc out, or "
             "set CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
         )
-    recipe.check_processes(asked)
-    return asked
+    fault = ""
+    for number in range(most, 0, -1):
+        try:
+            recipe.check_processes(number)
+        except RecipeError as error:
+            fault = fault or str(error)
+            continue
+        if fault and asked:
+            raise RecipeError(f"{fault}; --nproc {number} would do")
+        if fault:
+            which = f"{number} of {most} GPUs" if num_gpus() else f"{number} processes instead of {most}"
+            say(f"using {which}: {fault.partition(';')[0]}")
+        return number
+    raise RecipeError(fault)
 
 
 def num_gpus() -> int:

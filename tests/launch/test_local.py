@@ -109,7 +109,36 @@ def recipe(tmp_path):
 def test_a_number_of_processes_that_was_not_asked_for_divides_the_batch(recipe, monkeypatch, capsys, default, chosen):
     monkeypatch.setattr(local, "default_num_processes", lambda: default)
     assert choose_num_processes(recipe, None) == chosen
-    assert ("is not divisible by" in capsys.readouterr().err) == (default != chosen)
+    fault = f"using {chosen} processes instead of {default}: batch_size: 60 is not divisible by {default} processes\n"
+    assert capsys.readouterr().err == (fault if default != chosen else "")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "default", "chosen", "fault"),
+    [
+        (["batch_size=256"], 3, 2, "batch_size: 256 is not divisible by 3 processes"),
+        (["batch_size=61"], 4, 1, "batch_size: 61 is not divisible by 4 processes"),
+        (["stages.teacher.optim.accumulate=4"], 2, 1, "stages.teacher.optim.accumulate: the local batch of 30 images"),
+        (["stages.teacher.mixup=1"], 4, 3, "stages.teacher: mixup mixes pairs of images, but the local batch of 15"),
+    ],
+)
+def test_whatever_keeps_them_from_sharing_the_batch(
+    recipe, tmp_path, monkeypatch, capsys, overrides, default, chosen, fault
+):
+    recipe = load_recipe(tmp_path / f"{recipe.name}.yaml", overrides)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(default))))
+    assert choose_num_processes(recipe, None) == chosen
+    assert capsys.readouterr().err.startswith(f"using {chosen} of {default} GPUs: {fault}")
+    with pytest.raises(RecipeError, match=rf"^{fault}.*; --nproc {chosen} would do$"):
+        choose_num_processes(recipe, default)
+
+
+def test_a_batch_that_not_even_one_process_can_take(recipe, tmp_path, monkeypatch):
+    recipe = load_recipe(tmp_path / f"{recipe.name}.yaml", ["stages.teacher.optim.accumulate=7"])
+    monkeypatch.setattr(local, "default_num_processes", lambda: 3)
+    for asked in (None, 2, 1):
+        with pytest.raises(RecipeError, match=r"images is not divisible by 7$"):
+            choose_num_processes(recipe, asked)
 
 
 def test_a_number_of_processes_that_was_asked_for_is_taken_or_refused(recipe, monkeypatch):
