@@ -7,6 +7,7 @@ import functools
 import json
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer import Argument, Option
 from typer.exceptions import TyperException
 
 from gowide_dist.errors import InternalError, UserError, fixable
+from gowide_dist.files import expanded
 from gowide_dist.launch.local import choose_num_processes, num_gpus, torchrun
 from gowide_dist.launch.profile import load_profile
 from gowide_dist.recipe import load_recipe
@@ -47,6 +49,29 @@ def common(
 data_app = typer.Typer(help="Check encoded datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+
+def command(name: str | None = None, group: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command of a group, as typer registers it, with `~` and variables of all its paths replaced."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, list):
+            return [replaced(each) for each in value]
+        return expanded(value) if isinstance(value, Path) else value
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def with_paths(**values: Any) -> None:
+            try:
+                values = {name: replaced(value) for name, value in values.items()}
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            function(**values)
+
+        return group.command(name)(with_paths)
+
+    return register
+
+
 Job = Annotated[Path, Argument(help="A recipe, for example jobs/demo.yaml.", metavar="JOB")]
 Overrides = Annotated[
     list[str] | None, Argument(help="Values to set: seed=1 data.resolution=32.", metavar="[KEY=VALUE]...")
@@ -57,8 +82,8 @@ RunDir = Annotated[Path, Argument(help="A run directory, for example runs/demo."
 def complete_stage(context: typer.Context, incomplete: str) -> list[str]:
     """Shell completion: the stages of the recipe or run that is on the command line already."""
     words = [context.params.get("job"), context.params.get("run"), *context.args]  # args: words before an option
-    path = next((Path(str(word)) for word in words if word), Path())
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, ValueError):
+        path = next((expanded(str(word)) for word in words if word), Path())
         recipe = load_recipe(path / "recipe.yaml" if path.is_dir() else path)
         return [name for name in (*recipe.stages, *recipe.instances) if name.startswith(incomplete)]
     return []
@@ -78,7 +103,7 @@ BenchPart = StrEnum("BenchPart", ["loader", "stages"])  # typer has no lists of 
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
-@app.command()
+@command()
 def encode(
     dataset: Annotated[Dataset, Argument(help="What to encode: torchvision's layouts on disk, or FFCV's files.")],
     out: Annotated[Path, Option(help="Folder for train.beton, val.beton and dataset.json.")],
@@ -125,7 +150,7 @@ def encode(
     print_line(f"{out}: {info.source}, {info.summary}")
 
 
-@data_app.command()
+@command(group=data_app)
 def verify(folder: Annotated[Path, Argument(help="A folder written by `gowide encode`.", metavar="DIR")]) -> None:
     """Check a whole dataset: checksums, counts, labels, and every image decoded.
 
@@ -136,7 +161,7 @@ def verify(folder: Annotated[Path, Argument(help="A folder written by `gowide en
     print_line(f"{folder}: OK, {verify_dataset(folder).summary}")
 
 
-@app.command()
+@command()
 def bench(
     job: Job,
     overrides: Overrides = None,
@@ -179,7 +204,7 @@ def bench(
         print_line("\n".join(table(head, rows) for head, rows in tables(results)))
 
 
-@app.command()
+@command()
 def run(
     job: Job,
     overrides: Overrides = None,
@@ -212,7 +237,7 @@ def run(
     print_line(report([prepared.run], measure=False)[0])
 
 
-@app.command()
+@command()
 def plan(
     job: Job,
     overrides: Overrides = None,
@@ -250,7 +275,7 @@ def plan(
     print_line(to_json(data) if as_json else text)
 
 
-@app.command()
+@command()
 def submit(
     job: Job,
     cluster: Annotated[Path, Option(help="A cluster profile, for example slurm/clusters/gpu8.yaml.")],
@@ -286,7 +311,7 @@ def submit(
     print_line(submitted(prepared, chain.submit()))
 
 
-@app.command()
+@command()
 def status(run: RunDir, as_json: Json = False) -> None:
     """Show the stages of a run: their jobs, progress and time left.
 
@@ -298,7 +323,7 @@ def status(run: RunDir, as_json: Json = False) -> None:
     print_line(to_json([asdict(row) for row in rows]) if as_json else status_table(rows))
 
 
-@app.command()
+@command()
 def logs(
     run: RunDir,
     stage: StageName,
@@ -316,7 +341,7 @@ def logs(
         sys.stdout.flush()
 
 
-@app.command()
+@command()
 def cancel(run: RunDir) -> None:
     """Cancel the queued and running jobs of a run. `gowide submit` continues it.
 
@@ -327,7 +352,7 @@ def cancel(run: RunDir) -> None:
     print_line("\n".join(f"cancelled {job}" for job in cancel_run(Run(run))) or f"{run}: no job is queued or running")
 
 
-@app.command("eval")
+@command("eval")
 def evaluate(
     run: RunDir,
     stage: StageName,
@@ -349,7 +374,7 @@ def evaluate(
     print_line(to_json(evaluation) if as_json else evaluate.table(evaluation))
 
 
-@app.command()
+@command()
 def export(
     run: RunDir,
     stage: StageName,
@@ -369,7 +394,7 @@ def export(
     print_line(to_json(report) if as_json else export.table(report))
 
 
-@app.command()
+@command()
 def report(
     runs: Annotated[list[Path], Argument(help="Run directories, finished or not.", metavar="RUN...")],
     out: Annotated[Path | None, Option(help="Folder to write to; default: report/ of the first run.")] = None,
@@ -389,7 +414,7 @@ def report(
     print_line(to_json(data) if as_json else text)
 
 
-@app.command()
+@command()
 def doctor(
     runs: Runs = Path("runs"),
     cluster: Annotated[Path | None, Option(help="A cluster profile to check.")] = None,

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,29 @@ from typing import IO, BinaryIO
 
 from gowide_dist.errors import RunError, is_full
 
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{(\w+)\})")  # $NAME or ${NAME}
 PARTIAL = ".partial"  # folder of files that are being written
 NO_WEIGHTS = (
     "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
 )
+
+
+def expanded(path: str | Path) -> Path:
+    """A path that a user has written, with its variables and then `~` or `~user` replaced, as a shell does.
+
+    Raises ValueError if a variable has no value, or if a user or a home is unknown.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not (value := os.environ.get(name)):
+            raise ValueError(f"{path}: the variable {name} is not set; set it, or write the path out")
+        return value
+
+    try:
+        return Path(_VARIABLE.sub(value_of, str(path))).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such user, or no home folder; write the path out") from None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from gowide_dist.schema import (
     NonNegative,
     Positive,
     Seed,
+    UserPath,
     nearest,
     read_yaml,
     validate,
@@ -116,8 +117,8 @@ class Augment(Frozen):
 class Data(Frozen):
     """The FFCV files, with `dataset.json` beside them, and how their images are read."""
 
-    train: Path
-    val: Path
+    train: UserPath
+    val: UserPath
     resolution: Count  # px
     classes: Count | None = None  # default: dataset.json's
     augment: Augment = Augment()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, NonNegative, Positive, Real, Seed
+from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, NonNegative, Positive, Real, Seed, UserPath
 
 Decay = Annotated[Real, Field(ge=0, lt=1)]  # of an average: with 1 it would never change
 Reference = Annotated[str, Field(strict=True)]  # `stage` or `stage/network`
@@ -68,7 +67,7 @@ class Schedule(Frozen):
 class File(Frozen):
     """Weights in a file: a .safetensors, or a state dict as torchvision publishes them (.pth)."""
 
-    file: Path
+    file: UserPath
 
 
 Start = Annotated[

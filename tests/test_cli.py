@@ -8,6 +8,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 import gowide_dist
 from gowide_dist.cli import app
+from gowide_dist.errors import UserError
 from tests.command import GOWIDE, LIMIT_S, gowide, refused
 from tests.idx import write_fashion_mnist
 
@@ -123,6 +125,40 @@ def test_every_help_gives_an_example():
     shown = gowide("plan", "--help")
     assert shown.returncode == 0
     assert "Example: gowide plan jobs/" in " ".join(shown.stdout.replace("│", " ").split())
+
+
+def paths_of_commands():
+    """Each path that a command takes, by the command's words and its name: arguments with a variable there."""
+    for words, command in commands(typer.main.get_command(app)):
+        kinds = {param.name: param.type_descriptor.annotation for param in command.params}
+        for tested in (param for param in command.params if "Path" in str(kinds[param.name])):
+            arguments = words.split()
+            for param in command.params:
+                if param.required or param is tested:
+                    choice = next((choice for choice in get_args(kinds[param.name]) if isinstance(choice, str)), "x")
+                    value = "$GOWIDE_NOT_SET/x" if param is tested else choice
+                    arguments += [param.opts[0], value] if param.opts[0].startswith("-") else [value]
+            yield pytest.param(arguments, id=f"{words} {tested.name}")
+
+
+@pytest.mark.parametrize("arguments", [*paths_of_commands()])
+def test_every_path_of_a_command_takes_variables(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\$GOWIDE_NOT_SET/x: the variable GOWIDE_NOT_SET is not set; set it, or"):
+        app(arguments, standalone_mode=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_home_and_variables_from_end_to_end(tmp_path):
+    write_fashion_mnist(tmp_path / "my idx", 50, 20)
+    places = {"HOME": str(tmp_path / "home"), "MY_SCRATCH": str(tmp_path)}
+    made = gowide("encode", "fashion-mnist", "--root=${MY_SCRATCH}/my idx", "--out=~/data", cwd=tmp_path, env=places)
+    assert made.returncode == 0, made.stderr
+    data = ("data.train=~/data/train.beton", "data.val=$HOME/data/val.beton", "batch_size=10")
+    planned = gowide("plan", DEMO, *data, "--json", cwd=tmp_path, env=places)
+    assert json.loads(planned.stdout)["data"]["source"] == str(tmp_path / "home" / "data")
+    assert gowide("data", "verify", "~/data", cwd=tmp_path, env=places).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "my idx"]
 
 
 def completed(*words):

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import yaml
@@ -89,6 +90,28 @@ def test_overrides_by_dotted_key(job):
     assert recipe.stages["teacher"].schedule.decay == "step"
     assert recipe.architectures["quarter"].width == 0.125
     assert recipe.name == "other"
+
+
+def test_paths_take_home_and_variables(job, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("INDIRECT", "~/deep")
+    recipe = load_recipe(
+        job,
+        ["data.train=~/a/train.beton", "data.val=$SCRATCH/a$5/${SCRATCH}.beton", "stages.teacher.init={file: $INDIRECT/x.pth}"],
+    )  # fmt: skip
+    assert str(recipe.data.train) == "/home/me/a/train.beton"
+    assert str(recipe.data.val) == "/scratch/a$5/scratch.beton"
+    assert str(recipe.instances["teacher/wide"].init_file) == "/home/me/deep/x.pth"
+    assert "~" not in recipe.to_yaml() and "$S" not in recipe.to_yaml()  # processes elsewhere see the same files
+    monkeypatch.setenv("EMPTY", "")
+    for path, fault in {
+        "$UNSET/a": "$UNSET/a: the variable UNSET is not set; set it, or write the path out",
+        "x/${EMPTY}/a": "x/${EMPTY}/a: the variable EMPTY is not set",
+        "~nobody-of-this-name/a": "~nobody-of-this-name/a: there is no such user, or no home folder",
+    }.items():
+        with pytest.raises(RecipeError, match=re.escape(f"{job}: data.val: {fault}")):
+            load_recipe(job, [f"data.val={path}"])
 
 
 def test_an_override_changes_one_key_alone(tmp_path, job):

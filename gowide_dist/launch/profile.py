@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from gowide_dist.recipe import Instance
-from gowide_dist.schema import Count, Fraction, Frozen, Natural, NonNegative, Positive, read_yaml, validate
+from gowide_dist.schema import Count, Fraction, Frozen, Natural, NonNegative, Positive, UserPath, read_yaml, validate
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
 # Options of sbatch that a profile has a key for: `sbatch:` refuses them.
@@ -124,7 +124,7 @@ class Resources(Settings):
 class Profile(Resources):
     """A cluster: the resources of its jobs, and what differs for the jobs of some stages."""
 
-    node_local: tuple[Path, ...] = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # folders local to each node
+    node_local: tuple[UserPath, ...] = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # folders local to each node
     stages: dict[Text, Settings] = Field(default_factory=dict)  # by stage, or by stage/network
     encode: Settings = Settings()  # what differs for `gowide encode --cluster`, for example the partition
 

@@ -37,6 +37,16 @@ def test_faults_are_named_with_their_place(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_paths_take_home_and_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("LOCAL", "/local")
+    profile = load(tmp_path, "node_local: [~/here, $LOCAL/tmp]\nenvironment: {OUT: $LOCAL}")
+    assert [str(path) for path in profile.node_local] == ["/home/me/here", "/local/tmp"]
+    assert profile.environment == {"OUT": "$LOCAL"}  # no path of ours
+    with pytest.raises(RecipeError, match=r"node_local.0: \$NOT_SET/tmp: the variable NOT_SET is not set"):
+        load(tmp_path, "node_local: [$NOT_SET/tmp]")
+
+
 def test_stages_override_the_profile(tmp_path):
     profile = load(
         tmp_path,
