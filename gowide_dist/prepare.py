@@ -140,11 +140,10 @@ def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
     splits = {path: check_split(path) for path in infos}
     for path, info in infos.items():
         _check_classes(data, path, info)
-        _check_resolution(data, path, info)
     if data.augment.crop is None:
-        _check_one_size(data, data.train, infos[data.train], "data.augment.crop", "{scale: [0.08, 1.0]}")
+        _check_size(data, data.train, infos[data.train], "data.augment.crop", "{scale: [0.08, 1.0]}")
     if data.center_crop is None:
-        _check_one_size(data, data.val, infos[data.val], "data.center_crop", "0.875")
+        _check_size(data, data.val, infos[data.val], "data.center_crop", "0.875")
     _check_batch_size(recipe, splits[data.train].samples)
     _check_same_classes(data, infos)
     num_classes = len(infos[data.train].classes)
@@ -158,19 +157,15 @@ def _check_classes(data: Data, path: Path, info: DatasetInfo) -> None:
         raise DataError(f"data.classes: {path} has {len(info.classes)} classes, the recipe says {data.classes}")
 
 
-def _check_resolution(data: Data, path: Path, info: DatasetInfo) -> None:
-    side = info.fixed_side_px
-    if side not in (None, data.resolution):
-        raise DataError(f"data.resolution: the images of {path} have {side} px, the recipe says {data.resolution}")
-
-
-def _check_one_size(data: Data, path: Path, info: DatasetInfo, option: str, example: str) -> None:
-    """Images that are not cropped must all have one size. option: crops them, for example by the value `example`."""
+def _check_size(data: Data, path: Path, info: DatasetInfo, option: str, example: str) -> None:
+    """Images that are not cropped must be squares of the resolution. option: crops them, for example by `example`."""
+    say_how = f"say how they become {data.resolution} px, for example {option}: {example}"
     if info.fixed_side_px is None:
-        raise DataError(
-            f"{option}: the images of {path} have {info.min_side_px} to {info.max_side_px} px; "
-            f"say how they become {data.resolution} px, for example {option}: {example}"
-        )
+        sides = f"{info.min_side_px} to {info.max_side_px}"
+        raise DataError(f"{option}: the images of {path} have {sides} px; {say_how}")
+    if info.fixed_side_px != data.resolution:
+        fault = f"the images of {path} have {info.fixed_side_px} px, the recipe says {data.resolution}"
+        raise DataError(f"data.resolution: {fault}; take their side, or {say_how}")
 
 
 def _check_batch_size(recipe: Recipe, num_images: int) -> None:

@@ -4,20 +4,26 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gowide_dist import load_model
+from gowide_dist import load_model, load_recipe
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.environment import code_version
+from gowide_dist.errors import DataError
+from gowide_dist.pipeline import open_data
+from gowide_dist.prepare import check_data
 from gowide_dist.run import Run, read_metrics
+from gowide_dist.world import join
 from tests.command import GOWIDE, LIMIT_S, gowide, killed_when, refused
 from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, without_times, write_job
@@ -290,6 +296,34 @@ def test_images_of_many_sizes_need_to_be_cut(job, tmp_path):
     assert "say how they become 28 px, for example data.augment.crop: {scale: [0.08, 1.0]}" in refused(*arguments)
     assert "for example data.center_crop: 0.875" in refused(*arguments, "data.augment.crop={scale: [0.5, 1.0]}")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("side", "center_crop"), [(24, 0.875), (40, 1.0), (28, "null")])
+def test_squares_of_one_size_can_be_cropped_too(job, side, center_crop):
+    """To a smaller resolution, to a larger one, and in training alone."""
+    options = [f"data.resolution={side}", "data.augment={crop: {}}", f"data.center_crop={center_crop}"]
+    recipe, _ = check_data(load_recipe(job, options))
+    with join() as world, open_data(recipe, world) as data, closing(data.train(0)) as training:
+        for loader in (training, data.val):
+            with closing(loader.batches()) as batches:
+                assert next(batches).images.shape == (60, side, side, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "example"),
+    [
+        ([], "data.augment.crop: {scale: [0.08, 1.0]}"),
+        (["data.center_crop=0.875"], "data.augment.crop: {scale: [0.08, 1.0]}"),
+        (["data.augment={crop: {}}"], "data.center_crop: 0.875"),
+    ],
+)
+def test_squares_of_another_side_need_to_be_cut(job, overrides, example):
+    with pytest.raises(
+        DataError, match="have 28 px, the recipe says 24; take their side, or say how they become 24 px"
+    ):
+        check_data(load_recipe(job, ["data.resolution=24", *overrides]))
+    with pytest.raises(DataError, match=re.escape(f"for example {example}")):
+        check_data(load_recipe(job, ["data.resolution=24", *overrides]))
 
 
 def test_a_truncated_file_is_refused(data, tmp_path):
