@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from gowide_dist.data.info import read_dataset_info
 from gowide_dist.errors import DataError
+from gowide_dist.machine import num_cores
 from gowide_dist.progress import say
 from gowide_dist.recipe import Augment, Recipe
 from gowide_dist.steps import memory_bytes, run_steps
@@ -50,7 +51,7 @@ def machine() -> dict[str, Any]:
     """What the measurements are made on."""
     import torch
 
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     return {
         "cpu": cpu_name(),
         "cores": cores,
@@ -115,7 +116,7 @@ def loader(
     `memory_over_ffcv`: medians of the ratios of the rounds; and what they come from, `images_per_s` and `memory_mib`
     (peak growth after the imports). Raises DataError where a folder is missing.
     """
-    beton, num_threads = data_dir / "train.beton", len(os.sched_getaffinity(0))
+    beton, num_threads = data_dir / "train.beton", num_cores()
     info = read_dataset_info(beton)
     is_cropped = resolution is not None or info.fixed_side_px is None
     reading = Reading(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from gowide_dist.machine import num_cores
 
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
 
@@ -22,7 +23,7 @@ def describe_environment(devices: list[str], world_size: int) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "host": platform.node(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": num_cores(),
         "devices": devices,
         "world_size": world_size,
         "command": sys.argv,

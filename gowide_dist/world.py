@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gowide_dist import stop
 from gowide_dist.errors import UserError, number_from
+from gowide_dist.machine import num_cores
 
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=number_from("GOWIDE_COLLECTIVE_TIMEOUT_S", 600))
@@ -261,7 +262,7 @@ def join() -> Iterator[World]:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = choose_device(local_rank)
-    cores = max(1, len(os.sched_getaffinity(0)) // local_size)
+    cores = max(1, num_cores() // local_size)
     torch.set_num_threads(max(1, number_from("OMP_NUM_THREADS", cores)))
     if size > 1:
         device_id = device if device.type == "cuda" else None

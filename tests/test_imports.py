@@ -27,7 +27,7 @@ FLOORS = [
     ["stages"],
     ["networks"],
     ["schema", "world", "progress", "timeline", "environment"],
-    ["files", "stop"],
+    ["files", "stop", "machine"],
     ["errors"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -24,6 +24,7 @@ from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_in
 from gowide_dist.data.sources import ImageList, SourceDataset, SplitName
 from gowide_dist.errors import DataError
 from gowide_dist.files import PARTIAL, replacing, try_lock, writing_to
+from gowide_dist.machine import num_cores
 from gowide_dist.progress import say, track
 
 SKIPPED_FILE_NAME, LOCK_FILE_NAME = "skipped.txt", ".lock"
@@ -231,7 +232,7 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
 
 def _encode_samples(images: ImageList, options: Options) -> Iterator[Sample | BadImage]:
     """Encode in the order given, files in worker processes: the bytes written do not depend on their number."""
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or num_cores()
     starts = range(0, len(images), _CHUNK)
     chunks = ((images.take(slice(start, start + _CHUNK)), start, options) for start in starts)
     if images.items.dtype != object or workers == 1:

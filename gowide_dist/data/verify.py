@@ -1,6 +1,5 @@
 """`gowide data verify`: compares the files of a dataset with dataset.json, and decodes every image."""
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -11,6 +10,7 @@ from gowide_dist.data.images import decode_stored
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
 from gowide_dist.errors import DataError
 from gowide_dist.files import sha256
+from gowide_dist.machine import num_cores
 from gowide_dist.progress import say, track
 
 _CHUNK = 64  # images that a thread is given at a time
@@ -43,7 +43,7 @@ def _faults(path: Path, split: Split, num_classes: int, workers: int | None) -> 
     low, high = beton.labels.min(), beton.labels.max()
     if low < 0 or high >= num_classes:
         yield f"labels {low} to {high}, but {num_classes} classes"
-    with ThreadPool(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPool(workers or num_cores()) as pool:
         faults = pool.imap(partial(_image_fault, beton), range(len(beton)), _CHUNK)
         yield from filter(None, track(faults, f"verifying {split.file}", len(beton)))
 

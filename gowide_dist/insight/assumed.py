@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.errors import DataError, UserError
 from gowide_dist.insight.text import duration, gigabytes
 from gowide_dist.launch.profile import Device, Profile, Resources, this_machine
+from gowide_dist.machine import num_cores
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import KlStage
 from gowide_dist.train.costs import training_macs
@@ -60,7 +60,7 @@ def data_size(recipe: Recipe, images: int | None = None, classes: int | None = N
 
 def this_machines_cores(num_processes: int) -> Profile:
     """A profile of this machine: its cores, divided among the processes; no time limit."""
-    num_threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    num_threads = max(1, num_cores() // num_processes)
     device = this_machine(num_threads, memory_gb=available_memory_bytes() / num_processes / 1e9)
     return Profile(
         processes_per_node=num_processes,

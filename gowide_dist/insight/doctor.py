@@ -29,6 +29,7 @@ from gowide_dist.launch.local import default_num_processes, leave, num_gpus, tor
 from gowide_dist.launch.profile import load_profile
 from gowide_dist.launch.queue import SlurmError, call, require
 from gowide_dist.launch.slurm import check_folder
+from gowide_dist.machine import num_cores
 
 GOOD, WARNING, BAD = "good", "warning", "bad"
 LIMIT_S = 180.0  # of a process that may hang
@@ -88,7 +89,7 @@ def check_packages() -> str:
 
 def check_cpus() -> str:
     """Cores and memory available to this process, and the processes and threads that `gowide run` starts."""
-    cores, processes = len(os.sched_getaffinity(0)), default_num_processes()
+    cores, processes = num_cores(), default_num_processes()
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // processes))
     free_gb = available_memory_bytes() / 1e9
     text = f"{cores} cores, {free_gb:.1f} GB free; gowide run: {processes} processes x {threads} threads"

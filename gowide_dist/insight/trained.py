@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from gowide_dist.data.decode import CenterCrop, Geometry
 from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.data.loader import Loader, geometry_of
 from gowide_dist.errors import DataError
+from gowide_dist.machine import num_cores
 from gowide_dist.networks.resnet import ResNet
 from gowide_dist.pipeline import find_finished
 from gowide_dist.progress import track
@@ -83,7 +83,7 @@ class Trained:
         return self._images(path, geometry_of(self.recipe.data, train=False), limit)
 
     def _images(self, path: Path, geometry: Geometry, limit: int | None) -> Loader:
-        total, side, cores = check_split(path).samples, self.recipe.data.resolution, len(os.sched_getaffinity(0))
+        total, side, cores = check_split(path).samples, self.recipe.data.resolution, num_cores()
         samples = np.linspace(0, total - 1, min(limit or total, total)).round().astype(np.int64)
         load = partial(Loader, path, Batching(64), train=False, resolution=side)
         return load(geometry=geometry, samples=samples, num_threads=cores)
@@ -94,6 +94,7 @@ def open_trained(path: Path, name: str) -> Trained:
 
     Raises UserError if there is none, or if the dataset that it was trained on has changed.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # of quotas PyTorch knows nothing
     run = Run(path)
     stage, _, network = name.partition("/")
     recipe, instance, done = find_finished(run, stage, network or None)

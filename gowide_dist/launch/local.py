@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from gowide_dist import stop
 from gowide_dist.errors import FULL_DISK, InternalError, RecipeError, UserError
+from gowide_dist.machine import num_cores
 from gowide_dist.progress import say
 from gowide_dist.recipe import Recipe
 
@@ -39,7 +40,7 @@ class WorkerError(InternalError):
 
 def default_num_processes() -> int:
     """One process per GPU; without GPUs one per two cores, each with two threads."""
-    return num_gpus() or max(1, len(os.sched_getaffinity(0)) // 2)
+    return num_gpus() or max(1, num_cores() // 2)
 
 
 def choose_num_processes(recipe: Recipe, asked: int | None) -> int:
@@ -104,7 +105,7 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
     options += ["--monitor-interval=0.1"]  # seconds: a failed worker ends the others at once
     options += [f"--shutdown-timeout={SAVE_WITHIN_S}"]
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
+        "OMP_NUM_THREADS": str(max(1, num_cores() // num_processes)),
         "GLOO_SOCKET_IFNAME": "lo",
         **device_environment(num_gpus()),
     }
