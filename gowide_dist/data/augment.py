@@ -16,6 +16,7 @@ import numba
 import numpy as np
 
 from gowide_dist.data.decode import draw, uniform, uniform_int
+from gowide_dist.data.kernels import kernel
 
 
 class Policy(NamedTuple):
@@ -298,7 +299,7 @@ def _choose(key, attempt, policy, size):
     return operation, sign * _linspace(0.0, greatest, index)
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
+@kernel
 def _by_policy(images, indices, key, policy):
     original, table = np.empty_like(images[0]), np.empty((3, 256), np.uint8)
     for b, index in enumerate(indices):
@@ -308,7 +309,7 @@ def _by_policy(images, indices, key, policy):
             _apply(images[b], operation, magnitude, original, table)
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
+@kernel
 def _jitter(images, indices, key, jitter):
     table, order = np.empty((3, 256), np.uint8), np.empty(4, np.int64)
     for b, index in enumerate(indices):
@@ -333,7 +334,7 @@ def _jitter(images, indices, key, jitter):
                 _saturate(images[b], factor)
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
+@kernel
 def _erase(images, indices, key, erasing):
     size = images.shape[1]
     for b, index in enumerate(indices):

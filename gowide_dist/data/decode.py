@@ -21,6 +21,7 @@ from numba import types
 
 from gowide_dist.data import order
 from gowide_dist.data.beton import JPEG, Beton
+from gowide_dist.data.kernels import kernel
 
 _MCU_PX = 16  # height of a JPEG's MCU (ITU T.81, A.2) with 4:2:0 chroma, and more than upsampling looks ahead
 
@@ -145,14 +146,14 @@ def _rgb(beton, index, num_rows, scratch):
     return beton.bytes[beton.offsets[index] :][: beton.sizes[index]]
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def decode_whole(beton, indices, scratch):
     """Decode JPEGs `indices` (int64 [B]) and drop the pixels: the limit of a loader that decodes whole images."""
     for index in indices:
         _decode_jpeg(beton, index, beton.heights[index], scratch)
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
+@kernel
 def decode_shifted(beton, indices, key, shift, images, scratch):
     """Fill images (uint8 [B, R, R, 3]) with samples `indices` (int64 [B]), flipped and shifted as `shift` says.
 
@@ -292,7 +293,7 @@ def _resize_crop(beton, index, box, inside, flipped, image, scratch):
     _resize(pixels, num_columns, rows, columns, flipped, image)
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
+@kernel
 def decode_random_crops(beton, indices, key, crop, images, scratch):
     """Fill images (uint8 [B, R, R, 3]) with a random crop of samples `indices` (int64 [B]), half of them flipped."""
     for b, index in enumerate(indices):
@@ -303,7 +304,7 @@ def decode_random_crops(beton, indices, key, crop, images, scratch):
         _resize_crop(beton, index, box, True, flipped, images[b], scratch)
 
 
-@numba.njit(nogil=True, error_model="numpy", cache=True)
+@kernel
 def decode_center_crops(beton, indices, key, crop, images, scratch):
     """Fill images (uint8 [B, R, R, 3]) with the center of samples `indices` (int64 [B]). key: unused."""
     for b, index in enumerate(indices):

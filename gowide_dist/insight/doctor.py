@@ -57,6 +57,7 @@ def check_machine(runs: Path, cluster: Path | None = None) -> Iterator[Finding]:
     yield Finding("python", GOOD, f"{platform.python_version()} in {sys.prefix}")
     yield examine("packages", check_packages, "pip install -c constraints.txt -e .")
     yield examine("cpus", check_cpus, "unset OMP_NUM_THREADS")
+    yield examine("cache", check_cache, "export NUMBA_CACHE_DIR=FOLDER, which can be written, on nodes too")
     yield examine("ffcv", partial(check_images, "raw"), INSTALL_FFCV)
     yield examine("jpeg", partial(check_images, "JPEG"), INSTALL_FFCV)
     yield examine("gpus", check_gpus, "nvidia-smi; NCCL_DEBUG=INFO gowide doctor, for details")
@@ -96,6 +97,18 @@ def check_cpus() -> str:
     if processes * threads > cores:
         raise MinorError(f"{text}, more than there are cores")
     return text
+
+
+def check_cache() -> str:
+    """The code that numba compiles can be kept for the next process."""
+    from gowide_dist.data.kernels import cache_folder
+
+    if folder := cache_folder():
+        return f"compiled code is kept in {folder}"
+    raise MinorError(
+        "compiled code cannot be kept, for neither the package's folder nor the home can be written: every process "
+        "compiles for some seconds"
+    )
 
 
 def check_images(kind: str) -> str:

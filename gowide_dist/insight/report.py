@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,7 @@ def report(runs: Sequence[Run], *, measure: bool = True, out: Path | None = None
 
 
 def _report_run(results: RunResults, folder: Path) -> tuple[str, dict[str, Any]]:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
     from gowide_dist.insight.plots import figures_of_run
 
     _write_csv(folder / "results.csv", list(COLUMNS), results.rows.values())

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from numba.core.caching import CacheImpl
 
 from gowide_dist.data.loader import Loader
 from gowide_dist.errors import UserError
@@ -22,9 +23,9 @@ def examine(check):
 def test_this_machine(tmp_path):
     result = gowide("doctor", "--json", "--runs", tmp_path / "runs")
     findings = {finding["check"]: finding for finding in json.loads(result.stdout)}
-    assert list(findings) == ["python", "packages", "cpus", "ffcv", "jpeg", "gpus", "slurm", "runs"]
+    assert list(findings) == ["python", "packages", "cpus", "cache", "ffcv", "jpeg", "gpus", "slurm", "runs"]
     assert result.returncode == (1 if any(finding["state"] == BAD for finding in findings.values()) else 0)
-    for name in ("python", "packages", "ffcv", "jpeg", "gpus"):
+    for name in ("python", "packages", "cache", "ffcv", "jpeg", "gpus"):
         assert findings[name]["state"] == GOOD, findings[name]
     assert findings["ffcv"]["text"] == "raw images are encoded, and read back as Pillow reads them"
     assert findings["jpeg"]["text"] == "JPEG images are encoded, and read back as Pillow reads them"
@@ -100,6 +101,12 @@ def test_more_threads_than_cores(monkeypatch):
     finding = examine(doctor.check_cpus)
     assert finding.state == WARNING
     assert finding.text.endswith("x 1000 threads, more than there are cores")
+
+
+def test_no_place_for_compiled_code(monkeypatch):
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    finding = examine(doctor.check_cache)
+    assert (finding.state, finding.text[:28]) == (WARNING, "compiled code cannot be kept")
 
 
 def test_folders_for_runs(tmp_path):

@@ -1,0 +1,28 @@
+"""numba's compiler for loops over images, with its cache on disk where there is a place for one."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numba
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A function compiled when it is first called, which holds no lock then.
+
+    numba caches it in the package's folder, else in the user's home. Where neither can be written, or a disk is full,
+    it is compiled in every process anew.
+    """
+    try:
+        compiled = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no folder can be written
+        return numba.njit(nogil=True, error_model="numpy")(function)
+    # numba's own guard, which lets errors of the file system pass on Windows alone
+    compiled._cache._guard_against_spurious_io_errors = lambda: suppress(OSError)  # type: ignore[attr-defined]
+    return compiled
+
+
+def cache_folder() -> str | None:
+    """Where the code of kernels is cached, if it can be."""
+    path: str | None = kernel(lambda: None).stats.cache_path
+    return path
