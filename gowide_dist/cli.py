@@ -21,6 +21,7 @@ from gowide_dist.errors import InternalError, UserError, fixable
 from gowide_dist.files import expanded
 from gowide_dist.launch.local import choose_num_processes, num_gpus, torchrun
 from gowide_dist.launch.profile import load_profile
+from gowide_dist.progress import write_text_only
 from gowide_dist.recipe import load_recipe
 from gowide_dist.run import Run
 
@@ -447,6 +448,7 @@ def print_line(text: str) -> None:
 
 def main() -> None:
     """Run the command of `sys.argv`: an error that the user may see is one line on stderr."""
+    write_text_only()
     line, status = "", 2
     try:
         status = app(prog_name="gowide", standalone_mode=False) or 0

@@ -22,6 +22,7 @@ from gowide_dist.errors import RunError, UserError, fixable, is_full
 from gowide_dist.identity import identities
 from gowide_dist.launch.local import end_with_launcher, leave, leave_error
 from gowide_dist.prepare import check_data, check_group
+from gowide_dist.progress import write_text_only
 from gowide_dist.recipe import Instance, Recipe, load_recipe
 from gowide_dist.run import Done, Run, key_of
 from gowide_dist.timeline import Batching
@@ -130,6 +131,7 @@ def work(task: Callable[[], None], path: Path) -> int:
 
     A process that fails alone says why, where the launcher finds it, and is to leave at once (`leave`).
     """
+    write_text_only()
     end_with_launcher()
     stop.listen()
     try:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Self, TypeVar
@@ -13,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 PLAIN_LINE_EVERY_S = 10.0
 BAR_EVERY_S = 0.1
+FORCING = ("FORCE_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "GITHUB_ACTIONS")  # rich and typer take a file for a terminal
 
 Item = TypeVar("Item")
 
@@ -94,6 +98,18 @@ def track(items: Iterable[Item], name: str, total: int, unit: str = "images") ->
             progress.update(done)
     seconds = max(time.monotonic() - started, 1e-9)
     say(f"{name}  {done:,} {unit} in {clock(seconds)}, {done / seconds:,.0f} {unit}/s")
+
+
+def write_text_only() -> None:
+    """Called first in a process: a file or a pipe gets text without control codes, in whatever encoding.
+
+    Characters that the encoding lacks, and bytes of file names that are no text, become question marks.
+    """
+    for name in FORCING:
+        os.environ.pop(name, None)  # for child processes too
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def clock(seconds: float) -> str:

@@ -127,6 +127,29 @@ def test_every_help_gives_an_example():
     assert "Example: gowide plan jobs/" in " ".join(shown.stdout.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"FORCE_COLOR": "1"},
+        {"PY_COLORS": "1", "TERM": "xterm-256color"},
+        {"TTY_COMPATIBLE": "1", "PYTHONIOENCODING": "ascii:strict"},
+        {"GITHUB_ACTIONS": "true", "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_a_file_gets_text_whatever_the_variables_say(tmp_path, variables):
+    write_fashion_mnist(tmp_path / "idx", 50, 20)
+    for arguments in (
+        ["encode", "fashion-mnist", "--root", tmp_path / "idx", "--out", tmp_path / "größe"],
+        ["data", "verify", tmp_path / "größe"],
+        ["encode", "--help"],
+    ):
+        result = gowide(*arguments, env=variables)
+        assert result.returncode == 0, result.stderr
+        assert "\x1b" not in result.stdout + result.stderr
+        assert result.stdout.isascii() or len(variables.keys() & {"PYTHONIOENCODING", "LC_ALL"}) == 0
+
+
 def paths_of_commands():
     """Each path that a command takes, by the command's words and its name: arguments with a variable there."""
     for words, command in commands(typer.main.get_command(app)):

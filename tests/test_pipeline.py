@@ -44,10 +44,11 @@ def job(data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(job, tmp_path_factory):
-    """The chain trained without a disturbance by two processes."""
-    runs = tmp_path_factory.mktemp("undisturbed")
-    result = gowide("run", job, "--nproc", 2, "--runs", runs)
+    """The chain trained without a disturbance by two processes, on a stdout that is ASCII and pretends to have colours."""
+    runs = tmp_path_factory.mktemp("undisturbed") / "größe"
+    result = gowide("run", job, "--nproc", 2, "--runs", runs, env={"PYTHONIOENCODING": "ascii", "FORCE_COLOR": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "gr??e" in result.stdout and "\x1b" not in result.stdout + result.stderr
     return Run(runs / "chain"), result.stdout
 
 

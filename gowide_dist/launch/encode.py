@@ -15,6 +15,7 @@ from gowide_dist.launch.local import leave_error
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import job_name, newest_jobs
 from gowide_dist.launch.slurm import Job, Worker, check_folder
+from gowide_dist.progress import write_text_only
 from gowide_dist.stop import WARNING_SIGNAL, raise_on_sigterm
 
 KEY = "encode"
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     """Entry of the job: exit status 2 for a UserError, which goes to the job's log."""
     # An encode cannot save half of its work: requeued before its time limit, it would reach the limit again and again.
     signal.signal(WARNING_SIGNAL, signal.SIG_IGN)
+    write_text_only()
     raise_on_sigterm()
     dataset, out, root, options = arguments
     try:
