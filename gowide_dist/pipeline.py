@@ -20,7 +20,7 @@ from gowide_dist import stop
 from gowide_dist.data.info import read_dataset_info
 from gowide_dist.errors import RunError, UserError, fixable, is_full
 from gowide_dist.identity import identities
-from gowide_dist.launch.local import end_with_launcher, leave, leave_error
+from gowide_dist.launch.local import GPUS_VARIABLE, end_with_launcher, leave, leave_error, num_gpus
 from gowide_dist.prepare import check_data, check_group
 from gowide_dist.recipe import Instance, Recipe, load_recipe
 from gowide_dist.run import Done, Run, key_of
@@ -131,8 +131,9 @@ def work(task: Callable[[], None], path: Path) -> int:
     A process that fails alone says why, where the launcher finds it, and is to leave at once (`leave`).
     """
     end_with_launcher()
-    stop.listen()
     try:
+        stop.listen()
+        os.environ.setdefault(GPUS_VARIABLE, str(num_gpus()))  # where the user's own torchrun has started it
         task()
     except UserError as error:
         leave_error(str(error))
@@ -142,6 +143,9 @@ def work(task: Callable[[], None], path: Path) -> int:
     except BaseException as error:  # an interpreter that shuts down waits for the process group
         if isinstance(error, OSError) and (line := fixable(error)):
             leave_error(f"{path}: {line}" if is_full(error) else line)
+            return 2
+        if isinstance(error, FileNotFoundError) and not path.exists():
+            leave_error(f"{path}: was deleted during the training; the same command begins it again")
             return 2
         from gowide_dist.world import peer_failure
 

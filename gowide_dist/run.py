@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from gowide_dist.environment import describe_environment
 from gowide_dist.errors import RunError, number_from
-from gowide_dist.files import flock, sha256, write_atomically, writing_to
+from gowide_dist.files import flock, sha256, temporary_name, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
 from gowide_dist.recipe import Recipe
 from gowide_dist.schema import nearest
@@ -125,9 +125,11 @@ class StageDir:
         return f"{path} was {was or 'its default'}, is {now or 'its default'}"
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Create the folder for the training of this identity. Raises RunError if another has claimed it."""
+        """Make the folder, whose lock the caller has, this training's. Raises RunError if it is another identity's."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.check_identity(identity)
+        for unfinished in (*self.path.glob(temporary_name("*")), *self.checkpoints.glob(temporary_name("*"))):
+            unfinished.unlink(missing_ok=True)  # a killed writer's
         write_atomically(self.path / "identity.json", json.dumps(identity, indent=2) + "\n")
 
     def finish(self, done: Done) -> None:
