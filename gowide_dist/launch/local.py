@@ -125,6 +125,7 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
     }
     with tempfile.TemporaryDirectory(prefix="gowide-") as folder:
         error_file = Path(folder) / "error.json"
+        options.append(f"--log-dir={folder}")
         own = {ERROR_FILE_VARIABLE: str(error_file), LAUNCHER_VARIABLE: str(os.getpid())}
         process = subprocess.Popen(
             [sys.executable, "-m", "gowide_dist.launch.torchrun", *options, "-m", module, *arguments],
