@@ -96,11 +96,11 @@ def _of_optim(optim: Optim, timeline: Timeline) -> Iterator[str]:
 
 
 def _of_ramp(ramp: Ramp, epochs: int, resolution: int) -> Iterator[str]:
-    sides = [ramp.side(epoch, resolution) for epoch in range(epochs)]
+    sides, end = [ramp.side(epoch, resolution) for epoch in range(epochs)], ramp.end_px or resolution
     if sides[0] == resolution:
         yield f"ramp.start_px: {ramp.start_px} is the resolution: no image grows"
-    elif sides[-1] < resolution:
+    elif sides[-1] < end:
         yield (
             f"ramp.until_epoch: {ramp.until_epoch}, but the stage has {epochs} epochs: its images reach {sides[-1]} of "
-            f"{resolution} px"
+            f"{end} px"
         )

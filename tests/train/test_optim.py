@@ -127,10 +127,12 @@ def test_moving_average_by_hand():
 
 
 def test_the_average_warms_up_with_every_phase():
-    """timm's ModelEmaV3 at its defaults: 1 - (1 + n)^(-2/3) after n steps, at most the recipe's decay."""
+    """timm's ModelEmaV3 with its power 3/4: 1 - (1 + n)^(-3/4) after n steps, at most the recipe's decay."""
     timeline = Timeline(Batching(8), steps_per_epoch=10, epochs=20, num_phases=2)
-    by_hand = {0: 0.0, 7: 1 - 1 / 4, 26: 1 - 1 / 9, 63: 0.9, 99: 0.9, 100: 0.0, 107: 0.75, 199: 0.9}
+    by_hand = {0: 0.0, 15: 1 - 1 / 8, 21: 0.9, 80: 0.9, 99: 0.9, 100: 0.0, 115: 1 - 1 / 8, 199: 0.9}
     assert {step: average_decay(step, timeline, 0.9) for step in by_hand} == pytest.approx(by_hand)
+    long = Timeline(Batching(8), steps_per_epoch=10_000, epochs=2)
+    assert average_decay(9_999, long, 0.9999) == pytest.approx(0.999) and average_decay(10_000, long, 0.999) == 0.999
 
 
 def test_after_a_short_stage_the_average_holds_nothing_of_its_start():
