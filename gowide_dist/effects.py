@@ -55,7 +55,7 @@ def _of_stage(stage: Stage, timeline: Timeline, resolution: int) -> Iterator[str
 def _span(timeline: Timeline) -> str:
     """What a schedule spans, the shortest phase."""
     epochs, per = timeline.epochs / timeline.num_phases, "the stage has" if timeline.num_phases == 1 else "a block has"
-    return f"{per} {epochs:.3g} epochs"
+    return f"{per} {epochs:.3g} epoch{'' if epochs == 1 else 's'}"
 
 
 def _of_schedule(schedule: Schedule, timeline: Timeline) -> Iterator[str]:
@@ -101,6 +101,6 @@ def _of_ramp(ramp: Ramp, epochs: int, resolution: int) -> Iterator[str]:
         yield f"ramp.start_px: {ramp.start_px} is the resolution: no image grows"
     elif sides[-1] < end:
         yield (
-            f"ramp.until_epoch: {ramp.until_epoch}, but the stage has {epochs} epochs: its images reach {sides[-1]} of "
-            f"{end} px"
+            f"ramp.until_epoch: {ramp.until_epoch}, but the stage's epochs are {epochs}: its images reach "
+            f"{sides[-1]} of {end} px"
         )

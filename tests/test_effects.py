@@ -60,11 +60,11 @@ def test_a_setting_without_effect_is_told_once(tmp_path, overrides, line):
         ("stages.teacher.ramp={start_px: 28, until_epoch: 1}", "stages.teacher.ramp.start_px: 28 is the resolution"),
         (
             "stages.teacher.ramp={start_px: 32, until_epoch: 5}",
-            "stages.teacher.ramp.until_epoch: 5, but the stage has 2",
+            "stages.teacher.ramp.until_epoch: 5, but the stage's epochs are 2: its images reach 64 of 224 px",
         ),
         (
             "stages.teacher.ramp={start_px: 32, end_px: 160, from_epoch: 2, until_epoch: 3}",
-            "stages.teacher.ramp.until_epoch: 3, but the stage has 2 epochs: its images reach 32 of 160 px",
+            "stages.teacher.ramp.until_epoch: 3, but the stage's epochs are 2: its images reach 32 of 160 px",
         ),
     ],
 )
@@ -109,7 +109,7 @@ def test_our_own_recipes_say_nothing_in_vain(path):
 def test_plan_and_run_tell_it_of_what_is_left(tmp_path, capsys):
     job = write_job(tmp_path, chain(encode_part(tmp_path, 120, 60)))
     vain = "stages.imitate.schedule.warmup_epochs=2"
-    line = "stages.imitate.schedule.warmup_epochs: 2, but a block has 1 epochs: the learning rate never reaches lr"
+    line = "stages.imitate.schedule.warmup_epochs: 2, but a block has 1 epoch: the learning rate never reaches lr"
     planned = json.loads(gowide("plan", job, vain, "--json").stdout)
     assert [warning for warning in planned["warnings"] if line in warning]
     recipe = load_recipe(job, [vain])
