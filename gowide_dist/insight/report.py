@@ -76,7 +76,8 @@ def _report_run(results: RunResults, folder: Path) -> tuple[str, dict[str, Any]]
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
     from gowide_dist.insight.plots import figures_of_run
 
-    _write_csv(folder / "results.csv", list(COLUMNS), results.rows.values())
+    columns = sorted(COLUMNS, key=lambda name: name == "balanced_top1")  # the newest last: the others keep their places
+    _write_csv(folder / "results.csv", columns, results.rows.values())
     section = _run_section(results)
     curves = Section("Curves", figures=figures_of_run(results, folder), caption=CURVES_CAPTION)
     _write_page(folder / "report.html", results.recipe.name, [section, curves])
