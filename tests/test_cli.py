@@ -17,6 +17,7 @@ from PIL import Image
 
 import gowide_dist
 from gowide_dist.cli import app
+from gowide_dist.data.encode import encode
 from gowide_dist.errors import UserError
 from tests.command import GOWIDE, LIMIT_S, gowide, refused
 from tests.idx import write_fashion_mnist
@@ -133,8 +134,7 @@ def test_every_help_gives_an_example():
 @pytest.mark.parametrize(
     "variables",
     [
-        {"FORCE_COLOR": "1"},
-        {"PY_COLORS": "1", "TERM": "xterm-256color"},
+        {"FORCE_COLOR": "1", "PY_COLORS": "1", "TERM": "xterm-256color"},
         {"TTY_COMPATIBLE": "1", "PYTHONIOENCODING": "ascii:strict"},
         {"GITHUB_ACTIONS": "true", "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     ],
@@ -142,11 +142,8 @@ def test_every_help_gives_an_example():
 )
 def test_a_file_gets_text_whatever_the_variables_say(tmp_path, variables):
     write_fashion_mnist(tmp_path / "idx", 50, 20)
-    for arguments in (
-        ["encode", "fashion-mnist", "--root", tmp_path / "idx", "--out", tmp_path / "größe"],
-        ["data", "verify", tmp_path / "größe"],
-        ["encode", "--help"],
-    ):
+    encode("fashion-mnist", tmp_path / "größe", tmp_path / "idx")
+    for arguments in (["data", "verify", tmp_path / "größe"], ["encode", "--help"]):
         result = gowide(*arguments, env=variables)
         assert result.returncode == 0, result.stderr
         assert "\x1b" not in result.stdout + result.stderr
