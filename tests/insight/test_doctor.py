@@ -51,7 +51,7 @@ doctor.main()
 def test_a_process_that_crashes(monkeypatch):
     monkeypatch.setenv("PYTHONHOME", "/nowhere")  # its Python finds no library
     finding = examine(lambda: doctor.check_images("JPEG"))
-    assert (finding.state, finding.text) == (BAD, "torchrun ended with exit status 1")
+    assert (finding.state, finding.text) == (BAD, "torchrun ended with exit code 1; see its error above")
 
 
 @pytest.mark.parametrize("kind", ["raw", "JPEG"])
