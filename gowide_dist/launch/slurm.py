@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from gowide_dist.errors import RunError
 from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, read_error
 from gowide_dist.launch.profile import Profile, Resources
-from gowide_dist.launch.queue import SlurmError, complaint
+from gowide_dist.launch.queue import SlurmError, complaint, of_the_script_alone
 from gowide_dist.stop import WARNING_SIGNAL
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def submit_job(job: Job, folder: Path, dependency: str) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
+        with of_the_script_alone(), contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
             job_id: str = _executor(job, folder, dependency).submit(job.worker).job_id
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(complaint("sbatch", str(error))) from error
@@ -147,7 +147,7 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         def affinity(cls) -> int:
             return 1  # submitit asks whether Slurm is there: scripts can be written without
 
-    resources, num_cpus = job.resources, job.resources.cpus_per_task
+    resources, num_cpus, gpus = job.resources, job.resources.cpus_per_task, job.resources.gpus_of_node
     own = {"requeue": True, "kill-on-invalid-dep": "yes", "nodes": resources.nodes}
     environment = {
         "OMP_NUM_THREADS": str(num_cpus),
@@ -155,22 +155,27 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         **job.environment,
         **resources.environment,
     }
-    executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS)
+    executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS, python=resources.python)
     as_sbatch_has_them = {"partition", "account", "qos", "constraint", "exclude", "cpus_per_task", "signal_delay_s"}
     executor.update_parameters(
         **resources.model_dump(include=as_sbatch_has_them),
         job_name=job.name,
         nodes=int(resources.nodes.partition("-")[0]),
         ntasks_per_node=resources.tasks_per_node,
-        gpus_per_node=resources.gpus_per_node or None,
-        mem=f"{resources.mem_gb}G" if resources.mem_gb else None,
+        **{"gpus_per_node": gpus} if resources.gpu_option == "gpus-per-node" else {"gres": gpus and f"gpu:{gpus}"},
+        mem=resources.mem,
         time=resources.timeout_min,
         dependency=dependency or None,
         wckey=None,  # submitit's default is its own name
         stderr_to_stdout=True,
         setup=[*resources.setup, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())],
         # srun does not inherit sbatch's --cpus-per-task since Slurm 22.05.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={num_cpus}", f"--cpu-bind={resources.cpu_bind}"],
+        srun_args=[
+            "--kill-on-bad-exit=1",
+            f"--cpus-per-task={num_cpus}",
+            f"--cpu-bind={resources.cpu_bind}",
+            *resources.srun,
+        ],
         teardown=TEARDOWN.format(folder=shlex.quote(str(folder)), retries=resources.retries).splitlines(),
         additional_parameters={**own, **resources.sbatch},
     )
