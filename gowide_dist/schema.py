@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -56,8 +57,14 @@ UserPath = Annotated[Path, AfterValidator(expanded)]
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a duplicate key, of which PyYAML would silently take the last."""
+def _not_base_60(pattern: re.Pattern[str]) -> re.Pattern[str]:
+    return re.compile(f"(?!.*:){pattern.pattern}", pattern.flags)
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader that refuses a duplicate key, of which PyYAML would silently take the last, and that reads 12:00:00
+    as text: YAML 1.1 reads it to the base of 60, as 43,200.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -70,10 +77,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, _not_base_60(pattern) if tag.endswith((":int", ":float")) else pattern) for tag, pattern in resolvers]
+    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text. Raises RecipeError with the line of the fault."""
     try:
-        return yaml.load(text, _UniqueKeyLoader)
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{where}: not valid YAML{line}: {error.problem}") from error

@@ -13,7 +13,17 @@ from gowide_dist.errors import DataError
 from gowide_dist.files import try_lock
 from gowide_dist.launch.local import device_environment
 from gowide_dist.launch.profile import Profile
-from gowide_dist.launch.queue import JobState, SlurmError, call, cancel, job_name, newest_jobs, read_jobs, write_job
+from gowide_dist.launch.queue import (
+    JobState,
+    SlurmError,
+    call,
+    cancel,
+    job_name,
+    newest_jobs,
+    of_the_script_alone,
+    read_jobs,
+    write_job,
+)
 from gowide_dist.launch.slurm import Job, Worker, check_folder, sbatch_script, submit_job
 from gowide_dist.prepare import Prepared, check_group, check_run
 from gowide_dist.recipe import Instance, Recipe
@@ -76,7 +86,8 @@ class Chain:
         for job in self.jobs:
             script = sbatch_script(job, self.folder, self._dependency(job, {}))
             try:
-                answer = call("sbatch", "--test-only", script=script)
+                with of_the_script_alone():
+                    answer = call("sbatch", "--test-only", script=script)
             except SlurmError as error:
                 raise SlurmError(f"{job.key}: {error}") from error
             answers.append(f"{job.key}: {' '.join(answer.split())}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,12 @@ _OWN_OPTIONS = {
     "ntasks-per-node": "processes_per_node", "ntasks": "processes_per_node", "cpus-per-task": "cpus_per_task",
     "mem": "mem_gb", "time": "timeout_min", "signal": "signal_delay_s", "export": "environment",
 }  # fmt: skip
+_OWN_SRUN_OPTIONS = {
+    "--cpu-bind": "say {option} with cpu_bind", "--cpus-per-task": "say {option} with cpus_per_task",
+    "-c": "say {option} with cpus_per_task", "--kill-on-bad-exit": "{option} is set by gowide submit",
+    "-K": "{option} is set by gowide submit", "--output": "{option} is set by gowide submit",
+    "--error": "{option} is set by gowide submit", "--unbuffered": "{option} is set by gowide submit",
+}  # fmt: skip
 _RESERVED_OPTIONS = {"dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "output", "error", "open-mode",
                      "job-name", "array", "wckey"}  # fmt: skip
 
@@ -28,6 +36,20 @@ def _as_node_range(value: Any) -> Any:
     if not (low.isdecimal() and int(low) >= 1 and (not dash or (high.isdecimal() and int(high) > int(low)))):
         raise ValueError(f"should be a number or a range like 1-4, not '{value}'")
     return str(value)
+
+
+def _as_minutes(value: Any) -> Any:
+    """The minutes of a time as sbatch takes it: 90, 90:30 (with seconds), 12:00:00, 1-12, 1-12:00, 1-00:00:00."""
+    if not isinstance(value, str):
+        return value
+    if not (match := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value.strip())):
+        raise ValueError(f"should be minutes, hours:minutes:seconds or days-hours:minutes:seconds, not '{value}'")
+    days, *others = match.groups()
+    numbers = [int(number) for number in others if number is not None]
+    if days is None and len(numbers) < 3:
+        numbers.insert(0, 0)  # one or two numbers begin with the minutes, but behind days with the hours
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
+    return math.ceil((24 * int(days or 0) + hours) * 60 + minutes + seconds / 60)
 
 
 def _as_text(value: Any) -> Any:
@@ -76,13 +98,18 @@ class Settings(Frozen):
     constraint: Text | None = None
     exclude: Text | None = None
     nodes: Annotated[str, BeforeValidator(_as_node_range)] = "1"  # or a range like 1-4
-    gpus_per_node: Natural = 0  # one process per GPU
+    gpus_per_node: Natural = 0  # one process per GPU; `a100:4` also sets gpu_type
+    gpu_type: Text | None = None
+    gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"  # of sbatch; some sites know only one
     processes_per_node: Count | None = None  # where there are no GPUs; default 1
     cpus_per_task: Count = 1
-    mem_gb: Count | None = None  # per node
-    timeout_min: Count = 60  # of one allocation; a longer stage takes several
+    mem_gb: NonNegative | None = None  # per node; 0: all that a node has
+    # Of one allocation, in minutes or as sbatch takes it (12:00:00, 1-00:00:00); a longer stage takes several.
+    timeout_min: Annotated[Count, BeforeValidator(_as_minutes)] = 60
     signal_delay_s: Count = 120  # how long before the end of an allocation the stage is told to save
     cpu_bind: Text = "cores"  # srun's --cpu-bind
+    srun: tuple[Text, ...] = ()  # further options of srun, as --mpi=none or --container-image=...
+    python: Text | None = None  # runs Python on the nodes: `apptainer exec --nv image.sif python`; default: this one
     collective_timeout_s: Count = 600  # a process that waits longer for the others ends the job
     retries: Natural = 3  # requeues after a process crashed, hung or was killed
     setup: tuple[Text, ...] = ()  # shell lines before the processes start
@@ -90,6 +117,17 @@ class Settings(Frozen):
     device: Device | None = None  # for `gowide plan`
     # Any further option of sbatch, by its long name without the dashes; `true` for one without a value.
     sbatch: dict[Text, Annotated[str | Literal[True], BeforeValidator(_as_text)]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_gpus(cls, values: Any) -> Any:
+        gpus = values.get("gpus_per_node") if isinstance(values, Mapping) else None
+        if not isinstance(gpus, str):
+            return values
+        kind, _, number = gpus.rpartition(":")
+        if not number.isdecimal() or not kind or ":" in kind:
+            raise ValueError(f"gpus_per_node: should be a number, or a type and a number as a100:4, not '{gpus}'")
+        return {**values, "gpus_per_node": int(number), "gpu_type": kind}
 
 
 class Resources(Settings):
@@ -101,6 +139,14 @@ class Resources(Settings):
             raise ValueError("processes_per_node: there is one process per GPU, leave it out beside gpus_per_node")
         if self.signal_delay_s >= 60 * self.timeout_min:
             raise ValueError("signal_delay_s: should be less than timeout_min")
+        for option in self.srun:
+            name = option.partition("=")[0]
+            if not name.startswith("-"):
+                raise ValueError(f"srun: '{option}' should be an option, as --mpi=none")
+            if name in _OWN_SRUN_OPTIONS:
+                raise ValueError(f"srun: {_OWN_SRUN_OPTIONS[name].format(option=name)}")
+        if self.gpu_type and not self.gpus_per_node:
+            raise ValueError(f"gpu_type: {self.gpu_type} needs gpus_per_node")
         for option in self.sbatch:
             name = option.lstrip("-").replace("_", "-")
             if name in _OWN_OPTIONS:
@@ -108,6 +154,18 @@ class Resources(Settings):
             if name in _RESERVED_OPTIONS:
                 raise ValueError(f"sbatch.{option}: is set by gowide submit")
         return self
+
+    @property
+    def gpus_of_node(self) -> str | None:
+        """The GPUs of a node as sbatch takes them: 4, or a100:4."""
+        return ":".join(filter(None, (self.gpu_type, str(self.gpus_per_node)))) if self.gpus_per_node else None
+
+    @property
+    def mem(self) -> str | None:
+        """The memory of a node as sbatch takes it."""
+        if self.mem_gb is None:
+            return None
+        return f"{self.mem_gb:g}G" if float(self.mem_gb).is_integer() else f"{math.ceil(1024 * self.mem_gb)}M"
 
     @property
     def tasks_per_node(self) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,22 @@ class JobState:
     @property
     def is_over(self) -> bool:
         return not (self.is_waiting or self.is_running or self.is_leaving)
+
+
+@contextmanager
+def of_the_script_alone() -> Iterator[None]:
+    """Inside, the environment has none of the shell's SBATCH_* and SLURM_* variables: sbatch would prefer them to what
+    its script says. What says where Slurm is, and who we are, stays.
+    """
+    shells = {
+        name: os.environ.pop(name)
+        for name in [*os.environ]
+        if name.startswith(("SBATCH_", "SLURM_")) and name not in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(shells)
 
 
 def call(*command: str, script: str | None = None) -> str:

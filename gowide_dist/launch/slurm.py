@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from gowide_dist.errors import RunError
 from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, read_error
 from gowide_dist.launch.profile import Profile, Resources
-from gowide_dist.launch.queue import SlurmError, complaint
+from gowide_dist.launch.queue import SlurmError, complaint, of_the_script_alone
 from gowide_dist.stop import WARNING_SIGNAL
 
 if TYPE_CHECKING:
@@ -28,15 +28,23 @@ if TYPE_CHECKING:
 MANY_TIMEOUTS = 10_000  # a stage goes on over as many allocations as it needs
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that Linux gives to outgoing connections
 LEFT_FOR_SLURM_S = 60  # longer than Slurm takes to end a process after SIGTERM (KillWait, 30 s by default)
-# The error file of this start holds the line of a UserError, which trying again would not fix.
+# The batch script queues the job again, for it runs on the host: a task's container need not have Slurm's commands. The
+# error file of this start holds the line of a UserError, which trying again would not fix.
 TEARDOWN = """\
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to fix: again, at most {retries} times
 job={folder}/$SLURM_JOB_ID
-if [ $status -ne 0 ] && [ ! -e "${{job}}_${{SLURM_RESTART_COUNT:-0}}_error.json" ] &&
-   [ "$(cat "${{job}}_retries" 2> /dev/null | wc -l)" -lt {retries} ]; then
-  date >> "${{job}}_retries"
-  scontrol requeue "$SLURM_JOB_ID"
+start="${{job}}_${{SLURM_RESTART_COUNT:-0}}"
+again() {{
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
+  exit 1
+}}
+if [ -e "${{start}}_saved" ]; then
+  again  # before the end of the allocation
+elif [ $status -ne 0 ] && [ ! -e "${{start}}_error.json" ] &&
+     [ "$(cat "${{job}}_retries" 2> /dev/null | wc -l)" -lt {retries} ]; then
+  date >> "${{job}}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
+  again
 fi
 exit $status
 """
@@ -44,17 +52,19 @@ exit $status
 
 @dataclass(frozen=True)
 class Worker:
-    """What every process of a job executes: `main(arguments)` of a module. submitit pickles it for the job."""
+    """What every process of a job executes: `main(arguments)` of a module. submitit pickles it for the job.
+
+    A requeue starts the same pickle again: training finds its own checkpoint.
+    """
 
     module: str
     arguments: tuple[str, ...]
 
     def __call__(self) -> None:
-        """Describe the process group to torch.distributed and run. After the warning the job is queued again."""
+        """Describe the process group to torch.distributed and run. After the warning a marker asks for a requeue."""
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
 
-        queue_again = signal.getsignal(WARNING_SIGNAL)  # submitit's: dumps `checkpoint()` and requeues, on rank 0
         environment = JobEnvironment()
         start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         # Jobs that share a node have different ids and so different ports. A job that starts again takes another port,
@@ -63,13 +73,12 @@ class Worker:
         port = FIRST_PORT + (int(environment.raw_job_id) + 7919 * start) % NUM_PORTS
         os.environ["MASTER_PORT"] = str(port)
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        os.environ[ERROR_FILE_VARIABLE] = str(error_file(environment.paths.folder, environment.raw_job_id, start))
+        folder, job_id = environment.paths.folder, environment.raw_job_id
+        os.environ[ERROR_FILE_VARIABLE] = str(error_file(folder, job_id, start))
         status = importlib.import_module(self.module).main(self.arguments)
         signal.signal(WARNING_SIGNAL, signal.SIG_IGN)  # during interpreter shutdown it would kill this process
         if status == 128 + WARNING_SIGNAL:
-            assert callable(queue_again)
-            with contextlib.suppress(SystemExit):
-                queue_again(WARNING_SIGNAL, None)
+            (folder / f"{job_id}_{start}_saved").touch()
             status = 0
         elif status == 2:
             sys.stderr.write(f"{read_error(Path(os.environ[ERROR_FILE_VARIABLE])) or 'full disk'}\n")
@@ -80,7 +89,7 @@ class Worker:
             leave(status)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit submits again before the time limit: the same, for training finds its own checkpoint."""
+        """What submitit submits again after a warning in the seconds before training listens to it: the same."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -132,7 +141,7 @@ def submit_job(job: Job, folder: Path, dependency: str) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
+        with of_the_script_alone(), contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
             job_id: str = _executor(job, folder, dependency).submit(job.worker).job_id
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(complaint("sbatch", str(error))) from error
@@ -147,7 +156,7 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         def affinity(cls) -> int:
             return 1  # submitit asks whether Slurm is there: scripts can be written without
 
-    resources, num_cpus = job.resources, job.resources.cpus_per_task
+    resources, num_cpus, gpus = job.resources, job.resources.cpus_per_task, job.resources.gpus_of_node
     own = {"requeue": True, "kill-on-invalid-dep": "yes", "nodes": resources.nodes}
     environment = {
         "OMP_NUM_THREADS": str(num_cpus),
@@ -155,22 +164,27 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         **job.environment,
         **resources.environment,
     }
-    executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS)
+    executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS, python=resources.python)
     as_sbatch_has_them = {"partition", "account", "qos", "constraint", "exclude", "cpus_per_task", "signal_delay_s"}
     executor.update_parameters(
         **resources.model_dump(include=as_sbatch_has_them),
         job_name=job.name,
         nodes=int(resources.nodes.partition("-")[0]),
         ntasks_per_node=resources.tasks_per_node,
-        gpus_per_node=resources.gpus_per_node or None,
-        mem=f"{resources.mem_gb}G" if resources.mem_gb else None,
+        **{"gpus_per_node": gpus} if resources.gpu_option == "gpus-per-node" else {"gres": gpus and f"gpu:{gpus}"},
+        mem=resources.mem,
         time=resources.timeout_min,
         dependency=dependency or None,
         wckey=None,  # submitit's default is its own name
         stderr_to_stdout=True,
         setup=[*resources.setup, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())],
         # srun does not inherit sbatch's --cpus-per-task since Slurm 22.05.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={num_cpus}", f"--cpu-bind={resources.cpu_bind}"],
+        srun_args=[
+            "--kill-on-bad-exit=1",
+            f"--cpus-per-task={num_cpus}",
+            f"--cpu-bind={resources.cpu_bind}",
+            *resources.srun,
+        ],
         teardown=TEARDOWN.format(folder=shlex.quote(str(folder)), retries=resources.retries).splitlines(),
         additional_parameters={**own, **resources.sbatch},
     )

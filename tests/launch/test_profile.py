@@ -1,7 +1,12 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from gowide_dist.errors import RecipeError
 from gowide_dist.launch.profile import Profile, load_profile
+from gowide_dist.launch.queue import of_the_script_alone
+from gowide_dist.launch.slurm import Job, Worker, sbatch_script
 from gowide_dist.recipe import Recipe
 from tests.fashion import chain
 
@@ -25,7 +30,16 @@ def load(tmp_path, text):
         ("gpus_per_node: 2\nprocesses_per_node: 3", "there is one process per GPU"),
         ("timeout_min: 1\nsignal_delay_s: 60", "signal_delay_s: should be less than timeout_min"),
         ("setup: module load cuda", "setup: should be a valid tuple"),
-        ("mem_gb: -1", "mem_gb: should be greater than or equal to 1"),
+        ("mem_gb: -1", "mem_gb: should be greater than or equal to 0"),
+        ("timeout_min: 1 day", "timeout_min: should be minutes, hours:minutes:seconds or days-hours:minutes:seconds"),
+        ("timeout_min: 0", "timeout_min: should be greater than or equal to 1"),
+        ("timeout_min: 0:00", "timeout_min: should be greater than or equal to 1"),
+        ("gpus_per_node: a100", "should be a number, or a type and a number as a100:4, not 'a100'"),
+        ("gpus_per_node: 'gpu:a100:4'", "as a100:4, not 'gpu:a100:4'"),
+        ("gpu_type: a100", "gpu_type: a100 needs gpus_per_node"),
+        ("gpu_option: gpus", "gpu_option: should be 'gpus-per-node' or 'gres'"),
+        ("srun: [mpi=none]", "srun: 'mpi=none' should be an option, as --mpi=none"),
+        ("srun: [--cpu-bind=none]", "say --cpu-bind with cpu_bind"),
         ("partition: 3", "partition: should be a valid string"),
         ("- partition", "should hold a mapping"),
     ],
@@ -73,3 +87,50 @@ def test_an_override_that_does_not_fit(tmp_path):
     profile = Profile(signal_delay_s=300, timeout_min=60, stages={"teacher": {"timeout_min": 2}})
     with pytest.raises(RecipeError, match=r"stage teacher/wide: signal_delay_s: should be less than timeout_min"):
         profile.resources(Recipe.model_validate(chain(tmp_path)).instances["teacher/wide"])
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("90:30", 91),
+        ("12:00:00", 720),
+        ("1-00:00:00", 1440),
+        ("2-12", 3600),
+        ("0-1:30", 90),
+        ("'30'", 30),
+        ("1:00:01", 61),
+    ],
+)
+def test_times_as_sbatch_takes_them(tmp_path, text, minutes):
+    """YAML 1.1 would read 12:00:00 to the base of 60, as 43,200."""
+    assert load(tmp_path, f"timeout_min: {text}\nstages: {{teacher: {{timeout_min: {text}}}}}").timeout_min == minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gpus_per_node: a100:4", ["--gpus-per-node=a100:4"]),
+        ("gpus_per_node: a100:4\ngpu_option: gres", ["--gres=gpu:a100:4"]),
+        ("gpus_per_node: 4\ngpu_option: gres", ["--gres=gpu:4"]),
+        ("mem_gb: 0", ["--mem=0"]),
+        ("mem_gb: 0.5", ["--mem=512M"]),
+        ("mem_gb: 4.0", ["--mem=4G"]),
+        ("timeout_min: 1-00:00:00", ["--time=1440"]),
+        ("srun: [--mpi=none, --container-image=/a/b.sqsh]", [" --mpi=none --container-image=/a/b.sqsh "]),
+        ("python: apptainer exec --nv image.sif python", [" apptainer exec --nv image.sif python -u -m submitit.core"]),
+    ],
+)
+def test_what_sbatch_gets(tmp_path, text, expected):
+    resources = load(tmp_path, text)._merged([], "a job")
+    job = Job("a/thin", "a", Worker("m", ()), resources)
+    script = sbatch_script(job, Path("/shared"), "")
+    assert all(words in script for words in expected), script
+
+
+def test_the_shells_variables_do_not_reach_sbatch(monkeypatch):
+    for name in ("SBATCH_TIMELIMIT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "SLURM_JWT"):
+        monkeypatch.setenv(name, "1")
+    with of_the_script_alone():
+        assert {name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))} == {"SLURM_CONF", "SLURM_JWT"}
+    assert os.environ["SBATCH_TIMELIMIT"] == os.environ["SLURM_JOB_ID"] == "1"

@@ -11,8 +11,13 @@ from tests.slurm.conftest import PROFILE, Submitted, until
 STAGES = ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin"]
 
 
-def test_the_chain_over_two_nodes_with_two_processes_each(cluster, data, tmp_path):
-    """Cancelled in the middle and submitted again, it ends with the weights of a run under torchrun."""
+def test_the_chain_over_two_nodes_with_two_processes_each(cluster, data, tmp_path, monkeypatch):
+    """Cancelled in the middle and submitted again, it ends with the weights of a run under torchrun.
+
+    The shell that submits is another job's: what it says of times and memory is not for these.
+    """
+    for name, value in {"SBATCH_TIMELIMIT": "1", "SLURM_MEM_PER_CPU": "500", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
     recipe = chain(data)
     recipe["stages"]["baseline"] = {**recipe["stages"]["teacher"], "train": "thin"}
     recipe["stages"]["distill"]["epochs"] = 1
@@ -24,6 +29,7 @@ def test_the_chain_over_two_nodes_with_two_processes_each(cluster, data, tmp_pat
     assert [line[3:-1] for line in lines] == [
         [], ["after", "teacher/wide"], ["after", "imitate/thin,", "teacher/wide"], ["after", "distill/thin"], [],
     ]  # fmt: skip
+    assert submitted.squeue("distill/thin", "TimeLimit") == "30:00"
     assert lines[0][-1] == str(submitted.run.slurm / f"{ids['teacher/wide']}_0_log.out")
 
     both = ("teacher/wide", "baseline/thin")

@@ -27,12 +27,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
-if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
-   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
-  date >> "${job}_retries"
-  scontrol requeue "$SLURM_JOB_ID"
+start="${job}_${SLURM_RESTART_COUNT:-0}"
+again() {
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
+  exit 1
+}
+if [ -e "${start}_saved" ]; then
+  again  # before the end of the allocation
+elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
+     [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
+  again
 fi
 exit $status
 
@@ -66,12 +73,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
-if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
-   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
-  date >> "${job}_retries"
-  scontrol requeue "$SLURM_JOB_ID"
+start="${job}_${SLURM_RESTART_COUNT:-0}"
+again() {
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
+  exit 1
+}
+if [ -e "${start}_saved" ]; then
+  again  # before the end of the allocation
+elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
+     [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
+  again
 fi
 exit $status
 
@@ -105,12 +119,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
-if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
-   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
-  date >> "${job}_retries"
-  scontrol requeue "$SLURM_JOB_ID"
+start="${job}_${SLURM_RESTART_COUNT:-0}"
+again() {
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
+  exit 1
+}
+if [ -e "${start}_saved" ]; then
+  again  # before the end of the allocation
+elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
+     [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
+  again
 fi
 exit $status
 
@@ -144,12 +165,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
-if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
-   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
-  date >> "${job}_retries"
-  scontrol requeue "$SLURM_JOB_ID"
+start="${job}_${SLURM_RESTART_COUNT:-0}"
+again() {
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
+  exit 1
+}
+if [ -e "${start}_saved" ]; then
+  again  # before the end of the allocation
+elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
+     [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
+  again
 fi
 exit $status
 
@@ -182,12 +210,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
-if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
-   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
-  date >> "${job}_retries"
-  scontrol requeue "$SLURM_JOB_ID"
+start="${job}_${SLURM_RESTART_COUNT:-0}"
+again() {
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
+  exit 1
+}
+if [ -e "${start}_saved" ]; then
+  again  # before the end of the allocation
+elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
+     [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
+  again
 fi
 exit $status
 

@@ -28,12 +28,19 @@ srun --unbuffered --output /shared/data/imagenet.slurm/%j_%t_log.out --kill-on-b
 
 # teardown
 status=$?
-# a process crashed, hung or was killed, with nothing for the user to fix: again, at most 3 times
 job=/shared/data/imagenet.slurm/$SLURM_JOB_ID
-if [ $status -ne 0 ] && [ ! -e "${job}_${SLURM_RESTART_COUNT:-0}_error.json" ] &&
-   [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
-  date >> "${job}_retries"
-  scontrol requeue "$SLURM_JOB_ID"
+start="${job}_${SLURM_RESTART_COUNT:-0}"
+again() {
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
+  echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
+  exit 1
+}
+if [ -e "${start}_saved" ]; then
+  again  # before the end of the allocation
+elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
+     [ "$(cat "${job}_retries" 2> /dev/null | wc -l)" -lt 3 ]; then
+  date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
+  again
 fi
 exit $status
 
