@@ -36,3 +36,17 @@ def test_the_cache_fails_later(tmp_path, monkeypatch, call, number):
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(IndexDataCacheFile, call, fail)
     assert kernel(double)(4) == 8
+
+
+@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("content", [b"", b"cut off", 100])
+def test_a_damaged_cache_is_made_anew(tmp_path, monkeypatch, pattern, content):
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    assert kernel(double)(4) == 8
+    (path,) = tmp_path.rglob(pattern)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:content] if isinstance(content, int) else content)
+    assert kernel(double)(4) == 8
+    again = kernel(double)
+    assert again(4) == 8
+    assert sum(again.stats.cache_hits.values()) == 1
