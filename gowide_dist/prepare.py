@@ -15,6 +15,7 @@ from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.errors import DataError, RecipeError, RunError
 from gowide_dist.files import write_atomically
 from gowide_dist.identity import fingerprint, identities
+from gowide_dist.progress import say
 from gowide_dist.recipe import Data, Instance, Recipe
 from gowide_dist.run import Run, StageDir
 from gowide_dist.stages import KlStage
@@ -91,7 +92,26 @@ def check_run(
             raise RunError(f"{fault}; `gowide cancel {run.path}` before --fresh")
         if not fresh:
             stage_dir.check_identity(prepared.identities[instance.key])
+        _check_file(instance, recipe)
     return prepared
+
+
+def _check_file(instance: Instance, recipe: Recipe) -> None:
+    """Raises RunError unless the file that an instance starts from, if there is one, holds its network's weights."""
+    if (init := instance.init_file) is None:
+        return
+    from gowide_dist.networks.weights import check_weights  # torch reads the file
+
+    assert recipe.data.classes is not None, "checked data fills it in"
+    try:
+        prefix = check_weights(
+            init.file, instance.architecture, recipe.data.classes,
+            fresh_classifier=init.classifier == "fresh", prefix=init.prefix,
+        )  # fmt: skip
+    except RunError as error:
+        raise RunError(f"stages.{instance.stage_name}.init.file: {error}") from error
+    if prefix:
+        say(f"{instance.key}  takes the weights of {init.file} that are named {prefix}*")
 
 
 def write_run(prepared: Prepared, *, fresh: bool = False, in_jobs: Collection[str] = ()) -> None:

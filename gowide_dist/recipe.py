@@ -172,7 +172,7 @@ class Instance(NamedTuple):
     seed: int
     data_seed: int  # of order and augmentation
     init: str | None  # the instance that gives the weights at the start,
-    init_file: Path | None  # or the file that does
+    init_file: File | None  # or the file that does
     teacher: str | None  # the instance that teaches this one
 
     @property
@@ -217,6 +217,7 @@ class Recipe(Frozen):
         instances = {each.key: each for name, stage in self.stages.items() for each in self._instances_of(name, stage)}
         for instance in instances.values():
             _check_parents(instance, instances)
+            _check_classifier(instance, instances)
             _check_ramp(instance, self.data)
         return _in_order(instances)
 
@@ -280,7 +281,7 @@ class Recipe(Frozen):
             raise RecipeError(f"{option}.train: names a network twice")
         seed = self.seed if stage.seed is None else stage.seed
         data_seed = seed if self.data.seed is None else self.data.seed
-        init_file = stage.init.file if isinstance(stage.init, File) else None
+        init_file = stage.init if isinstance(stage.init, File) else None
         for network in stage.train:
             if network not in self.networks:
                 raise RecipeError(f"{option}.train: no network '{network}', {nearest(network, self.networks)}")
@@ -346,6 +347,17 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
             f"{option}.start: {network} has more inner channels {list(student.inner_channels)} than {instance.teacher} "
             f"{list(teacher.inner_channels)}, so that there is nothing to prune; take start: teacher or fresh"
         )
+
+
+def _check_classifier(instance: Instance, instances: Mapping[str, Instance]) -> None:
+    """Raises RecipeError if an instance learns from a classifier that was drawn at random and never trained."""
+    source, stage = instances.get(instance.teacher or ""), instance.stage
+    if not source or source.stage.epochs or not source.init_file or source.init_file.classifier == "file":
+        return
+    if isinstance(stage, KlStage) or (isinstance(stage, BlocksStage) and stage.classifier == "teacher"):
+        own = ", or take classifier: fresh here" if isinstance(stage, BlocksStage) else ""
+        fault = f"the classifier of {source.key} is drawn at random (classifier: fresh) and never trained (epochs: 0)"
+        raise RecipeError(f"stages.{instance.stage_name}.teacher: {fault}; train it for some epochs{own}")
 
 
 def _check_ramp(instance: Instance, data: Data) -> None:

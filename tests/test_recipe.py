@@ -185,6 +185,20 @@ def test_a_bad_value_is_named_with_its_key_and_what_to_write(job, override):
     assert override in message or message.startswith(f"{job}: ")
 
 
+def test_a_classifier_that_was_never_trained_cannot_teach(job):
+    """Where its blocks alone teach, it does not matter."""
+    untrained = "stages.teacher={train: wide, objective: labels, epochs: 0, init: {file: w.pth, classifier: fresh}}"
+    fault = r"the classifier of teacher/wide is drawn at random \(classifier: fresh\) and never trained \(epochs: 0\)"
+    with pytest.raises(
+        RecipeError, match=f"stages.imitate.teacher: {fault}; train it for some epochs, or take classifier"
+    ):
+        load_recipe(job, [untrained])
+    with pytest.raises(RecipeError, match=f"stages.distill.teacher: {fault}; train it for some epochs$"):
+        load_recipe(job, [untrained, "stages.imitate.classifier=fresh"])
+    plain = "stages.distill={train: [half, quarter], init: imitate, objective: labels, epochs: 1, optim: {lr: 0.1}}"
+    load_recipe(job, [untrained, "stages.imitate.classifier=fresh", plain])
+
+
 def test_a_student_with_another_stem_cannot_start_from_its_teacher(job):
     with pytest.raises(RecipeError, match=r"imitate\.start: the stem of teacher/wide .* does not fit network 'half'"):
         load_recipe(job, ["stages.imitate.start=teacher", "networks.half.channels=0.5", "networks.wide.widen=quarter"])

@@ -91,8 +91,10 @@ def _initial_objective(
     """
     torch.manual_seed(instance.seed)
     network = build_network(instance.architecture, ctx.data.num_classes)
-    if weights := instance.init_file or (instance.init and ctx.run.stage(instance.init).model):
-        load_weights(weights, network)
+    if init := instance.init_file:
+        load_weights(init.file, network, fresh_classifier=init.classifier == "fresh", prefix=init.prefix)
+    elif instance.init:
+        load_weights(ctx.run.stage(instance.init).model, network)
     if copy := TAKE_OVER[_start(instance.stage)]:
         assert teacher_network is not None
         copy(network, teacher_network)

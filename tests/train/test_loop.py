@@ -19,6 +19,7 @@ from gowide_dist import load_model, load_recipe
 from gowide_dist.data.encode import encode
 from gowide_dist.data.idx import read_idx
 from gowide_dist.errors import RecipeError, RunError
+from gowide_dist.files import sha256
 from gowide_dist.identity import fingerprint
 from gowide_dist.networks import weights
 from gowide_dist.pipeline import walk
@@ -355,14 +356,32 @@ def test_a_public_network_is_the_teacher(train, tmp_path, suffix):
     assert torch.equal(student.fc.weight, public.fc.weight)
 
 
-def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path):
-    torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "other.pth")
-    stages = {
-        "teacher": {"train": "wide", "objective": "labels", "epochs": 0, "init": {"file": str(tmp_path / "other.pth")}}
-    }
-    networks = {"wide": {"arch": "resnet18"}}
-    with pytest.raises(RunError, match=r"fc.weight is \(7, 512\) in the file, \(10, 512\) in the network; fc.bias is"):
-        train(networks=networks, stages=stages)
+def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path, capsys):
+    """Before anything is written. With a fresh classifier weights for other classes are a start."""
+    networks = {"wide": {"block": "basic", "depths": [1, 1], "base": 4}}
+    public = gowide_dist.build_network(networks["wide"], 7).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in public.items()}}, tmp_path / "other.pth")
+    init = {"file": str(tmp_path / "other.pth")}
+    optim = {"lr": 0.05}
+    stages = {"teacher": {"train": "wide", "objective": "labels", "epochs": 1, "optim": optim, "init": init}}
+    with pytest.raises(
+        RunError, match=r"stages.teacher.init.file: .*other.pth: of 7 classes, here are 10; init: .*fresh"
+    ):
+        train(networks=networks, stages=stages, into=tmp_path / "runs", name="other")
+    assert not (tmp_path / "runs").exists()
+    init["classifier"] = "fresh"
+    run = train("stages.teacher.optim.lr=1e-9", networks=networks, stages=stages)
+    assert f"teacher/wide  takes the weights of {init['file']} that are named state_dict.*" in capsys.readouterr().err
+    taken = load_model(run.path, "teacher").state_dict()
+    assert torch.allclose(taken["layer2.0.conv1.weight"], public["layer2.0.conv1.weight"], atol=1e-5)
+    assert taken["fc.weight"].shape == (10, 8)
+    identity = json.loads((run.stage("teacher/wide").path / "identity.json").read_text())
+    assert identity["init"] == {"file": sha256(tmp_path / "other.pth"), "classifier": "fresh"}
+    line = r"stages.teacher.init.classifier was \"fresh\", is its default"
+    with pytest.raises(RunError, match=line):
+        torch.save(gowide_dist.build_network(networks["wide"], 10).state_dict(), tmp_path / "other.pth")
+        del init["classifier"]
+        train(networks=networks, stages=stages, name=run.path.name)
     (tmp_path / "other.pth").write_bytes(b"no weights")
     runs = sorted(tmp_path.rglob("*"))
     with pytest.raises(RunError, match=r"stages.teacher.init.file: .*other.pth: holds no weights, or not all"):
