@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from gowide_dist.errors import RecipeError
 from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.normalise import Normalise
 from gowide_dist.schema import (
     Count,
     Fraction,
@@ -138,6 +139,7 @@ class Widened(Frozen):
 
     widen: Name
     by: Positive
+    normalise: Normalise | None = None  # default: that of `widen`
 
 
 def _network_tag(value: object) -> str:
@@ -273,7 +275,8 @@ class Recipe(Frozen):
             raise RecipeError(f"networks.{name}.widen: dependency cycle {' -> '.join((*seen, name, narrow))}")
         if narrow not in self.networks:
             raise RecipeError(f"networks.{name}.widen: no network '{narrow}', {nearest(narrow, self.networks)}")
-        return self._resolve(narrow, (*seen, name)).widened(network.by)
+        wide = self._resolve(narrow, (*seen, name)).widened(network.by)
+        return wide.model_copy(update={"normalise": network.normalise}) if network.normalise else wide
 
     def _instances_of(self, name: str, stage: Stage) -> Iterator[Instance]:
         option = f"stages.{name}"
@@ -310,8 +313,10 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
     """Raises RecipeError unless the weights of `init` and the blocks of the teacher fit the instance's network."""
     student, stage = instance.architecture, instance.stage
     option, network = f"stages.{instance.stage_name}", f"network '{instance.network_name}'"
-    if instance.init and instances[instance.init].architecture != student:
-        raise RecipeError(f"{option}.init: {instance.init} has another architecture than {network}")
+    if instance.init and (init := instances[instance.init].architecture) != student:
+        is_same = init.model_copy(update={"normalise": student.normalise}) == student
+        what = "normalisation" if is_same else "architecture"
+        raise RecipeError(f"{option}.init: {instance.init} has another {what} than {network}")
     if not isinstance(stage, TaughtStage):
         return
     assert instance.teacher is not None, "a stage that is taught names its teacher"
@@ -336,6 +341,11 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
             f"{option}.start: the stem of {instance.teacher} ({teacher.stem}, {teacher.stem_channels} channels) does "
             f"not fit {network} ({student.stem}, {student.stem_channels}); take start: fresh, or reduce its width "
             "instead of its channels"
+        )
+    if stage.start != "fresh" and student.normalise != teacher.normalise:
+        raise RecipeError(
+            f"{option}.start: the weights of {instance.teacher} expect another normalisation than that of {network}; "
+            f"say the same in networks.{instance.network_name}.normalise, or take start: fresh"
         )
     if stage.start == "pruned" and student.block != teacher.block:
         raise RecipeError(

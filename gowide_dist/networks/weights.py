@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,10 +15,13 @@ from gowide_dist.networks.published import find_weights
 from gowide_dist.networks.resnet import build_network
 
 
-def save_weights(path: Path, network: nn.Module) -> None:
-    """Write parameters and statistics as safetensors, atomically. Equal weights give equal bytes."""
+def save_weights(path: Path, network: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
+    """Write parameters and statistics as safetensors, atomically. Equal weights give equal bytes.
+
+    metadata: of the file, with one key at most; safetensors writes several in any order.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomically(path, save(tensors))
+    write_atomically(path, save(tensors, dict(metadata) if metadata else None))
 
 
 def load_weights(path: Path, network: nn.Module, *, fresh_classifier: bool = False, prefix: str | None = None) -> None:

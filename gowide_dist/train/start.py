@@ -152,7 +152,7 @@ def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: Trai
     def source(block: int) -> Iterator[Tensor]:
         for batch in stream.epoch(block) if block < stage.epochs else stream.validation():
             with ctx.autocast():
-                logits = teacher().logits(batch.images)
+                logits = teacher().logits(batch[teacher().normalise].images)
             yield logits
 
     return stored_logits(ctx.run.teacher_logits, metadata, layout, source, ctx.world, name)
