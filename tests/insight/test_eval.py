@@ -162,16 +162,6 @@ def test_changed_weights_are_refused_and_older_ones_need_their_data(finished_run
 
 
 @pytest.fixture(scope="module")
-def moved(finished_run, tmp_path_factory):
-    """The run's folder alone, on a machine where its data never were."""
-    folder = tmp_path_factory.mktemp("laptop")
-    shutil.copytree(finished_run.path, folder / "run")
-    recipe = folder / "run" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace(str(finished_run.path.parents[1] / "data"), "/nowhere/data"))
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
 def photos(finished_run, tmp_path_factory):
     """Validation images as files, some of other sizes: three of the ten classes have a folder, one of them is empty."""
     folder = tmp_path_factory.mktemp("photos")

@@ -483,7 +483,9 @@ def test_weights_of_a_file_and_how_their_images_are_normalised(train, tmp_path, 
         tmp_path / "other.safetensors", load_model(own.path, "teacher"),
         {METADATA: load_model(own.path, "teacher").preprocessing.model_copy(update={"classes": tuple("abcdefghij")}).model_dump_json()},
     )  # fmt: skip
-    with pytest.raises(RunError, match=r"classifies a, b ..., the data are T-shirt/top, Trouser ...; classifier: fresh"):
+    with pytest.raises(
+        RunError, match=r"classifies a, b ..., the data are T-shirt/top, Trouser ...; classifier: fresh"
+    ):
         notes(tmp_path / "other.safetensors")
 
 
