@@ -1,4 +1,7 @@
-"""A recipe checked against data, processes and disk, and its run directory written. Imports no torch."""
+"""A recipe checked against data, processes and disk, and its run directory written.
+
+Imports no torch, unless a stage starts from a file of weights.
+"""
 
 from __future__ import annotations
 
