@@ -88,7 +88,7 @@ class Trained:
         Raises DataError if the file is not there or has other classes than the network.
         """
         if path == self.recipe.data.val and not path.exists():
-            raise DataError(f"{path}: not found here; say which images with --data DIR")
+            raise DataError(f"{path}: not found here; `gowide eval` takes other images by --data or --images")
         return self._images(path, geometry_of(self.recipe.data, train=False), limit)
 
     def folder_images(self, folder: Path) -> FolderImages:

@@ -41,7 +41,8 @@ def find_weights(
 
     own = {_unwrapped(name): name for name in network.state_dict() if is_wanted(name)}
     tensors = dict(_tensors(_read(path)))
-    prefix = _choose_prefix(path, tensors, [name for name in own if not name.endswith(_COUNTER)], prefix)
+    counted = {name: None for name in own if not name.endswith(_COUNTER)}  # else they would decide between two networks
+    prefix = _choose_prefix(path, tensors, counted, prefix)
     found = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
     found = {name: each for name, each in found.items() if name in own or (each.ndim and is_wanted(name))}
     expected = {name: tuple(network.state_dict()[own_name].shape) for name, own_name in own.items()}
@@ -111,16 +112,15 @@ def _choose_prefix(path: Path, tensors: Mapping[str, Tensor], own: Collection[st
         if wanted not in counts:
             raise RunError(f"{path}: no weights behind the prefix {wanted}; there are some behind {' and '.join(best)}")
         return wanted
+    if 2 * most < min(len(own), sum(name.startswith((best or [""])[0]) for name in tensors)):
+        named, expected = (", ".join([*names][:2]) for names in (tensors, own))
+        raise RunError(f"{path}: of another kind of network, which names its weights {named}, not {expected}")
     averages = [prefix for prefix in best if "ema" in re.split(r"[._]", prefix)]
     if len(best) > 1 and len(averages) != 1:
         raise RunError(
             f"{path}: holds several networks, {' and '.join(best)}; take one by init: {{file: ..., prefix: {best[0]}}}"
         )
-    prefix = (averages or best or [""])[0]
-    if 2 * most < min(len(own), sum(name.startswith(prefix) for name in tensors)):
-        named, expected = (", ".join([*names][:2]) for names in (tensors, own))
-        raise RunError(f"{path}: of another kind of network, which names its weights {named}, not {expected}")
-    return prefix
+    return (averages or best or [""])[0]
 
 
 def _mismatch(own: Shapes, theirs: Shapes) -> str:

@@ -186,7 +186,7 @@ def test_a_copied_run_is_enough(moved, finished_run, other_data):
         evaluate(trained, other_data / "val.beton")["confusion"] == evaluate(own, other_data / "val.beton")["confusion"]
     )
     line = refused("eval", moved, "finetune")
-    assert line == "/nowhere/data/val.beton: not found here; say which images with --data DIR"
+    assert line == "/nowhere/data/val.beton: not found here; `gowide eval` takes other images by --data or --images"
     shown = gowide("report", moved)
     assert shown.returncode == 0, shown.stderr
 

@@ -91,6 +91,7 @@ OTHERS = {
     "a deep stem": ({**{n: v for n, v in PUBLIC.items() if n != "conv1.weight"}, "conv1.0.weight": torch.ones(4, 3, 3, 3)}, "it lacks conv1.weight, has conv1.0.weight"),
     "more layers": ({**PUBLIC, "layer1.0.se.fc1.weight": torch.ones(2, 2)}, "of another network: it has layer1.0.se.fc1.weight"),
     "other names": ({"resnet.stem.weight": torch.ones(3), "resnet.head.weight": torch.ones(3)}, "names its weights resnet.stem.weight, resnet.head.weight, not conv1.weight"),
+    "many equal layers": ({f"layers.{n}.{part}": torch.ones(3) for n in range(4) for part in ("conv1.weight", "attn.q", "attn.k", "attn.v")}, "names its weights layers.0.conv1.weight, layers.0.attn.q, not conv1"),
     "two networks": ({"student": named("module."), "teacher": PUBLIC}, "holds several networks, student. and teacher.; take one by init: {file: ..., prefix: student.}"),
     "no weights": ({"epoch": 3}, "holds no weights"),
     "a list": ([PUBLIC], "holds no weights"),
