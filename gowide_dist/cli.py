@@ -359,20 +359,26 @@ def evaluate(
     run: RunDir,
     stage: StageName,
     data: Annotated[Path | None, Option(help="Encoded folder or file, as DIR/test.beton; default: the run's.")] = None,
-    out: Annotated[Path | None, Option(help="Folder for eval.json and confusion.csv.")] = None,
+    images: Annotated[Path | None, Option(help="Or images not encoded: a folder with a folder per class.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Folder for eval.json, confusion.csv, predictions.csv and logits.npy.")
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
 ) -> None:
     """Evaluate a finished network on every validation image: accuracies, also per class, confusion, calibration.
+
+    The run's folder and the images are enough, on any machine. The class folders of --images have the classes' names,
+    and some may be absent.
 
     Example: `gowide eval runs/demo finetune --out runs/demo/report/finetune`
     """
     from gowide_dist.insight import evaluate
     from gowide_dist.insight.trained import open_trained
 
+    if data and images:
+        raise UserError("eval: --data and --images both say which images; keep one of them")
     path = data / "val.beton" if data and data.suffix != ".beton" else data
-    evaluation = evaluate.evaluate(open_trained(run, stage), path)
-    if out:
-        evaluate.write_evaluation(evaluation, out)
+    evaluation = evaluate.evaluate(open_trained(run, stage), path, folder=images, out=out)
     print_line(to_json(evaluation) if as_json else evaluate.table(evaluation))
 
 
@@ -383,16 +389,19 @@ def export(
     to: Annotated[Path, Option(help="Folder for the files: new, empty, or of an export of the same weights.")],
     int8: Annotated[bool, Option(help="Also write model.int8.onnx.")] = True,
     images: Annotated[int | None, Option(help="Compare on N validation images; default: all.", min=1)] = None,
+    data: Annotated[Path | None, Option(help="Encoded folder of the same classes; default: the run's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX; compare and time each.
+
+    Where the run's data are not there and --data is not given, files are compared on noise, and int8 is left out.
 
     Example: `gowide export runs/demo finetune --to exports/demo`
     """
     from gowide_dist.insight import export
     from gowide_dist.insight.trained import open_trained
 
-    report = export.export(open_trained(run, stage), to, int8=int8, images=images)
+    report = export.export(open_trained(run, stage), to, int8=int8, images=images, data=data)
     print_line(to_json(report) if as_json else export.table(report))
 
 

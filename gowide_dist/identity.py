@@ -75,19 +75,21 @@ def identities(recipe: Recipe, data_checksums: Mapping[str, str]) -> dict[str, d
             "format": EMA_FORMAT if instance.stage.optim and instance.stage.optim.ema else IDENTITY_FORMAT,
             **own,
             "data": {**data_checksums, **own["data"]},
-            "init": _file_checksum(instance) or (instance.init and fingerprint(by_key[instance.init])),
+            "init": _file_identity(instance) or (instance.init and fingerprint(by_key[instance.init])),
             "teacher": instance.teacher and fingerprint(by_key[instance.teacher]),
         }
     return by_key
 
 
-def _file_checksum(instance: Instance) -> str | None:
-    if (path := instance.init_file) is None:
+def _file_identity(instance: Instance) -> str | dict[str, Any] | None:
+    """The checksum of the file of weights that an instance starts from, with what else `init` says of it."""
+    if (init := instance.init_file) is None:
         return None
+    path, options = init.file, init.model_dump(exclude={"file"}, exclude_defaults=True)
     option = f"stages.{instance.stage_name}.init.file: {path}"
     try:
         if _looks_like_weights(path):
-            return sha256(path)
+            return {"file": sha256(path), **options} if options else sha256(path)
     except OSError as error:
         raise RunError(f"{option}: cannot be read ({error.strerror})") from error
     raise RunError(f"{option}: {NO_WEIGHTS}")

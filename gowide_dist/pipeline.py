@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from gowide_dist import stop
 from gowide_dist.data.info import read_dataset_info
-from gowide_dist.errors import RunError, UserError, fixable, is_full
+from gowide_dist.data.preprocessing import Preprocessing, read_preprocessing
+from gowide_dist.errors import DataError, RunError, UserError, fixable, is_full
 from gowide_dist.identity import identities
 from gowide_dist.launch.local import GPUS_VARIABLE, end_with_launcher, leave, leave_error, num_gpus
 from gowide_dist.prepare import check_data, check_group
@@ -72,8 +73,6 @@ def _unfinished(keys: Sequence[str], ctx: TrainContext) -> list[str]:
 @contextlib.contextmanager
 def open_data(recipe: Recipe, world: World) -> Iterator[TrainData]:
     """This process's part of the data that a recipe names. Raises DataError if it cannot be read."""
-    import torch
-
     from gowide_dist.data.loader import Loader, augmentations_of, geometry_of
     from gowide_dist.train.context import TrainData
 
@@ -86,13 +85,13 @@ def open_data(recipe: Recipe, world: World) -> Iterator[TrainData]:
     )  # fmt: skip
     with contextlib.closing(loader(data.val, train=False, geometry=geometry_of(data, train=False))) as val:
         val.preflight(len(info.classes))
-        mean, std = (torch.tensor(channels, device=world.device) * 255 for channels in (info.mean, info.std))
-        yield TrainData(lambda seed: train(seed=seed), val, len(info.classes), mean, std)
+        yield TrainData(lambda seed: train(seed=seed), val, info, world.device)
 
 
 def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNet:
     """The finished network of a stage, on the CPU, in eval mode. `network` may be left out if the stage has one.
 
+    Its `preprocessing` has the names of the classes, and makes its input of image files. The run's folder is enough.
     Raises UserError if the run has no such stage or it is not finished.
     """
     from gowide_dist.train.start import load_trained
@@ -100,7 +99,28 @@ def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNe
     run_dir = Run(Path(run))
     recipe, instance, _ = find_finished(run_dir, stage, network)
     assert recipe.data.classes is not None, "a run's recipe is resolved"
-    return load_trained(instance, run_dir, recipe.data.classes).eval()
+    loaded = load_trained(instance, run_dir, recipe.data.classes).eval()
+    with contextlib.suppress(DataError):  # of an older run without its data
+        loaded.preprocessing = preprocessing_of(run_dir, recipe, instance)
+    return loaded
+
+
+def preprocessing_of(run: Run, recipe: Recipe, instance: Instance) -> Preprocessing:
+    """What a finished network takes and gives: from the metadata of its weights.
+
+    An older run has no such metadata: then from the data that it was trained on. Raises DataError if these are missing
+    or have changed.
+    """
+    if known := read_preprocessing(run.stage(instance.key).model):
+        return known
+    train, info = recipe.data.train, read_dataset_info(recipe.data.train)
+    checksums = {split.file: split.checksum for split in info.splits.values()}
+    if checksums.get(train.name) != (run.stage(instance.key).read_identity() or {})["data"]["train"]:
+        raise DataError(
+            f"{train}: differs from the data that {instance.key} was trained on, whose mean and standard deviation it "
+            "needs; encode it again with the original settings"
+        )
+    return Preprocessing.of(recipe.data, info, instance.architecture.normalise)
 
 
 def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Recipe, Instance, Done]:

@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from gowide_dist.errors import RecipeError
 from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.normalise import Normalise
 from gowide_dist.schema import (
     Count,
     Fraction,
@@ -139,6 +140,7 @@ class Widened(Frozen):
 
     widen: Name
     by: Positive
+    normalise: Normalise | None = None  # default: that of `widen`
 
 
 def _network_tag(value: object) -> str:
@@ -173,7 +175,7 @@ class Instance(NamedTuple):
     seed: int
     data_seed: int  # of order and augmentation
     init: str | None  # the instance that gives the weights at the start,
-    init_file: Path | None  # or the file that does
+    init_file: File | None  # or the file that does
     teacher: str | None  # the instance that teaches this one
 
     @property
@@ -218,6 +220,7 @@ class Recipe(Frozen):
         instances = {each.key: each for name, stage in self.stages.items() for each in self._instances_of(name, stage)}
         for instance in instances.values():
             _check_parents(instance, instances)
+            _check_classifier(instance, instances)
             _check_ramp(instance, self.data)
         return _in_order(instances)
 
@@ -273,7 +276,8 @@ class Recipe(Frozen):
             raise RecipeError(f"networks.{name}.widen: dependency cycle {' -> '.join((*seen, name, narrow))}")
         if narrow not in self.networks:
             raise RecipeError(f"networks.{name}.widen: no network '{narrow}', {nearest(narrow, self.networks)}")
-        return self._resolve(narrow, (*seen, name)).widened(network.by)
+        wide = self._resolve(narrow, (*seen, name)).widened(network.by)
+        return wide.model_copy(update={"normalise": network.normalise}) if network.normalise else wide
 
     def _instances_of(self, name: str, stage: Stage) -> Iterator[Instance]:
         option = f"stages.{name}"
@@ -281,7 +285,7 @@ class Recipe(Frozen):
             raise RecipeError(f"{option}.train: names a network twice")
         seed = self.seed if stage.seed is None else stage.seed
         data_seed = seed if self.data.seed is None else self.data.seed
-        init_file = stage.init.file if isinstance(stage.init, File) else None
+        init_file = stage.init if isinstance(stage.init, File) else None
         for network in stage.train:
             if network not in self.networks:
                 raise RecipeError(f"{option}.train: no network '{network}', {nearest(network, self.networks)}")
@@ -310,8 +314,10 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
     """Raises RecipeError unless the weights of `init` and the blocks of the teacher fit the instance's network."""
     student, stage = instance.architecture, instance.stage
     option, network = f"stages.{instance.stage_name}", f"network '{instance.network_name}'"
-    if instance.init and instances[instance.init].architecture != student:
-        raise RecipeError(f"{option}.init: {instance.init} has another architecture than {network}")
+    if instance.init and (init := instances[instance.init].architecture) != student:
+        is_same = init.model_copy(update={"normalise": student.normalise}) == student
+        what = "normalisation" if is_same else "architecture"
+        raise RecipeError(f"{option}.init: {instance.init} has another {what} than {network}")
     if not isinstance(stage, TaughtStage):
         return
     assert instance.teacher is not None, "a stage that is taught names its teacher"
@@ -337,6 +343,11 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
             f"not fit {network} ({student.stem}, {student.stem_channels}); take start: fresh, or reduce its width "
             "instead of its channels"
         )
+    if stage.start != "fresh" and student.normalise != teacher.normalise:
+        raise RecipeError(
+            f"{option}.start: the weights of {instance.teacher} expect another normalisation than that of {network}; "
+            f"say the same in networks.{instance.network_name}.normalise, or take start: fresh"
+        )
     if stage.start == "pruned" and student.block != teacher.block:
         raise RecipeError(
             f"{option}.start: {instance.teacher} has {teacher.block} units and {network} {student.block} units, whose "
@@ -347,6 +358,17 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
             f"{option}.start: {network} has more inner channels {list(student.inner_channels)} than {instance.teacher} "
             f"{list(teacher.inner_channels)}, so that there is nothing to prune; take start: teacher or fresh"
         )
+
+
+def _check_classifier(instance: Instance, instances: Mapping[str, Instance]) -> None:
+    """Raises RecipeError if an instance learns from a classifier that was drawn at random and never trained."""
+    source, stage = instances.get(instance.teacher or ""), instance.stage
+    if not source or source.stage.epochs or not source.init_file or source.init_file.classifier == "file":
+        return
+    if isinstance(stage, KlStage) or (isinstance(stage, BlocksStage) and stage.classifier == "teacher"):
+        own = ", or take classifier: fresh here" if isinstance(stage, BlocksStage) else ""
+        fault = f"the classifier of {source.key} is drawn at random (classifier: fresh) and never trained (epochs: 0)"
+        raise RecipeError(f"stages.{instance.stage_name}.teacher: {fault}; train it for some epochs{own}")
 
 
 def _check_ramp(instance: Instance, data: Data) -> None:

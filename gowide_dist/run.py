@@ -119,10 +119,14 @@ class StageDir:
             return f"it was trained by another version of gowide_dist, whose format is {was}, not {now}"
         if key in ("data.train", "data.val"):
             return f"{key}: the file is another"
-        if key in ("init", "teacher"):
+        if key in ("init", "init.file", "teacher"):
             return f"stages.{stage}.{key}: the network is another, or trained otherwise"
         room, _, rest = key.partition(".")
-        path = {"stage": f"stages.{stage}.{rest}", "network": f"networks.{network}.{rest}"}.get(room, key)
+        path = {
+            "stage": f"stages.{stage}.{rest}",
+            "init": f"stages.{stage}.{key}",
+            "network": f"networks.{network}.{rest}",
+        }.get(room, key)
         return f"{path} was {was or 'its default'}, is {now or 'its default'}"
 
     def claim(self, identity: Mapping[str, Any]) -> None:

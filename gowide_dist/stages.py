@@ -65,9 +65,11 @@ class Schedule(Frozen):
 
 
 class File(Frozen):
-    """Weights in a file: a .safetensors, or a state dict as torchvision publishes them (.pth)."""
+    """Weights in a file: a .safetensors, or a checkpoint of PyTorch's, as torchvision, timm and others publish them."""
 
     file: UserPath
+    classifier: Literal["file", "fresh"] = "file"  # fresh: drawn from the seed, for other classes than the file's
+    prefix: str | None = None  # of the network's names, where the file holds several networks
 
 
 Start = Annotated[

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from gowide_dist import load_recipe
 from gowide_dist.errors import RecipeError
+from gowide_dist.identity import recipe_identity
+from gowide_dist.networks.normalise import DATASET
 from gowide_dist.recipe import Recipe
 from gowide_dist.stages import Ramp
 
@@ -102,7 +104,7 @@ def test_paths_take_home_and_variables(job, monkeypatch, tmp_path):
     )  # fmt: skip
     assert str(recipe.data.train) == "/home/me/a/train.beton"
     assert str(recipe.data.val) == "/scratch/a$5/scratch.beton"
-    assert str(recipe.instances["teacher/wide"].init_file) == "/home/me/deep/x.pth"
+    assert str(recipe.instances["teacher/wide"].init_file.file) == "/home/me/deep/x.pth"
     assert "~" not in recipe.to_yaml() and "$S" not in recipe.to_yaml()  # processes elsewhere see the same files
     monkeypatch.setenv("EMPTY", "")
     for path, fault in {
@@ -139,6 +141,16 @@ BAD = {
     "networks.wide.widen=hlf": "networks.wide.widen: no network 'hlf', did you mean 'half'?",
     "networks.wide.widen=wide": "networks.wide.widen: dependency cycle wide -> wide",
     "networks.wide.by=-1": "networks.wide.by: should be greater than 0, not '-1'",
+    "networks.half.normalise=imagnet": "networks.half.normalise: should be dataset, imagenet or {mean: [...], std: [...]}, not 'imagnet'",
+    "networks.half.normalise=true": "networks.half.normalise: should be dataset, imagenet or {mean: [...], std: [...]}, not 'True'",
+    "networks.half.normalise={mean: [0.5, 0.5, 0.5]}": "networks.half.normalise: mean and std need each other",
+    "networks.half.normalise={mean: [123.7, 116.3, 103.5], std: 1}": "networks.half.normalise: mean: should be of pixels / 255, from 0 to 1, not 123.7",
+    "networks.half.normalise={mean: 0.5, std: 0}": "networks.half.normalise: std: should be of pixels / 255, from 0.0001 to 1, not 0",
+    "networks.half.normalise={mean: [0.5, 0.5], std: 0.5}": "networks.half.normalise.mean.2: is required",
+    "networks.half.normalise={men: 0.5, std: 0.5}": "networks.half.normalise: unknown key 'men', did you mean 'mean'?",
+    "networks.wide.normalise=zscore": "networks.wide.normalise: should be dataset, imagenet or {mean: [...], std: [...]}, not 'zscore'",
+    "stages.teacher.init={file: w.pth, classifer: fresh}": "stages.teacher.init: unknown key 'classifer', did you mean 'classifier'?",
+    "stages.teacher.init={file: w.pth, classifier: new}": "stages.teacher.init.classifier: should be 'file' or 'fresh', not 'new'",
     "networks.a b={arch: resnet18}": "networks.a b: should be a name of letters, digits, '-' and '_'",
     "stages.distill.epochs=abc": "stages.distill.epochs: should be a valid integer, not 'abc'",
     "stages.distill.epochs=true": "stages.distill.epochs: should be a valid integer, not 'True'",
@@ -212,6 +224,65 @@ def test_a_bad_value_is_named_with_its_key_and_what_to_write(job, override):
     assert BAD[override] in message
     assert "\n" not in message
     assert override in message or message.startswith(f"{job}: ")
+
+
+def test_a_classifier_that_was_never_trained_cannot_teach(job):
+    """Where its blocks alone teach, it does not matter."""
+    untrained = "stages.teacher={train: wide, objective: labels, epochs: 0, init: {file: w.pth, classifier: fresh}}"
+    fault = r"the classifier of teacher/wide is drawn at random \(classifier: fresh\) and never trained \(epochs: 0\)"
+    with pytest.raises(
+        RecipeError, match=f"stages.imitate.teacher: {fault}; train it for some epochs, or take classifier"
+    ):
+        load_recipe(job, [untrained])
+    with pytest.raises(RecipeError, match=f"stages.distill.teacher: {fault}; train it for some epochs$"):
+        load_recipe(job, [untrained, "stages.imitate.classifier=fresh"])
+    plain = "stages.distill={train: [half, quarter], init: imitate, objective: labels, epochs: 1, optim: {lr: 0.1}}"
+    load_recipe(job, [untrained, "stages.imitate.classifier=fresh", plain])
+
+
+def test_normalisation_of_networks(job, tmp_path):
+    """The same values are the same network, however they are written; a widened network has that of the thin one."""
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": ["0.229", 0.224, 0.225]}
+    for text in ("imagenet", f"{imagenet}"):
+        recipe = load_recipe(job, [f"networks.half.normalise={text}"])
+        assert recipe.architectures["half"].normalise.std == (0.229, 0.224, 0.225)
+        assert recipe.architectures["wide"].normalise == recipe.architectures["half"].normalise
+        identity = recipe_identity(recipe.instances["imitate/half"], recipe)
+        assert identity["network"] == {**BASE["network"], "normalise": "imagenet"}
+        (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
+        assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    one = load_recipe(job, ["networks.half.normalise={mean: 0.5, std: 5e-1}", "networks.wide.normalise=dataset"])
+    assert one.architectures["half"].normalise.mean == (0.5, 0.5, 0.5)
+    assert one.architectures["wide"].normalise == DATASET
+    plain = load_recipe(job, ["networks.half.normalise=dataset"])
+    assert recipe_identity(plain.instances["imitate/half"], plain) == BASE
+
+
+BASE = {
+    "seed": 0, "batch_size": 8, "precision": "float32", "compile": False, "sync_batch_norm": False, "data": {"resolution": 28},
+    "network": {"block": "bottleneck", "depths": [3, 4, 6, 3], "width": 0.5, "stem": "small"},
+    "stage": {"objective": "blocks", "epochs": 2, "optim": {"lr": 0.1}},
+}  # fmt: skip
+
+
+def test_weights_start_where_images_are_normalised_alike(job):
+    """Weights that are taken over expect the normalisation that they were trained with."""
+    other = "networks.wide.normalise=imagenet"
+    load_recipe(job, [other])  # a teacher may differ
+    for start in ("teacher", "pruned"):
+        with pytest.raises(
+            RecipeError, match=r"imitate.start: the weights of teacher/wide expect another normalisation than "
+        ):
+            load_recipe(job, [other, f"stages.imitate.start={start}"])
+    imitate = (
+        "stages.imitate={train: [quarter, quarter2], objective: blocks, teacher: teacher, epochs: 2, optim: {lr: 0.1}}"
+    )
+    twin = "networks.quarter2={arch: resnet50, stem: small, width: 0.25, normalise: imagenet}"
+    distill = "stages.distill={train: quarter, init: imitate/quarter2, objective: labels, epochs: 1, optim: {lr: 0.1}}"
+    with pytest.raises(
+        RecipeError, match=r"distill.init: imitate/quarter2 has another normalisation than network 'quarter'"
+    ):
+        load_recipe(job, [twin, imitate, distill, "stages.finetune.train=[quarter]"])
 
 
 def test_a_student_with_another_stem_cannot_start_from_its_teacher(job):

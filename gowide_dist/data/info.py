@@ -1,15 +1,24 @@
 """dataset.json: the contents of a folder of encoded images. Light to import: a login node reads it too."""
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    computed_field,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from gowide_dist.errors import DataError
+from gowide_dist.networks.normalise import Channels
 
 FILE_NAME = "dataset.json"
-
-Channels: TypeAlias = tuple[float, float, float]
 
 
 class _Model(BaseModel):
@@ -36,6 +45,9 @@ class DatasetInfo(_Model):
     classes: names in the order of the labels. Sides in pixels, over all splits; fixed_side_px where every image is a
     square of the same side. mean and std: of the training images' channels (R, G, B), on a scale of 0 to 1.
     encoding: the arguments of `gowide encode`, by which the same command finds its work done.
+
+    Fingerprints know the moments by the training file's checksum; `moments_checksum` tells whether they are still those
+    that were computed when it was written.
     """
 
     format: Literal[1] = 1
@@ -48,6 +60,25 @@ class DatasetInfo(_Model):
     mean: Channels
     std: Channels
     splits: dict[Literal["train", "val", "test"], Split]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def moments_checksum(self) -> str:
+        """SHA-256 of mean and std."""
+        return hashlib.sha256(json.dumps([self.mean, self.std]).encode()).hexdigest()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_moments(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        given = values.pop("moments_checksum", None) if isinstance(values, dict) else None
+        info = handler(values)
+        if given not in (None, info.moments_checksum):
+            raise PydanticCustomError(
+                "edited",
+                "mean and std are no longer those of the images; put them back, and say others in the recipe: "
+                "networks.NAME.normalise",
+            )
+        return info
 
     @property
     def summary(self) -> str:

@@ -18,7 +18,6 @@ from torch import Tensor
 from gowide_dist.data import decode
 from gowide_dist.data.augment import DRAWN, Augmentation, ColorJitter, Policy, RandomErasing, augment
 from gowide_dist.data.beton import Beton
-from gowide_dist.data.info import Channels
 from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.data.order import (
     AUGMENT_STREAM,
@@ -29,6 +28,7 @@ from gowide_dist.data.order import (
     validation_part,
 )
 from gowide_dist.errors import DataError
+from gowide_dist.networks.normalise import Channels
 from gowide_dist.recipe import Augment, Data
 from gowide_dist.timeline import Batching
 from gowide_dist.world import copy_stream

@@ -13,10 +13,12 @@ from gowide_dist.data.beton import read_foreign
 from gowide_dist.data.idx import read_idx
 from gowide_dist.data.order import draws
 from gowide_dist.errors import DataError
+from gowide_dist.schema import nearest
 
 SplitName: TypeAlias = Literal["train", "val", "test"]
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+MANY_CLASSES = 20  # with more, an error names a few
 MAX_UNNAMED_CLASSES = 1_000_000  # beyond, labels are more likely damaged than meant
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -205,3 +207,20 @@ def stratified(labels: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
     mask = np.zeros(len(labels), np.bool_)
     mask[by_fraction[:count]] = True
     return mask
+
+
+def read_labelled_folder(folder: Path, classes: tuple[str, ...]) -> ImageList:
+    """The images of class folders, labelled by the folders' names; any of `classes` may be absent.
+
+    Raises DataError for a folder that is none of them, and if there are no images.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: not a folder; it should hold a folder of images for each class")
+    if unknown := [name for name in _class_names(folder) if name not in classes]:
+        known = nearest(unknown[0], classes) if len(classes) <= MANY_CLASSES else f"such as {', '.join(classes[:3])}"
+        raise DataError(
+            f"{folder}: class folder {unknown[0]} is none of the network's {len(classes):,} classes, {known}"
+        )
+    if not len(images := _list_images(folder, classes)):
+        raise DataError(f"{folder}: no images in its class folders")
+    return images

@@ -6,21 +6,25 @@ import csv
 import heapq
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gowide_dist.data.folder import FolderImages
 from gowide_dist.data.info import check_split
+from gowide_dist.data.loader import Loader
 from gowide_dist.files import write_atomically, writing_to
 from gowide_dist.insight import text
 from gowide_dist.insight.trained import Classifier, Trained, predict
+from gowide_dist.train.context import configure_backends
 from gowide_dist.train.losses import accuracy
 
 NUM_BINS = 15
@@ -28,10 +32,13 @@ MANY_CLASSES = 20  # with more, only the worst are printed
 WORST_SHOWN = 10
 
 
-def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
-    """Evaluate a network once on every image of an FFCV file, without autocast, on a GPU if there is one.
+def evaluate(
+    trained: Trained, path: Path | None = None, *, folder: Path | None = None, out: Path | None = None
+) -> dict[str, Any]:
+    """Evaluate a network once on every image, without autocast, on a GPU if there is one.
 
-    path: by default the run's own validation images. Raises DataError if the file does not fit the network.
+    path: an FFCV file, by default the run's own validation images; folder: of class folders, in its place. out: where
+    to write what `write_evaluation` writes. Raises DataError if the images do not fit the network.
 
     Returns the content of `eval.json`: accuracies and the expected calibration error (`ece`) in %, the mean negative
     log-likelihood of the labels (`nll`), `confusion` [K, K], images by label (rows) and prediction (columns), and
@@ -40,10 +47,13 @@ def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
     """
     path = path or trained.recipe.data.val
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    num_classes = len(trained.info.classes)
-    with closing(trained.validation_images(path)) as images:
-        images.preflight(num_classes)
-        classifier = Classifier(trained.network(), trained.info).to(device).to(memory_format=torch.channels_last)
+    configure_backends(trained.recipe, trained.instance.stage)
+    classes, num_classes = trained.preprocessing.classes, len(trained.preprocessing.classes)
+    with closing(trained.folder_images(folder) if folder else trained.validation_images(path)) as images:
+        if isinstance(images, Loader):
+            images.preflight(num_classes)
+        classifier = Classifier(trained.network(), trained.preprocessing)
+        classifier = classifier.to(device).to(memory_format=torch.channels_last)
         logits, labels = predict(lambda batch: classifier(batch.to(device)), images, trained.instance.key)
     top1_and_top5 = {name: 100 * float(hits.double().mean()) for name, hits in accuracy(logits, labels).items()}
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
@@ -51,22 +61,28 @@ def evaluate(trained: Trained, path: Path | None = None) -> dict[str, Any]:
     counts = confusion.sum(dim=1).tolist()
     hits_and_counts = zip(confusion.diagonal().tolist(), counts, strict=True)
     per_class = [100 * hit / count if count else None for hit, count in hits_and_counts]
-    return {
+    evaluation = {
         "run": str(trained.run.path),
         "stage": trained.instance.stage_name,
         "network": trained.instance.network_name,
-        "data": str(path),
+        "data": str(folder or path),
         "images": len(labels),
         **top1_and_top5,
         "balanced_top1": fmean(top1 for top1 in per_class if top1 is not None),
         "nll": float(F.cross_entropy(logits.double(), labels)),
         "ece": calibration_error(logits, labels),
-        "top1_in_training": trained.done.top1 if check_split(path).checksum == trained.val_checksum else None,
-        "classes": trained.info.classes,
+        "top1_in_training": trained.done.top1
+        if not folder and check_split(path).checksum == trained.val_checksum
+        else None,
+        "classes": classes,
         "per_class_images": counts,
         "per_class_top1": per_class,
         "confusion": confusion.tolist(),
     }
+    if out:
+        names = images.names if isinstance(images, FolderImages) else list(map(str, range(len(labels))))
+        write_evaluation(evaluation, names, logits, labels, out)
+    return evaluation
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
@@ -81,16 +97,32 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     return 100 * float(torch.zeros(NUM_BINS).double().index_add(0, bins, surplus).abs().sum()) / len(labels)
 
 
-def write_evaluation(evaluation: Mapping[str, Any], folder: Path) -> None:
-    """Write `eval.json` and `confusion.csv`. Raises RunError if the folder cannot be written."""
-    rows = io.StringIO()
-    writer = csv.writer(rows)
-    writer.writerow(["class", *evaluation["classes"]])
-    writer.writerows([name, *row] for name, row in zip(evaluation["classes"], evaluation["confusion"], strict=True))
+def write_evaluation(
+    evaluation: Mapping[str, Any], names: Sequence[str], logits: Tensor, labels: Tensor, folder: Path
+) -> None:
+    """Write `eval.json`, `confusion.csv`, `predictions.csv` and `logits.npy` (float32 [N, K], in the rows' order).
+
+    names: of the images. Raises RunError if the folder cannot be written.
+    """
+    classes = evaluation["classes"]
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    images = zip(names, labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
+    array = io.BytesIO()
+    np.save(array, logits.numpy())
     with writing_to(folder, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "confusion.csv", rows.getvalue())
+        rows = zip(classes, evaluation["confusion"], strict=True)
+        write_atomically(folder / "confusion.csv", _csv(["class", *classes], ([name, *row] for name, row in rows)))
+        predictions = ((name, classes[label], classes[best], f"{part:.6f}") for name, label, best, part in images)
+        write_atomically(folder / "predictions.csv", _csv(["image", "class", "predicted", "confidence"], predictions))
+        write_atomically(folder / "logits.npy", array.getvalue())
         write_atomically(folder / "eval.json", json.dumps(evaluation, indent=2) + "\n")
+
+
+def _csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows([head, *rows])
+    return text.getvalue()
 
 
 def table(evaluation: Mapping[str, Any]) -> str:

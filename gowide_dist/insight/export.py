@@ -7,7 +7,7 @@ import gc
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +19,14 @@ from torch.export import Dim, ExportedProgram
 
 from gowide_dist.bench import cpu_name
 from gowide_dist.data.info import check_split
-from gowide_dist.data.loader import Loader
+from gowide_dist.data.loader import Batch
 from gowide_dist.errors import InternalError, RunError, UserError
 from gowide_dist.files import PARTIAL, replacing, sha256, writing_to
 from gowide_dist.insight import text
 from gowide_dist.insight.latency import latency_ms
-from gowide_dist.insight.trained import Classifier, Trained, predict
+from gowide_dist.insight.trained import BATCH_SIZE, Classifier, Images, Trained, predict
 from gowide_dist.networks.architecture import ARCHITECTURES, Architecture
+from gowide_dist.networks.normalise import DATASET
 from gowide_dist.networks.teacher import fold_batch_norms
 from gowide_dist.progress import say
 
@@ -39,12 +40,16 @@ _DYNAMIC_BATCH = {"images": {0: Dim("batch", min=1)}}
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
-def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None = None) -> dict[str, Any]:
+def export(
+    trained: Trained, to: Path, *, int8: bool = True, images: int | None = None, data: Path | None = None
+) -> dict[str, Any]:
     """Write `config.json`, `model.safetensors`, `model.pt2`, `model.onnx` and, with int8, `model.int8.onnx`.
 
     The last three take uint8 images [B, H, H, 3] (RGB, any B) and give logits [B, K]: normalisation is inside. Each is
-    timed, and compared with PyTorch on all validation images or on `images` of them, evenly spaced. Returns the content
-    of `export.json`, which is written last; at once, if the folder holds this export already.
+    timed, and compared with PyTorch on all validation images or on `images` of them, evenly spaced. data: the folder of
+    the FFCV files, by default the run's; if these are not there, noise takes the place of validation images, and int8,
+    which training images calibrate, is left out. Returns the content of `export.json`, which is written last; at once,
+    if the folder holds this export already.
 
     Raises UserError if packages are missing or the folder holds anything else, InternalError if logits differ by more
     than LOGITS_TOLERANCE; then nothing is written.
@@ -53,7 +58,12 @@ def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None 
         raise UserError(f"export needs {', '.join(missing)}: pip install -c constraints.txt -e '.[export]'")
     to, model_sha256 = to.absolute(), trained.done.model_sha256
     versions = {name: metadata.version(name) for name in ("gowide_dist", "torch", *_PACKAGES)}
-    asked = {"int8": int8, "images": images, "with": versions, "threads": torch.get_num_threads()}
+    train, val = _data_files(trained, data)
+    if int8 and not train:
+        int8 = False
+        say(f"note: {INT8_ONNX} is left out: no training images to calibrate it; --data DIR says where they are")
+    asked: dict[str, Any] = {"int8": int8, "images": images, "with": versions, "threads": torch.get_num_threads()}
+    asked |= {"train": train and str(train), "val": val and str(val)}
     report = _read_json(to / REPORT)
     if (report.get("model_sha256"), report.get("asked")) == (model_sha256, asked):
         paths = {to / name: file["sha256"] for name, file in report["files"].items()}
@@ -65,7 +75,7 @@ def export(trained: Trained, to: Path, *, int8: bool = True, images: int | None 
         raise RunError(f"{to}: contains files other than an export of these weights; remove it or choose another --to")
     try:
         with writing_to(to, "--to"), replacing(to, REPORT) as folder:
-            report = _write(folder, trained, asked)
+            report = _write(folder, trained, asked, train, val)
             if not int8:
                 (to / INT8_ONNX).unlink(missing_ok=True)  # of an earlier export
     finally:
@@ -82,59 +92,90 @@ def _read_json(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _write(folder: Path, trained: Trained, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _data_files(trained: Trained, data: Path | None) -> tuple[Path | None, Path | None]:
+    """The FFCV files of training and of validation images in a folder; of the run's own, those that are there."""
+    if data:
+        train, val = (None, data) if data.suffix == ".beton" else (data / "train.beton", data / "val.beton")
+        return (train if train and train.exists() else None), val
+    train, val = trained.recipe.data.train, trained.recipe.data.val
+    return (train if train.exists() else None), (val if val.exists() else None)
+
+
+class _Noise:
+    """In place of validation images: random pixels."""
+
+    steps_per_epoch = 1
+
+    def __init__(self, side: int) -> None:
+        pixels = torch.randint(256, (BATCH_SIZE, side, side, 3), dtype=torch.uint8, generator=torch.Generator())
+        self._batch = Batch(pixels, torch.full([BATCH_SIZE], -1), torch.arange(BATCH_SIZE))
+
+    def batches(self) -> Iterator[Batch]:
+        yield self._batch
+
+    def close(self) -> None:
+        pass
+
+
+def _write(
+    folder: Path, trained: Trained, asked: Mapping[str, Any], train: Path | None, val: Path | None
+) -> dict[str, Any]:
     data = trained.recipe.data
     names = [SAFETENSORS, PT2, ONNX, *([INT8_ONNX] if asked["int8"] else [])]
-    with contextlib.closing(trained.validation_images(data.val, asked["images"])) as validation:  # raises before work
+    images = trained.validation_images(val, asked["images"]) if val else _Noise(data.resolution)  # raises before work
+    with contextlib.closing(images) as validation:
         say(f"writing {', '.join(names)}")
         (folder / CONFIG).write_text(json.dumps(config(trained), indent=2) + "\n")
         shutil.copyfile(trained.run.stage(trained.instance.key).model, folder / SAFETENSORS)
         network = trained.network()
-        program = _program(Classifier(fold_batch_norms(network), trained.info).eval(), data.resolution)
+        program = _program(Classifier(fold_batch_norms(network), trained.preprocessing).eval(), data.resolution)
         torch.export.save(program, folder / PT2)
         _write_onnx(program, folder / ONNX)
-        calibration = _write_int8(folder, trained) if asked["int8"] else None
-        classifier = Classifier(network, trained.info).eval()
+        calibration = _write_int8(folder, trained, train) if asked["int8"] and train else None
+        classifier = Classifier(network, trained.preprocessing).eval()
         figures, num_images = _measure(classifier, [folder / name for name in names[1:]], validation, data.resolution)
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
     report = {
         "model_sha256": trained.done.model_sha256,
         "asked": asked,
         "cpu": cpu_name(),
-        "validation": {"data": str(data.val), "images": num_images},
+        "validation": {"data": str(val) if val else "noise", "images": num_images},
         "calibration": calibration,
         "pytorch": figures["pytorch"],
         "files": {name: file | figures.get(name, {}) for name, file in files.items()},
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    if asked["int8"] and (loss := figures["pytorch"]["top1"] - figures[INT8_ONNX]["top1"]) > MAX_INT8_LOSS:
+    if asked["int8"] and val and (loss := figures["pytorch"]["top1"] - figures[INT8_ONNX]["top1"]) > MAX_INT8_LOSS:
         say(f"warning: {INT8_ONNX} loses {loss:.2f} points of top-1")
     return report
 
 
 def config(trained: Trained) -> dict[str, Any]:
     """What a program needs to use the files: how to prepare images, and the classes of the logits."""
-    data, info, architecture = trained.recipe.data, trained.info, trained.instance.architecture
-    side, num_classes = data.resolution, len(info.classes)
-    resized = round(side / (data.center_crop or 1.0))
+    architecture, preprocessing = trained.instance.architecture, trained.preprocessing
+    side, num_classes = preprocessing.resolution, len(preprocessing.classes)
     shape = ["batch", side, side, 3]  # as image files are decoded: no copy for the caller, channels_last inside
     return {
         **trained.done.model_dump(include={"stage", "network", "top1", "top5", "fingerprint", "model_sha256"}),
-        "architecture": architecture.model_dump(mode="json"),
+        "architecture": architecture.model_dump(mode="json", exclude={"normalise"}),
         "torchvision": _in_torchvision(architecture, num_classes),
-        "classes": info.classes,
+        "classes": preprocessing.classes,
         "resolution": side,
         "input": {"name": "images", "dtype": "uint8", "layout": "NHWC", "shape": shape, "channels": "RGB"},
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", num_classes]},
-        "prepare": {"resize_shorter_side_px": resized, "resize": "bilinear, antialiased", "center_crop_px": side},
-        "normalise": {"mean": info.mean, "std": info.std, "of": "pixels / 255"},
+        "prepare": {
+            "resize_shorter_side_px": preprocessing.resize_px,
+            "resize": "bilinear, antialiased",
+            "center_crop_px": side,
+        },
+        "normalise": {"mean": preprocessing.mean, "std": preprocessing.std, "of": "pixels / 255"},
     }
 
 
 def _in_torchvision(architecture: Architecture, num_classes: int) -> dict[str, Any] | None:
     """The function of torchvision.models that builds the network, and its arguments, if there is one."""
     width = 64 * architecture.width
-    plain = architecture.model_copy(update={"width": 1.0, "zero_init_residual": False})
+    plain = architecture.model_copy(update={"width": 1.0, "zero_init_residual": False, "normalise": DATASET})
     if width == 64 or (width.is_integer() and architecture.block == "bottleneck"):
         for name in ARCHITECTURES:
             if plain == Architecture.model_validate({"arch": name}):
@@ -164,7 +205,7 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     onnx.save(model, path)
 
 
-def _write_int8(folder: Path, trained: Trained) -> dict[str, Any]:
+def _write_int8(folder: Path, trained: Trained, train: Path) -> dict[str, Any]:
     """Quantise model.onnx to 8 bits; the training images that calibrate the activations' ranges.
 
     Signed weights and signed activations: with unsigned ones, processors without VNNI add pairs of products in 16 bits
@@ -173,9 +214,9 @@ def _write_int8(folder: Path, trained: Trained) -> dict[str, Any]:
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    train, path = trained.recipe.data.train, folder / INT8_ONNX
+    path = folder / INT8_ONNX
     quant_pre_process(folder / ONNX, path, skip_optimization=True, skip_symbolic_shape=True)
-    with contextlib.closing(trained.training_images(CALIBRATION_IMAGES)) as images:
+    with contextlib.closing(trained.training_images(train, CALIBRATION_IMAGES)) as images:
         inputs = ({"images": batch.images.numpy()} for batch in images.batches())
         reader = SimpleNamespace(get_next=lambda: next(inputs, None))
         signed = QuantType.QInt8
@@ -184,7 +225,7 @@ def _write_int8(folder: Path, trained: Trained) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _measure(classifier: Classifier, files: list[Path], validation: Loader, side: int) -> tuple[dict[str, Any], int]:
+def _measure(classifier: Classifier, files: list[Path], validation: Images, side: int) -> tuple[dict[str, Any], int]:
     """Figures of PyTorch (`pytorch`) and of each file by name, one after the other; the number of images compared on.
 
     Raises InternalError if a float32 file's logits differ by more than LOGITS_TOLERANCE allows.
@@ -196,7 +237,7 @@ def _measure(classifier: Classifier, files: list[Path], validation: Loader, side
     def measure(forward: Callable[[Tensor], Tensor], logits: Tensor) -> dict[str, Any]:
         best = logits.argmax(dim=1)
         return {
-            "top1": 100 * float((best == labels).double().mean()),
+            "top1": None if (labels < 0).any() else 100 * float((best == labels).double().mean()),
             "top1_agreement": 100 * float((best == expected.argmax(dim=1)).double().mean()),
             "largest_logit_difference": float((logits - expected).abs().max()),
             "latency_ms": {str(n): round(latency_ms(forward, images), 3) for n, images in batches.items()},
@@ -241,7 +282,8 @@ def table(report: Mapping[str, Any]) -> str:
     rows = []
     for name, figures in {"(PyTorch, eager)": report["pytorch"], **report["files"]}.items():
         row = figures | figures.get("latency_ms", {})
-        rows.append([name, *(format(row[key], form) if key in row else "" for key, form in columns.values())])
+        cells = ("" if row.get(key) is None else format(row[key], form) for key, form in columns.values())
+        rows.append([name, *cells])
     validation, cpu = report["validation"], f"{report['asked']['threads']} threads of {report['cpu']}"
     note = f"compared on {validation['images']:,} images of {validation['data']}; latency: medians, {cpu}"
     return f"{text.table(['file', *columns], rows)}\n\n{note}"

@@ -81,7 +81,7 @@ def _predict(run: Run, key: str) -> tuple[Tensor, list[int]]:
     """The class of every validation image, [N] int64; and the number of dead channels of every block."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = open_trained(run.path, key)
-    classifier = Classifier(trained.network(), trained.info).to(device).to(memory_format=torch.channels_last)
+    classifier = Classifier(trained.network(), trained.preprocessing).to(device).to(memory_format=torch.channels_last)
     peaks = [torch.zeros(channels, device=device) for channels in trained.instance.architecture.block_channels]
 
     def forward(images: Tensor) -> Tensor:

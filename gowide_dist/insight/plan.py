@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gowide_dist.effects import without_effect
-from gowide_dist.errors import DataError
+from gowide_dist.errors import DataError, RunError
 from gowide_dist.identity import fingerprint, identities
 from gowide_dist.insight.assumed import (
     DataSize,
@@ -24,7 +25,7 @@ from gowide_dist.insight.assumed import (
 )
 from gowide_dist.insight.text import duration, gigabytes, listed, table
 from gowide_dist.launch.profile import Device, Profile, Resources
-from gowide_dist.prepare import Prepared, check_data
+from gowide_dist.prepare import Prepared, check_data, notes_on_files
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching, Timeline
@@ -110,8 +111,16 @@ def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None 
         longest_path=path,
         longest_hours=hours,
         warnings=warnings,
-        notes=list(notes_on_logits(recipe, size, profile)),
+        notes=[*_notes_on_files(recipe), *notes_on_logits(recipe, size, profile)],
     )
+
+
+def _notes_on_files(recipe: Recipe) -> list[str]:
+    """`notes_on_files`, as far as files and data are there."""
+    notes: list[str] = []
+    with suppress(DataError, RunError):
+        notes += notes_on_files(recipe, recipe.instances.values())
+    return notes
 
 
 def restarts(work_s: float, timeout_s: float, lost_s: float) -> float:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gowide_dist.data.decode import CenterCrop, Geometry
-from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
-from gowide_dist.data.loader import Loader, geometry_of
+from gowide_dist.data.folder import FolderImages
+from gowide_dist.data.info import check_split, read_dataset_info
+from gowide_dist.data.loader import Batch, Loader, geometry_of
+from gowide_dist.data.preprocessing import Preprocessing
 from gowide_dist.errors import DataError
 from gowide_dist.machine import num_cores
 from gowide_dist.networks.resnet import ResNet
-from gowide_dist.pipeline import find_finished
+from gowide_dist.pipeline import find_finished, preprocessing_of
 from gowide_dist.progress import track
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run
 from gowide_dist.timeline import Batching
 from gowide_dist.train.start import load_trained
+
+BATCH_SIZE = 64
+
+
+class Images(Protocol):
+    """Images to go through once: a Loader, or what takes its place."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def batches(self) -> Iterator[Batch]: ...
 
 
 class Classifier(nn.Module):
@@ -33,10 +45,10 @@ class Classifier(nn.Module):
     mean: Tensor  # [3, 1, 1], of pixels 0 to 255
     std: Tensor
 
-    def __init__(self, network: ResNet, info: DatasetInfo) -> None:
+    def __init__(self, network: ResNet, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network
-        for name, values in (("mean", info.mean), ("std", info.std)):
+        for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None] * 255)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -51,48 +63,54 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished network of a run. info: of the dataset that it was trained on."""
+    """A finished network of a run."""
 
     run: Run
     recipe: Recipe
     instance: Instance
     done: Done
-    info: DatasetInfo
+    preprocessing: Preprocessing
     val_checksum: str  # of the validation images whose accuracies `done` holds
 
     def network(self) -> ResNet:
         """The network on the CPU, in eval mode. Raises RunError if its weights have changed."""
-        return load_trained(self.instance, self.run, len(self.info.classes)).eval()
+        return load_trained(self.instance, self.run, len(self.preprocessing.classes)).eval()
 
-    def training_images(self, limit: int) -> Loader:
-        """At most `limit` training images, evenly spaced over the file and not augmented."""
+    def training_images(self, path: Path, limit: int) -> Loader:
+        """At most `limit` images of an FFCV file of training images, evenly spaced over it and not augmented."""
         data = self.recipe.data
         is_any_size = data.augment.crop and not data.center_crop  # validation images alone have the recipe's resolution
-        return self._images(data.train, CenterCrop(1.0) if is_any_size else geometry_of(data, train=False), limit)
+        return self._images(path, CenterCrop(1.0) if is_any_size else geometry_of(data, train=False), limit)
 
     def validation_images(self, path: Path, limit: int | None = None) -> Loader:
         """The images of an FFCV file, cut as for validation: all, or at most `limit`, evenly spaced over the file.
 
-        Raises DataError if the file has other classes than the network.
+        Raises DataError if the file is not there or has other classes than the network.
         """
-        pairs = zip_longest(read_dataset_info(path).classes, self.info.classes, fillvalue="missing")
+        if path == self.recipe.data.val and not path.exists():
+            raise DataError(f"{path}: not found here; `gowide eval` takes other images by --data or --images")
+        return self._images(path, geometry_of(self.recipe.data, train=False), limit)
+
+    def folder_images(self, folder: Path) -> FolderImages:
+        """The images of a folder of class folders. Raises DataError if it has other classes than the network."""
+        return FolderImages(folder, self.preprocessing, BATCH_SIZE, num_cores())
+
+    def _images(self, path: Path, geometry: Geometry, limit: int | None) -> Loader:
+        pairs = zip_longest(read_dataset_info(path).classes, self.preprocessing.classes, fillvalue="missing")
         for label, (name, expected) in enumerate(pairs):
             if name != expected:
                 other = f"class {label} is '{name}' instead of '{expected}'"
                 raise DataError(f"{path}: other classes than those of {self.instance.key} in {self.run.path}: {other}")
-        return self._images(path, geometry_of(self.recipe.data, train=False), limit)
-
-    def _images(self, path: Path, geometry: Geometry, limit: int | None) -> Loader:
         total, side, cores = check_split(path).samples, self.recipe.data.resolution, num_cores()
         samples = np.linspace(0, total - 1, min(limit or total, total)).round().astype(np.int64)
-        load = partial(Loader, path, Batching(64), train=False, resolution=side)
+        load = partial(Loader, path, Batching(BATCH_SIZE), train=False, resolution=side)
         return load(geometry=geometry, samples=samples, num_threads=cores)
 
 
 def open_trained(path: Path, name: str) -> Trained:
-    """The finished network `name` (`stage` or `stage/network`) of the run at `path`.
+    """The finished network `name` (`stage` or `stage/network`) of the run at `path`; the run's folder is enough.
 
-    Raises UserError if there is none, or if the dataset that it was trained on has changed.
+    Raises UserError if there is none.
     """
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # of quotas PyTorch knows nothing
     run = Run(path)
@@ -100,18 +118,11 @@ def open_trained(path: Path, name: str) -> Trained:
     recipe, instance, done = find_finished(run, stage, network or None)
     identity = run.stage(instance.key).read_identity()
     assert identity is not None, "without one no stage is finished"
-    train, info = recipe.data.train, read_dataset_info(recipe.data.train)
-    checksums = {split.file: split.checksum for split in info.splits.values()}
-    if checksums.get(train.name) != identity["data"]["train"]:
-        raise DataError(
-            f"{train}: differs from the data that {instance.key} was trained on, whose mean and standard deviation it "
-            "needs; encode it again with the original settings"
-        )
-    return Trained(run, recipe, instance, done, info, identity["data"]["val"])
+    return Trained(run, recipe, instance, done, preprocessing_of(run, recipe, instance), identity["data"]["val"])
 
 
 @torch.inference_mode()
-def predict(forward: Callable[[Tensor], Tensor], images: Loader, name: str) -> tuple[Tensor, Tensor]:
+def predict(forward: Callable[[Tensor], Tensor], images: Images, name: str) -> tuple[Tensor, Tensor]:
     """Logits [N, K] and labels [N] of all images, on the CPU, from a function of uint8 images [B, H, H, 3]."""
     batches = track(images.batches(), name, images.steps_per_epoch, "batches")
     logits, labels = zip(*((forward(batch.images).cpu(), batch.labels) for batch in batches), strict=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from gowide_dist.networks.normalise import DATASET, Normalise
 from gowide_dist.schema import Count, Frozen, Positive, nearest
 
 ARCHITECTURES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -41,6 +42,7 @@ class Architecture(Frozen):
     channels: Positive = 1.0
     stem: Stem = "imagenet"
     zero_init_residual: bool = False
+    normalise: Normalise = DATASET  # of its images; networks of one stage may differ
 
     @model_validator(mode="before")
     @classmethod

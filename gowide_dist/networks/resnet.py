@@ -70,6 +70,7 @@ class ResNet(nn.Module):
         self.architecture = architecture
         self.num_classes = num_classes
         self.is_compiled = False
+        self.preprocessing: Any = None  # data.preprocessing.Preprocessing, of a network that `load_model` gives
         kernel, stride, pool = STEMS[architecture.stem]
         self.conv1 = _conv(3, architecture.stem_channels, kernel, stride)
         self.bn1 = nn.BatchNorm2d(architecture.stem_channels)

@@ -25,45 +25,49 @@ class Teacher:
 
     def __init__(self, network: ResNet, *, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.block_channels = network.architecture.block_channels
+        self.normalise = network.architecture.normalise
         self._classifier = network.fc
         self._network = fold_batch_norms(network).requires_grad_(False).to(dtype)
         if compiled:
             self._network.compile_blocks()
         self._cache: dict[tuple[int, int | str], tuple[Tensor, Any]] | None = None
+        self._own: Tensor | None = None
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, H] -> logits [B, K]."""
-        return self._cached(images, "logits", lambda: cast(Tensor, self._network(images)[0]))
+        return self._cached(images, "logits", lambda own: cast(Tensor, self._network(own)[0]))
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Images [B, 3, H, H] -> logits [B, K] and outputs [B, C_i, H_i, H_i] of all blocks, from one pass."""
-        return self._cached(images, "outputs", lambda: cast(tuple[Tensor, tuple[Tensor, ...]], self._network(images)))
+        return self._cached(images, "outputs", lambda own: cast(tuple[Tensor, tuple[Tensor, ...]], self._network(own)))
 
     @torch.no_grad()
     def blocks(self, images: Tensor, num_blocks: int) -> tuple[Tensor, ...]:
         """Images [B, 3, H, H] -> outputs [B, C_i, H_i, H_i] of the first `num_blocks` blocks; the others do not run."""
-        return self._cached(images, num_blocks, lambda: self._network.blocks(images, num_blocks))
+        return self._cached(images, num_blocks, lambda own: self._network.blocks(own, num_blocks))
 
     @contextmanager
-    def cached(self) -> Iterator[None]:
+    def cached(self, own: Tensor | None = None) -> Iterator[None]:
         """Within this context, outputs are cached per tensor of images (the object, not its values).
 
-        Students that train together so share one forward pass of the teacher.
+        Students that train together so share one forward pass of the teacher. own: the batch in the teacher's
+        normalisation, which it looks at in place of what it is asked about, the same batch in a student's.
         """
-        self._cache = {}
+        self._cache, self._own = {}, own
         try:
             yield
         finally:
-            self._cache = None
+            self._cache = self._own = None
 
-    def _cached(self, images: Tensor, what: int | str, compute: Callable[[], Output]) -> Output:
+    def _cached(self, images: Tensor, what: int | str, compute: Callable[[Tensor], Output]) -> Output:
+        images = images if self._own is None else self._own
         if self._cache is None:
-            return compute()
+            return compute(images)
         key = id(images), what
         if key not in self._cache:
-            self._cache[key] = images, compute()  # holds the images too: no other tensor can get their id
+            self._cache[key] = images, compute(images)  # holds the images too: no other tensor can get their id
         return cast(Output, self._cache[key][1])
 
     def copy_of_classifier(self) -> nn.Linear:

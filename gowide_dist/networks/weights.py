@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
-from gowide_dist.errors import RunError
-from gowide_dist.files import NO_WEIGHTS, write_atomically
+from gowide_dist.files import write_atomically
+from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.published import find_weights
+from gowide_dist.networks.resnet import build_network
 
 
-def save_weights(path: Path, network: nn.Module) -> None:
-    """Write parameters and statistics as safetensors, atomically. Equal weights give equal bytes."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomically(path, save(tensors))
+def save_weights(path: Path, network: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
+    """Write parameters and statistics as safetensors, atomically. Equal weights give equal bytes.
 
-
-def load_weights(path: Path, network: nn.Module) -> None:
-    """Read weights from a .safetensors file, or from a state dict as published by torchvision.
-
-    Raises RunError if the file is damaged, or its keys and shapes are not the network's; names the first that differ.
+    metadata: of the file, with one key at most; safetensors writes several in any order.
     """
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    except Exception as error:  # safetensors, pickle and torch raise several types
-        raise RunError(f"{path}: {NO_WEIGHTS}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    differences = [
-        f"{name} is {shapes.get(name, 'missing')} in the file, {expected.get(name, 'unknown')} in the network"
-        for name in {**expected, **shapes}
-        if shapes.get(name) != expected.get(name)
-    ]
-    if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise RunError(f"{path}: weights of another network: {'; '.join(differences[:3])}{more}")
-    network.load_state_dict(weights, assign=next(network.parameters()).is_meta)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_atomically(path, save(tensors, dict(metadata) if metadata else None))
+
+
+def load_weights(path: Path, network: nn.Module, *, fresh_classifier: bool = False, prefix: str | None = None) -> None:
+    """Read weights from a .safetensors file or a checkpoint of PyTorch's, whose code does not run.
+
+    fresh_classifier: leave the network's classifier as it is. prefix: of the names in the file, if it holds several
+    networks. Raises RunError if the file is damaged, or of another network: by its cause.
+    """
+    weights, _ = find_weights(path, network, fresh_classifier, prefix)
+    network.load_state_dict(weights, strict=False, assign=next(network.parameters()).is_meta)
+
+
+def check_weights(
+    path: Path, architecture: Architecture, num_classes: int, *, fresh_classifier: bool, prefix: str | None
+) -> str:
+    """What stands before the names of a network's weights in a file. Raises RunError as `load_weights` does."""
+    with torch.device("meta"):
+        network = build_network(architecture, num_classes)
+    return find_weights(path, network, fresh_classifier, prefix)[1]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gowide_dist.data.info import DatasetInfo
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.identity import fingerprint
+from gowide_dist.networks.normalise import DATASET, Channels, Normalise
 from gowide_dist.networks.resnet import ResNet
 from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run
@@ -39,24 +42,48 @@ class TrainBatch(NamedTuple):
         return [TrainBatch(*part) for part in parts]
 
 
+Views = Mapping[Normalise, TrainBatch]  # a batch as each normalisation among a stage's networks has it
+
+
+def chunk(views: Views, num_chunks: int) -> list[Views]:
+    """The batch in equal parts."""
+    parts = zip(*(batch.chunk(num_chunks) for batch in views.values()), strict=True)
+    return [dict(zip(views, part, strict=True)) for part in parts]
+
+
 @dataclass(frozen=True)
 class TrainData:
-    """The data of a run, used by all of its stages: loaders, and how their pixels become a network's input."""
+    """The data of a run, used by all of its stages: loaders, and how their pixels become a network's input.
+
+    info: of the training images.
+    """
 
     train: Callable[[int], Loader]  # a new one, for a seed
     val: Loader
-    num_classes: int
-    mean: Tensor  # [3] on the device, of pixels 0 to 255
-    std: Tensor
+    info: DatasetInfo
+    device: torch.device
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.info.classes)
 
     def to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Normalised images [B, 3, H, H] float32 in channels_last, and labels [B], on the device."""
-        device = self.mean.device
-        pixels = to_device(batch.images, device)  # [B, H, W, 3]
-        # for a whole row of pixels, [3 * W]: CPUs take rows three times as fast as three channels
-        mean, std = (channels.repeat(pixels.shape[2]) for channels in (self.mean, self.std))
+        """Pixels, uint8 [B, H, H, 3], and labels [B], on the device."""
+        return to_device(batch.images, self.device), to_device(batch.labels, self.device)
+
+    def normalised(self, pixels: Tensor, normalise: Normalise = DATASET) -> Tensor:
+        """Pixels as a network takes them that is normalised so: images [B, 3, H, H] float32 in channels_last."""
+        moments = normalise.mean or self.info.mean, normalise.std or self.info.std
+        mean, std = (_row(channels, pixels.shape[2], pixels.device) for channels in moments)
         images = pixels.flatten(2).float().sub_(mean).div_(std).view(pixels.shape)
-        return images.permute(0, 3, 1, 2), to_device(batch.labels, device)  # NHWC in memory: channels_last
+        return images.permute(0, 3, 1, 2)  # NHWC in memory: channels_last
+
+
+@cache
+@torch.inference_mode(mode=False)
+def _row(channels: Channels, width: int, device: torch.device) -> Tensor:
+    """Of pixels 0 to 255, for a whole row of pixels, [3 * width]: CPUs take it three times as fast as channels."""
+    return (torch.tensor(channels, device=device) * 255).repeat(width)
 
 
 @dataclass(frozen=True)

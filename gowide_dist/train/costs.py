@@ -217,6 +217,8 @@ def memory_per_process(
     cost = stage_cost(instance, recipe, num_classes, num_images=batching.micro_batch)
     pixels = batching.local_batch * 3 * recipe.data.resolution**2
     itemsize = COMPUTE_DTYPES[recipe.precision].itemsize
+    teacher = recipe.instances[instance.teacher].architecture if instance.teacher and teacher_runs else None
+    num_views = 2 if teacher and teacher.normalise != instance.architecture.normalise else 1
     activations, transient = (itemsize * (stage.epochs and n) // 4 for n in (cost.activations, cost.transient))
     weights, gradients = 4 * cost.weights, 4 * cost.trained if stage.epochs else 0
     optimizer = (gradients if optim and optim.momentum else 0) + (weights if optim and optim.ema else 0)
@@ -227,7 +229,7 @@ def memory_per_process(
         "activations": activations,  # of the images that a process takes at a time
         "transient": transient,
         "teacher": itemsize * cost.teacher_weights if teacher_runs else 0,
-        "images": pixels * (1 + 4),  # as bytes, and as the network's input
+        "images": pixels * (1 + 4 * num_views),  # as bytes, and as input of student and teacher
         "loader": 2 * (num_threads + 3) * pixels,  # decoded batches that wait, of training and of validation
         "checkpoint": 3 * (weights + optimizer) // 2 if saves else 0,  # the copy, and its file in free blocks
         "heap": 0 if on_gpu else round(HEAP_WASTE * (activations + transient)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from gowide_dist.recipe import Instance
 from gowide_dist.run import Done
 from gowide_dist.stop import Stopped
 from gowide_dist.timeline import Batching
-from gowide_dist.train.context import TrainBatch, TrainContext, configure_backends
+from gowide_dist.train.context import TrainContext, Views, chunk, configure_backends
 from gowide_dist.train.costs import HOST_PARTS, memory_per_process
 from gowide_dist.train.losses import balanced_weights
 from gowide_dist.train.metrics import mean_over_samples
@@ -112,7 +112,7 @@ class StageTraining:
         self.ctx, self.recipe, self.world = ctx, ctx.recipe, ctx.world
         self.stage, self.name = instances[0].stage, display_name(instances)
         self.writer = Writer(self.world.is_main)
-        self.stream = Stream(loader, instances[0], ctx)
+        self.stream = Stream(loader, instances, ctx)
         self.students, self.teacher = build_students(instances, start, self.stream, self.writer, ctx, self.name)
         self.timeline = self.students[0].timeline
         self.step = start
@@ -147,11 +147,11 @@ class StageTraining:
             self.step += 1
             self._after_step(phase, lr)
 
-    def _train_step(self, batch: TrainBatch, lr: float) -> None:
+    def _train_step(self, batch: Views, lr: float) -> None:
         """Forward and backward of every student, in as many passes as memory asks for, then the optimizers' steps."""
         num_passes = self.timeline.batching.accumulate
-        for index, part in enumerate(batch.chunk(num_passes)):
-            with self.teacher.cached() if self.teacher else nullcontext():
+        for index, part in enumerate(chunk(batch, num_passes)):
+            with _shared(self.teacher, part):
                 for student in self.students:
                     student.forward_backward(part, index, num_passes)
         for student in self.students:
@@ -258,10 +258,11 @@ def evaluate(
     """
     weights = balanced_weights(ctx.data.val.class_counts(ctx.data.num_classes)).to(ctx.world.device)
 
-    def evaluate_batch(batch: TrainBatch) -> list[Losses]:
-        with teacher.cached() if teacher else nullcontext():
-            results = [student.objective.evaluate(*batch) for student in students]
-        return [{**losses, "balanced_top1": losses["top1"] * weights[batch.labels]} for losses in results]
+    def evaluate_batch(batch: Views) -> list[Losses]:
+        with _shared(teacher, batch):
+            results = [student.objective.evaluate(*batch[student.normalise]) for student in students]
+        labels = next(iter(batch.values())).labels
+        return [{**losses, "balanced_top1": losses["top1"] * weights[labels]} for losses in results]
 
     with ExitStack() as stack:
         for student in students:
@@ -276,6 +277,11 @@ def evaluate(
         student.objective.train()
         means |= {name: 100 * means[name] for name in ("top1", "top5", "balanced_top1")}
     return results
+
+
+def _shared(teacher: Teacher | None, batch: Views) -> AbstractContextManager[None]:
+    """Inside, the teacher looks at the batch as it is normalised for it, once for all students."""
+    return teacher.cached(batch[teacher.normalise].images) if teacher else nullcontext()
 
 
 def display_name(instances: Sequence[Instance]) -> str:

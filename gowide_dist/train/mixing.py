@@ -46,7 +46,7 @@ class Pairs:
         in_rows, in_columns = (top <= place) & (place < bottom), (left <= place) & (place < right)  # [P, H] each
         inside = in_rows[:, :, None] & in_columns.repeat_interleave(3, dim=1)[:, None]  # [P, H, 3 H]
         partners_part = torch.where(inside, 1.0, 1 - on_device(self.outside).float()[:, None, None])
-        # by rows of pixels, as in `TrainData.to_device`
+        # by rows of pixels, as in `TrainData.normalised`
         pairs = images.permute(0, 2, 3, 1).view(-1, 2, self.side, 3 * self.side)
         pairs.lerp_(pairs.flip(1), partners_part[:, None])
         return images, MixedLabels(labels, labels.view(-1, 2).flip(1).flatten(), on_device(self.lam).float())

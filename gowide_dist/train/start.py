@@ -91,8 +91,10 @@ def _initial_objective(
     """
     torch.manual_seed(instance.seed)
     network = build_network(instance.architecture, ctx.data.num_classes)
-    if weights := instance.init_file or (instance.init and ctx.run.stage(instance.init).model):
-        load_weights(weights, network)
+    if init := instance.init_file:
+        load_weights(init.file, network, fresh_classifier=init.classifier == "fresh", prefix=init.prefix)
+    elif instance.init:
+        load_weights(ctx.run.stage(instance.init).model, network)
     if copy := TAKE_OVER[_start(instance.stage)]:
         assert teacher_network is not None
         copy(network, teacher_network)
@@ -152,7 +154,7 @@ def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: Trai
     def source(block: int) -> Iterator[Tensor]:
         for batch in stream.epoch(block) if block < stage.epochs else stream.validation():
             with ctx.autocast():
-                logits = teacher().logits(batch.images)
+                logits = teacher().logits(batch[teacher().normalise].images)
             yield logits
 
     return stored_logits(ctx.run.teacher_logits, metadata, layout, source, ctx.world, name)

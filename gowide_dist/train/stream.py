@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.recipe import Instance
 from gowide_dist.stages import MixedStage
 from gowide_dist.timeline import Batching, Timeline
-from gowide_dist.train.context import TrainBatch, TrainContext
+from gowide_dist.train.context import TrainBatch, TrainContext, Views
 from gowide_dist.train.losses import Targets, balanced_weights
 from gowide_dist.train.metrics import StreamDigest, Throughput
 from gowide_dist.train.mixing import Mixing, Pairs
@@ -26,9 +27,12 @@ class Stream:
     spent waiting for data.
     """
 
-    def __init__(self, loader: Loader, instance: Instance, ctx: TrainContext) -> None:
-        """Instance: any of the students; they have the same stage and the same seed of the data."""
-        stage = instance.stage
+    def __init__(self, loader: Loader, instances: Sequence[Instance], ctx: TrainContext) -> None:
+        """Instances: the students; they have the same stage and the same seed of the data."""
+        instance, stage = instances[0], instances[0].stage
+        self._views = list(dict.fromkeys(each.architecture.normalise for each in instances))
+        teacher = ctx.recipe.instances[instance.teacher].architecture if instance.teacher else instance.architecture
+        self._views_with_teacher = list(dict.fromkeys([*self._views, teacher.normalise]))
         self._loader, self._ramp, self._ctx = loader, stage.ramp, ctx
         self._mixing: Mixing | None = None
         if isinstance(stage, MixedStage) and stage.is_mixed:
@@ -47,7 +51,7 @@ class Stream:
         counts = self._loader.class_counts(self._ctx.data.num_classes)
         return balanced_weights(counts).to(self._ctx.world.device)
 
-    def epoch(self, epoch: int) -> Iterator[TrainBatch]:
+    def epoch(self, epoch: int) -> Iterator[Views]:
         """The batches of an epoch as training takes them, without stored outputs. Their samples are not counted."""
         for step, batch in enumerate(self._decoded(epoch), epoch * self.steps_per_epoch):
             yield self._on_device(batch, None, self._pairs(step, batch))
@@ -57,7 +61,7 @@ class Stream:
         resolution = self._ctx.recipe.data.resolution
         return self._loader.batches(epoch, start, self._ramp.side(epoch, resolution) if self._ramp else resolution)
 
-    def train(self, timeline: Timeline, start: int, stop: int) -> Iterator[TrainBatch]:
+    def train(self, timeline: Timeline, start: int, stop: int) -> Iterator[Views]:
         """The batches of steps `start` to before `stop`, on the device."""
         step = start
         while step < stop:
@@ -72,25 +76,31 @@ class Stream:
                     yield self._on_device(batch, stored, pairs)
                     step += 1
 
-    def validation(self) -> Iterator[TrainBatch]:
+    def validation(self) -> Iterator[Views]:
         """This process's part of the validation images, on the device."""
         for batch in self._ctx.data.val.batches():
             first, count = int(batch.indices[0]), len(batch.indices)
             yield self._on_device(batch, self.stored.val(first, count) if self.stored else None)
 
-    def blank(self, batching: Batching) -> TrainBatch:
+    def blank(self, batching: Batching) -> Views:
         """Black images with labels, in the shape of what a process takes in one pass."""
         side, device, num_images = self._ctx.recipe.data.resolution, self._ctx.world.device, batching.micro_batch
         images = torch.zeros(num_images, 3, side, side, device=device).to(memory_format=torch.channels_last)
         stored = self.stored.train(0, num_images).to(device) if self.stored else None
-        return TrainBatch(images, torch.zeros(num_images, dtype=torch.long, device=device), stored)
+        batch = TrainBatch(images, torch.zeros(num_images, dtype=torch.long, device=device), stored)
+        return dict.fromkeys(self._views_with_teacher, batch)
 
     def _pairs(self, step: int, batch: Batch) -> Pairs | None:
         return self._mixing.pairs(step, batch.images.shape[1], self._batching) if self._mixing else None
 
-    def _on_device(self, batch: Batch, stored: TeacherOutput | None, pairs: Pairs | None = None) -> TrainBatch:
-        images, labels = self._ctx.data.to_device(batch)
-        targets: Targets = labels
-        if pairs:
-            images, targets = pairs.mix(images, labels)
-        return TrainBatch(images, targets, stored.to(self._ctx.world.device) if stored else None)
+    def _on_device(self, batch: Batch, stored: TeacherOutput | None, pairs: Pairs | None = None) -> Views:
+        """The batch in every normalisation that a network of the stage wants; it travels to the device once."""
+        pixels, labels = self._ctx.data.to_device(batch)
+        stored = stored.to(self._ctx.world.device) if stored else None
+        views = {}
+        for normalise in self._views if stored else self._views_with_teacher:
+            images, targets = self._ctx.data.normalised(pixels, normalise), cast(Targets, labels)
+            if pairs:
+                images, targets = pairs.mix(images, labels)
+            views[normalise] = TrainBatch(images, targets, stored)
+        return views

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gowide_dist.data.preprocessing import METADATA, Preprocessing
 from gowide_dist.errors import UserError
 from gowide_dist.files import sha256
 from gowide_dist.networks.weights import save_weights
@@ -16,7 +17,7 @@ from gowide_dist.recipe import Instance
 from gowide_dist.run import Done
 from gowide_dist.timeline import Timeline
 from gowide_dist.train.checkpoint import save_checkpoint, snapshot
-from gowide_dist.train.context import TrainBatch, TrainContext
+from gowide_dist.train.context import TrainBatch, TrainContext, Views
 from gowide_dist.train.metrics import LossMeter, MetricsLog
 from gowide_dist.train.objectives import Objective
 from gowide_dist.train.optim import MovingAverage, Optimizer, average_decay, learning_rate
@@ -35,6 +36,7 @@ class Student:
     ) -> None:
         self.instance, self.objective, self.ctx = instance, objective, ctx
         self.timeline, self.writer = timeline, writer
+        self.normalise = instance.architecture.normalise
         self.stage_dir = ctx.run.stage(instance.key)
         self.fingerprint = ctx.fingerprint(instance.key)
         optim = instance.stage.optim
@@ -51,7 +53,7 @@ class Student:
         self.metrics = MetricsLog(self.stage_dir.metrics, step) if self.ctx.world.is_main else None
         self.losses = LossMeter(step)
 
-    def begin_phase(self, phase: int, blank: TrainBatch) -> None:
+    def begin_phase(self, phase: int, blank: Views) -> None:
         """Train what phase `phase` trains from now on. blank: a batch of the shape of those to come."""
         optim = self.instance.stage.optim
         assert optim is not None, "a stage that trains has an optim"
@@ -63,14 +65,14 @@ class Student:
         self.restored = None
         # Gives every process rank 0's statistics too: blocks that are frozen from now on must answer alike everywhere.
         self.wrapped = self.ctx.world.wrap(self.objective)
-        self._settle_gradient_buckets(blank)
+        self._settle_gradient_buckets(blank[self.normalise])
         self.objective.train()
 
-    def forward_backward(self, batch: TrainBatch, index: int = 0, num_passes: int = 1) -> None:
+    def forward_backward(self, batch: Views, index: int = 0, num_passes: int = 1) -> None:
         """Add the gradient of pass `index` of the `num_passes` equal ones that a step's batch is taken in."""
         with self.ctx.world.no_sync(self.wrapped, skip=index + 1 < num_passes):
             with self.ctx.autocast():
-                losses = self.wrapped(*batch)
+                losses = self.wrapped(*batch[self.normalise])
             self.optimizer.backward(losses["loss"] / num_passes if num_passes > 1 else losses["loss"])
         self.losses.add(losses, num_passes)
 
@@ -119,8 +121,9 @@ class Student:
         """Write the finished weights, then the marker that they are finished; rank 0 only."""
         assert self.metrics is not None
         self.metrics.close()
+        preprocessing = Preprocessing.of(self.ctx.recipe.data, self.ctx.data.info, self.normalise)
         with self.averaged():
-            save_weights(self.stage_dir.model, self.objective.finished())
+            save_weights(self.stage_dir.model, self.objective.finished(), {METADATA: preprocessing.model_dump_json()})
         done = Done(
             stage=self.instance.stage_name,
             network=self.instance.network_name,

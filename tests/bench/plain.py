@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from gowide_dist.data.beton import JPEG, Beton
+from gowide_dist.networks.normalise import Channels
 from gowide_dist.networks.transforms import linear_transform
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import KlStage
@@ -25,10 +26,10 @@ from tests.bench.subject import OPTIM, Subject
 class PlainImages(Dataset[tuple[Tensor, int]]):
     """A recipe's training images as torchvision's data sets give them: by Pillow, one by one, augmented and normalised.
 
-    [3, H, H] float32, and the label. mean, std: [3], of pixels 0 to 255.
+    [3, H, H] float32, and the label. mean, std: of pixels / 255.
     """
 
-    def __init__(self, recipe: Recipe, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, recipe: Recipe, mean: Channels, std: Channels) -> None:
         side, augment = recipe.data.resolution, recipe.data.augment
         steps: list[Any] = []
         if augment.crop:
@@ -37,7 +38,7 @@ class PlainImages(Dataset[tuple[Tensor, int]]):
             steps.append(transforms.RandomCrop(side, padding=augment.translate))
         if augment.flip:
             steps.append(transforms.RandomHorizontalFlip())
-        normalise = transforms.Normalize((mean / 255).tolist(), (std / 255).tolist())
+        normalise = transforms.Normalize(mean, std)
         self._transform = transforms.Compose([*steps, transforms.ToTensor(), normalise])
         self._beton = Beton(recipe.data.train)
 
@@ -64,7 +65,7 @@ def batches(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
     device = subject.world.device
     on_gpu = device.type == "cuda"
     loader = DataLoader(
-        PlainImages(subject.recipe, subject.data.mean.cpu(), subject.data.std.cpu()),
+        PlainImages(subject.recipe, subject.data.info.mean, subject.data.info.std),
         subject.recipe.batch_size,
         shuffle=True,
         drop_last=True,

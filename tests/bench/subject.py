@@ -83,7 +83,7 @@ class Subject:
     @cached_property
     def inputs(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """The batches as networks take them: images [B, 3, H, H], normalised, and labels [B]."""
-        return tuple(self.data.to_device(batch) for batch in self.batches)
+        return tuple(inputs(self.data, batch) for batch in self.batches)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.recipe.precision, self.world.device)
@@ -175,13 +175,19 @@ class Enough(Exception):  # noqa: N818 -- no error
     """All pairs are measured."""
 
 
+def inputs(data: TrainData, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A batch as networks take it: images [B, 3, H, H], normalised, and labels."""
+    pixels, labels = data.to_device(batch)
+    return data.normalised(pixels), labels
+
+
 def endless_batches(data: TrainData, seed: int) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Batches from the loader, epoch after epoch, as networks take them: images [B, 3, H, H] and labels [B]."""
     with closing(data.train(seed)) as loader:
         for epoch in itertools.count():
             with closing(loader.batches(epoch)) as batches:
                 for batch in batches:
-                    yield data.to_device(batch)
+                    yield inputs(data, batch)
 
 
 @contextmanager

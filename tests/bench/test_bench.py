@@ -14,7 +14,7 @@ from tests.bench.__main__ import as_text
 from tests.bench.measure import choose, measure
 from tests.bench.pairs import Effort, Figure, in_turns
 from tests.bench.plain import PlainImages
-from tests.bench.subject import open_subject
+from tests.bench.subject import inputs, open_subject
 from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, write_job
 
@@ -75,8 +75,8 @@ def test_the_plain_way_reads_the_same_images(tmp_path, jpg_share, close):
     recipe = load_recipe(write_job(tmp_path, plain))
     with open_subject(recipe, tmp_path, LITTLE) as subject, closing(subject.data.train(0)) as loader:
         batch = next(loader.batches())
-        plain_images = PlainImages(recipe, subject.data.mean, subject.data.std)
-        for image, label, index in zip(*subject.data.to_device(batch), batch.indices.tolist(), strict=True):
+        plain_images = PlainImages(recipe, subject.data.info.mean, subject.data.info.std)
+        for image, label, index in zip(*inputs(subject.data, batch), batch.indices.tolist(), strict=True):
             plain_image, plain_label = plain_images[index]
             assert (image - plain_image).abs().mean() < close
             assert label == plain_label

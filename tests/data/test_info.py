@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,20 @@ def test_damaged_dataset_json(small_set: Path, tmp_path: Path, damage: str):
     with pytest.raises(DataError, match=r"dataset\.json: .*gowide encode") as error:
         check_split(tmp_path / "train.beton")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "edited", [{"mean": [0.485, 0.456, 0.406]}, {"std": [0.5, 0.5, 0.5]}, {"moments_checksum": "0"}]
+)
+def test_moments_are_those_that_fingerprints_stand_for(small_set: Path, tmp_path: Path, edited: dict[str, Any]):
+    copy(small_set, tmp_path)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, **edited}))
+    with pytest.raises(DataError, match=r"mean and std are no longer those of the images; .* networks.NAME.normalise"):
+        read_dataset_info(tmp_path / "train.beton")
+    del content["moments_checksum"]  # of an older version
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert read_dataset_info(tmp_path / "train.beton") == read_dataset_info(small_set / "train.beton")
 
 
 def test_unknown_key_is_named(small_set: Path, tmp_path: Path):

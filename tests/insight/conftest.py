@@ -1,5 +1,7 @@
 """A small finished run, for all that looks at one."""
 
+import shutil
+
 import pytest
 
 from tests.fashion import chain, encode_part, train
@@ -21,3 +23,13 @@ def finished_run(tmp_path_factory):
     }
     (root / "runs").mkdir()
     return train(root / "runs", recipe)
+
+
+@pytest.fixture(scope="module")
+def moved(finished_run, tmp_path_factory):
+    """The run's folder alone, on a machine where its data never were."""
+    folder = tmp_path_factory.mktemp("laptop")
+    shutil.copytree(finished_run.path, folder / "run")
+    recipe = folder / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(finished_run.path.parents[1] / "data"), "/nowhere/data"))
+    return folder / "run"

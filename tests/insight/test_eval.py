@@ -9,17 +9,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision import transforms
 
 from gowide_dist import load_model
+from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.loader import Loader
 from gowide_dist.errors import DataError, RunError
+from gowide_dist.files import sha256
 from gowide_dist.insight.evaluate import NUM_BINS, calibration_error, evaluate, table
 from gowide_dist.insight.trained import open_trained
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching
 from tests.command import gowide, refused
-from tests.fashion import encode_part
+from tests.fashion import encode_part, write_job
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +142,156 @@ def test_data_of_other_classes_is_refused(finished_run, other_data, tmp_path):
         evaluate(open_trained(finished_run.path, "finetune"), data / "val.beton")
 
 
-def test_changed_weights_or_training_images_are_refused(finished_run, tmp_path):
+def test_changed_weights_are_refused_and_older_ones_need_their_data(finished_run, tmp_path):
     shutil.copytree(finished_run.path, tmp_path / "run")
     copy = Run(tmp_path / "run")
     weights = copy.stage("finetune/thin").model
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(RunError, match="weights missing or changed since training"):
         open_trained(copy.path, "finetune").network()
+    own = open_trained(copy.path, "baseline/thin").preprocessing
+    stage_dir, older = copy.stage("baseline/thin"), copy.stage("baseline/thin").model
+    save_file(load_file(older), older)  # without metadata
+    stage_dir.finish(stage_dir.done.model_copy(update={"model_sha256": sha256(older)}))
+    assert open_trained(copy.path, "baseline/thin").preprocessing == own
     values = yaml.safe_load(copy.recipe_path.read_text())
     values["data"]["train"] = str(encode_part(tmp_path, 60, 20) / "train.beton")
     copy.recipe_path.write_text(yaml.safe_dump(values))
+    assert open_trained(copy.path, "baseline/basic").preprocessing.mean == own.mean
     with pytest.raises(DataError, match="differs from the data that baseline/thin was trained on"):
         open_trained(copy.path, "baseline/thin")
+    values["data"]["train"] = str(tmp_path / "gone" / "train.beton")
+    copy.recipe_path.write_text(yaml.safe_dump(values))
+    assert load_model(copy.path, "baseline", "thin").preprocessing is None
+
+
+@pytest.fixture(scope="module")
+def photos(finished_run, tmp_path_factory):
+    """Validation images as files, some of other sizes: three of the ten classes have a folder, one of them is empty."""
+    folder = tmp_path_factory.mktemp("photos")
+    beton = finished_run.path.parents[1] / "data" / "val.beton"
+    with closing(Loader(beton, Batching(200), train=False, resolution=28)) as loader:
+        batch = next(iter(loader.batches()))
+        for name, label in (("Sandal", 5), ("Bag", 8)):
+            (folder / name).mkdir()
+            for index in np.flatnonzero(batch.labels.numpy() == label)[:20]:
+                image = Image.fromarray(batch.images[index].numpy())
+                image = image.resize((45 + index % 30, 61)) if index % 2 else image
+                image.save(folder / name / f"{index}.{'jpg' if index % 3 else 'png'}")
+    (folder / "Coat").mkdir()
+    return folder
+
+
+def test_a_copied_run_is_enough(moved, finished_run, other_data):
+    own = open_trained(finished_run.path, "finetune")
+    trained = open_trained(moved, "finetune")
+    assert trained.preprocessing == own.preprocessing
+    assert (
+        evaluate(trained, other_data / "val.beton")["confusion"] == evaluate(own, other_data / "val.beton")["confusion"]
+    )
+    line = refused("eval", moved, "finetune")
+    assert line == "/nowhere/data/val.beton: not found here; `gowide eval` takes other images by --data or --images"
+    shown = gowide("report", moved)
+    assert shown.returncode == 0, shown.stderr
+
+
+def test_a_plain_folder_of_images(moved, photos, tmp_path):
+    """By Pillow, as torchvision's own pipeline prepares them; by name, whatever classes are absent."""
+    shown = gowide("eval", moved, "finetune", "--images", photos, "--out", tmp_path / "out", "--json")
+    assert shown.returncode == 0, shown.stderr
+    evaluation = json.loads(shown.stdout)
+    counts = dict(zip(evaluation["classes"], evaluation["per_class_images"], strict=True))
+    assert {name for name, count in counts.items() if count} == {"Sandal", "Bag"}
+    assert evaluation["per_class_top1"][0] is None
+    assert evaluation["top1_in_training"] is None
+    assert evaluation["top1"] > 50
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
+    logits = np.load(tmp_path / "out" / "logits.npy")
+    network = load_model(moved, "finetune")
+    taken = network.preprocessing
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(taken.resize_px),
+            transforms.CenterCrop(taken.resolution),
+            transforms.ToTensor(),
+            transforms.Normalize(taken.mean, taken.std),
+        ]
+    )
+    assert len(rows) == len(logits) == evaluation["images"]
+    for row, own in zip(rows, logits, strict=True):
+        path = photos / row["image"]
+        assert path.parent.name == row["class"]
+        images = theirs(Image.open(path).convert("RGB"))[None]
+        assert torch.allclose(taken(path), images, atol=1e-5)
+        with torch.inference_mode():
+            expected = network(images)[0][0].numpy()
+        assert np.abs(own - expected).max() < 1e-4
+        assert row["predicted"] == taken.classes[expected.argmax()]
+
+
+def test_what_is_no_folder_of_the_classes_is_refused(moved, photos, tmp_path):
+    def line(folder):
+        return refused("eval", moved, "finetune", "--images", folder)
+
+    shutil.copytree(photos, tmp_path / "val")
+    (tmp_path / "val" / "Sandals").mkdir()
+    unknown = "class folder Sandals is none of the network's 10 classes, did you mean 'Sandal'?"
+    assert line(tmp_path / "val") == f"{tmp_path / 'val'}: {unknown}"
+    (tmp_path / "val" / "Sandals").rmdir()
+    assert line(tmp_path).startswith(
+        f"{tmp_path}: class folder val is none of the network's 10 classes, valid: T-shirt/top"
+    )
+    assert line(tmp_path / "val" / "Bag").endswith("Bag: no class folders in it")
+    assert (
+        line(tmp_path / "val" / "Bag" / "none")
+        == f"{tmp_path}/val/Bag/none: not a folder; it should hold a folder of images for each class"
+    )
+    shutil.rmtree(tmp_path / "val" / "Bag")
+    shutil.rmtree(tmp_path / "val" / "Sandal")
+    assert line(tmp_path / "val") == f"{tmp_path}/val: no images in its class folders"
+    (tmp_path / "val" / "Coat" / "a.png").write_bytes(b"no image")
+    damaged = line(tmp_path / "val")
+    assert damaged.startswith(f"{tmp_path}/val/Coat/a.png: not an image")
+    both = refused("eval", moved, "finetune", "--images", photos, "--data", tmp_path)
+    assert both == "eval: --data and --images both say which images; keep one of them"
+
+
+def test_imagenets_network_as_torchvision_has_it(photos, tmp_path):
+    """Its format, its normalisation, its pipeline, and logits to 1e-4, from `gowide run` and `gowide eval`."""
+    torch.manual_seed(0)
+    public = torchvision.models.resnet18(num_classes=3).eval()
+    torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in public.state_dict().items()}},
+        tmp_path / "resnet18.pth",
+    )
+    folder = tmp_path / "images"
+    for split in ("train", "val"):
+        shutil.copytree(photos, folder / split)
+        shutil.copy(next((photos / "Bag").iterdir()), folder / split / "Coat")
+    encode("imagefolder", tmp_path / "data", folder, Options(jpg_share=1.0, workers=1))
+    recipe = {
+        "name": "public",
+        "data": {**{split: f"data/{split}.beton" for split in ("train", "val")}, "resolution": 56, "augment": {"crop": {}}, "center_crop": 0.875},
+        "batch_size": 4,
+        "networks": {"public": {"arch": "resnet18", "normalise": "imagenet"}},
+        "stages": {"take": {"train": "public", "objective": "labels", "epochs": 0, "init": {"file": "resnet18.pth"}}},
+    }  # fmt: skip
+    write_job(tmp_path, recipe)
+    ran = gowide("run", "public.yaml", "--nproc", 1, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "normalise" not in ran.stderr
+    shutil.rmtree(tmp_path / "data")
+    shown = gowide("eval", "runs/public", "take", "--images", folder / "val", "--out", "out", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(64),
+            transforms.CenterCrop(56),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    data = torchvision.datasets.ImageFolder(folder / "val", theirs)
+    with torch.inference_mode():
+        expected = public(torch.stack([image for image, _ in data])).numpy()
+    assert np.abs(np.load(tmp_path / "out" / "logits.npy") - expected).max() < 1e-4

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from gowide_dist import load_model, load_recipe
 from gowide_dist.cli import main
 from gowide_dist.data.loader import Loader
-from gowide_dist.errors import RunError, UserError
+from gowide_dist.data.preprocessing import read_preprocessing
+from gowide_dist.errors import DataError, RunError, UserError
 from gowide_dist.files import sha256
 from gowide_dist.insight import export
 from gowide_dist.insight.trained import open_trained
@@ -152,6 +153,33 @@ def test_a_second_export_does_nothing_and_other_folders_are_refused(finished_run
     line = refused("export", finished_run.path, "finetune", "--to", tmp_path / "other")
     assert line.startswith(f"{tmp_path / 'other'}: contains files other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["letter.txt"]
+
+
+def test_a_copied_run_is_exported(moved, finished_run, exported, tmp_path):
+    """Without data compared on noise, and not quantised; with data as at home."""
+    shown = gowide("export", moved, "finetune", "--to", tmp_path / "alone")
+    assert shown.returncode == 0, shown.stderr
+    assert (
+        "note: model.int8.onnx is left out: no training images to calibrate it; --data DIR says where" in shown.stderr
+    )
+    report = json.loads((tmp_path / "alone" / "export.json").read_text())
+    assert set(report["files"]) == {"model.safetensors", "model.pt2", "model.onnx"}
+    assert report["validation"] == {"data": "noise", "images": 64}
+    assert report["pytorch"]["top1"] is None
+    assert report["files"]["model.onnx"]["largest_logit_difference"] < 1e-4
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "alone" / name).read_bytes() == (exported[0] / name).read_bytes()
+    taken = load_model(finished_run.path, "finetune").preprocessing
+    assert read_preprocessing(tmp_path / "alone" / "model.safetensors") == taken
+    config = json.loads((tmp_path / "alone" / "config.json").read_text())
+    assert config["normalise"] == {"mean": [*taken.mean], "std": [*taken.std], "of": "pixels / 255"}
+
+    data = finished_run.path.parents[1] / "data"
+    report = export.export(open_trained(moved, "finetune"), tmp_path / "alone", images=32, data=data)
+    assert (report["validation"]["images"], report["calibration"]["images"]) == (32, 512)
+    assert report["files"]["model.int8.onnx"]["top1"] > 30
+    with pytest.raises(DataError, match="not found"):
+        export.export(open_trained(moved, "finetune"), tmp_path / "none", data=tmp_path)
 
 
 def test_interrupted_and_smaller_exports_are_replaced(finished_run, tmp_path):

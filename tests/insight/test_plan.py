@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gowide_dist import load_recipe
 from gowide_dist.data.encode import encode
@@ -275,3 +276,24 @@ def test_the_longest_path():
     parents = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": []}
     assert longest_path({"a": 1, "b": 5, "c": 2, "d": 1, "e": 6.5}, parents) == (["a", "b", "d"], 7)
     assert longest_path({}, {}) == ([], 0)
+
+
+def test_weights_that_get_the_datasets_normalisation_are_told(data, tmp_path):
+    recipe = chain(data)
+    stage = {"train": "wide", "objective": "labels", "epochs": 0, "init": {"file": str(tmp_path / "public.pth")}}
+    recipe["stages"] = {"teacher": stage}
+    torch.save({}, tmp_path / "public.pth")
+    own = [note for note in on(load_recipe(write_job(tmp_path, recipe)), tmp_path).notes if "public.pth" in note]
+    assert len(own) == 1
+    assert own[0].endswith("published ones mostly expect networks.wide.normalise: imagenet")
+    recipe["networks"]["wide"]["normalise"] = "imagenet"
+    assert on(load_recipe(write_job(tmp_path, recipe)), tmp_path).notes == []
+
+
+def test_a_teacher_that_is_normalised_otherwise_takes_memory_for_its_images(job, tmp_path):
+    plain, other = (
+        on(load_recipe(job, extra), tmp_path).stages for extra in ([], ["networks.wide.normalise=imagenet"])
+    )
+    pixels = 60 * 3 * 28**2
+    assert [stage.memory["images"] // pixels for stage in plain] == [5, 5, 5, 5]
+    assert [stage.memory["images"] // pixels for stage in other] == [5, 9, 9, 5]

@@ -66,7 +66,9 @@ def test_agreement_dead_channels_and_latency_of_finished_networks(reported):
     results = {f"{row['stage']}/{row['network']}": row for row in data["results"]}
     trained = open_trained(run.path, "teacher")
     images = trained.validation_images(trained.recipe.data.val)
-    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (trained.info.mean, trained.info.std))
+    mean, std = (
+        torch.tensor(values)[:, None, None] * 255 for values in (trained.preprocessing.mean, trained.preprocessing.std)
+    )
     pixels = torch.cat([batch.images.clone() for batch in images.batches()]).permute(0, 3, 1, 2).float()
     images.close()
     with torch.inference_mode():

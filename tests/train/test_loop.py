@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -18,15 +19,21 @@ import gowide_dist
 from gowide_dist import load_model, load_recipe
 from gowide_dist.data.encode import encode
 from gowide_dist.data.idx import read_idx
+from gowide_dist.data.info import read_dataset_info
+from gowide_dist.data.loader import Loader
+from gowide_dist.data.preprocessing import METADATA
 from gowide_dist.errors import RecipeError, RunError
+from gowide_dist.files import sha256
 from gowide_dist.identity import fingerprint
 from gowide_dist.networks import weights
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import check_group, prepare
 from gowide_dist.run import Run, read_metrics
+from gowide_dist.timeline import Batching
 from gowide_dist.train import checkpoint, loop, start, student
 from gowide_dist.train.checkpoint import whole_checkpoints
 from gowide_dist.train.costs import network_cost
+from gowide_dist.train.losses import kl_divergence
 from gowide_dist.train.objectives import Labels
 from gowide_dist.train.student import TrainingError
 from tests.fashion import SOURCE, chain, encode_part, write_job
@@ -90,6 +97,7 @@ def sha(run, key="teacher/wide"):
         ["stages.teacher.optim.accumulate=2"],
         ["stages.teacher.optim.ema=0.9"],
         ["networks.thin.zero_init_residual=true"],
+        ["networks.thin.normalise=imagenet"],
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -356,14 +364,32 @@ def test_a_public_network_is_the_teacher(train, tmp_path, suffix):
     assert torch.equal(student.fc.weight, public.fc.weight)
 
 
-def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path):
-    torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "other.pth")
-    stages = {
-        "teacher": {"train": "wide", "objective": "labels", "epochs": 0, "init": {"file": str(tmp_path / "other.pth")}}
-    }
-    networks = {"wide": {"arch": "resnet18"}}
-    with pytest.raises(RunError, match=r"fc.weight is \(7, 512\) in the file, \(10, 512\) in the network; fc.bias is"):
-        train(networks=networks, stages=stages)
+def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path, capsys):
+    """Before anything is written. With a fresh classifier weights for other classes are a start."""
+    networks = {"wide": {"block": "basic", "depths": [1, 1], "base": 4}}
+    public = gowide_dist.build_network(networks["wide"], 7).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in public.items()}}, tmp_path / "other.pth")
+    init = {"file": str(tmp_path / "other.pth")}
+    optim = {"lr": 0.05}
+    stages = {"teacher": {"train": "wide", "objective": "labels", "epochs": 1, "optim": optim, "init": init}}
+    with pytest.raises(
+        RunError, match=r"stages.teacher.init.file: .*other.pth: of 7 classes, here are 10; init: .*fresh"
+    ):
+        train(networks=networks, stages=stages, into=tmp_path / "runs", name="other")
+    assert not (tmp_path / "runs").exists()
+    init["classifier"] = "fresh"
+    run = train("stages.teacher.optim.lr=1e-9", networks=networks, stages=stages)
+    assert f"teacher/wide  takes the weights of {init['file']} that are named state_dict.*" in capsys.readouterr().err
+    taken = load_model(run.path, "teacher").state_dict()
+    assert torch.allclose(taken["layer2.0.conv1.weight"], public["layer2.0.conv1.weight"], atol=1e-5)
+    assert taken["fc.weight"].shape == (10, 8)
+    identity = json.loads((run.stage("teacher/wide").path / "identity.json").read_text())
+    assert identity["init"] == {"file": sha256(tmp_path / "other.pth"), "classifier": "fresh"}
+    line = r"stages.teacher.init.classifier was \"fresh\", is its default"
+    with pytest.raises(RunError, match=line):
+        torch.save(gowide_dist.build_network(networks["wide"], 10).state_dict(), tmp_path / "other.pth")
+        del init["classifier"]
+        train(networks=networks, stages=stages, name=run.path.name)
     (tmp_path / "other.pth").write_bytes(b"no weights")
     runs = sorted(tmp_path.rglob("*"))
     with pytest.raises(RunError, match=r"stages.teacher.init.file: .*other.pth: holds no weights, or not all"):
@@ -374,6 +400,94 @@ def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path):
     (tmp_path / "other.pth").unlink()
     with pytest.raises(RunError, match=r"stages.teacher.init.file: .*other.pth: cannot be read"):
         train(networks=networks, stages=stages)
+
+
+@pytest.mark.parametrize("logits", ["live", "stored"])
+def test_each_network_has_its_own_normalisation(train, data, tmp_path, logits):
+    """Teacher and students of one stage, in training and in validation; it lies with the weights."""
+    networks = chain(data)["networks"] | {"half": {"widen": "thin", "by": 1, "normalise": {"mean": 0.5, "std": 0.25}}}
+    networks["wide"]["normalise"] = "imagenet"
+    stages = chain(data)["stages"]
+    distill = {
+        "train": ["thin", "half"],
+        "objective": "kl",
+        "teacher": "teacher",
+        "teacher_logits": logits,
+        "mixup": 0.2,
+        "epochs": 1,
+    }
+    stages = {"teacher": stages["teacher"], "distill": {**distill, "optim": {"lr": 0.05, "accumulate": 2}}}
+    seen = []
+
+    def recording(student, batch, *rest):
+        seen.append({name: (view.images.clone(), view.labels.lam.clone()) for name, view in batch.items()})
+        return forward_backward(student, batch, *rest)
+
+    forward_backward = student.Student.forward_backward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student.Student, "forward_backward", recording)
+        run = train(only=["distill"], networks=networks, stages=stages)
+    info = read_dataset_info(data / "train.beton")
+    for views in seen[-4:]:  # of the distillation
+        assert len(views) == (3 if logits == "live" else 2)
+        pixels = [
+            images * torch.tensor(name.std or info.std)[:, None, None]
+            + torch.tensor(name.mean or info.mean)[:, None, None]
+            for name, (images, _) in views.items()
+        ]
+        assert all(torch.allclose(pixels[0], other, atol=1e-5) for other in pixels)
+        assert len({tuple(lam.tolist()) for _, lam in views.values()}) == 1
+
+    with closing(Loader(data / "val.beton", Batching(100), train=False, resolution=28)) as loader:
+        batch = next(iter(loader.batches()))
+        networks = {
+            key: load_model(run.path, *key.split("/")) for key in ("teacher/wide", "distill/thin", "distill/half")
+        }
+        with torch.inference_mode():
+            answers = {key: each(each.preprocessing(*batch.images.numpy()))[0] for key, each in networks.items()}
+    assert networks["teacher/wide"].preprocessing.mean == (0.485, 0.456, 0.406)
+    assert networks["distill/thin"].preprocessing.std == info.std
+    assert networks["distill/half"].preprocessing.std == (0.25, 0.25, 0.25)
+    for key in ("distill/thin", "distill/half"):
+        (last,) = [line for line in read_metrics(run.stage(key).metrics) if line["kind"] == "val"]
+        expected = kl_divergence(answers[key], answers["teacher/wide"], 1.0).mean().item()
+        assert last["loss"] == pytest.approx(expected, rel=1e-4 if logits == "live" else 1e-2)
+        assert last["top1"] == pytest.approx(100 * (answers[key].argmax(1) == batch.labels).double().mean().item())
+
+
+def test_weights_of_a_file_and_how_their_images_are_normalised(train, tmp_path, capsys):
+    """Said where they would get others than they expect, as far as their file tells."""
+    own = train()
+    trained = own.stage("teacher/wide").model
+    stage = {"train": "wide", "objective": "labels", "epochs": 0, "init": {"file": str(trained)}}
+
+    def notes(file, *overrides, **changes):
+        stage["init"]["file"] = str(file)
+        capsys.readouterr()
+        train(*overrides, stages={"teacher": stage}, into=tmp_path / "runs", **changes)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+    assert notes(trained) == []
+    other = [
+        line.partition(" was trained with mean ")[2] for line in notes(trained, "networks.thin.normalise=imagenet")
+    ]
+    assert len(other) == 1
+    assert other[0].endswith("std [0.229, 0.224, 0.225]; networks.wide.normalise says what it gets")
+    torch.save({"model": load_model(own.path, "teacher").state_dict()}, tmp_path / "public.pth")
+    gets = "get images normalised by the dataset's own mean and standard deviation"
+    hint = "published ones mostly expect networks.wide.normalise: imagenet"
+    assert notes(tmp_path / "public.pth") == [
+        f"note: teacher/wide: the weights of {tmp_path / 'public.pth'} {gets}; {hint}"
+    ]
+    assert notes(tmp_path / "public.pth", "networks.wide.normalise=imagenet") == []
+    weights.save_weights(
+        tmp_path / "other.safetensors", load_model(own.path, "teacher"),
+        {METADATA: load_model(own.path, "teacher").preprocessing.model_copy(update={"classes": tuple("abcdefghij")}).model_dump_json()},
+    )  # fmt: skip
+    with pytest.raises(
+        RunError, match=r"classifies a, b ..., the data are T-shirt/top, Trouser ...; classifier: fresh"
+    ):
+        notes(tmp_path / "other.safetensors")
 
 
 def test_too_little_memory_is_one_line(train, monkeypatch):

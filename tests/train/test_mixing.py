@@ -170,8 +170,9 @@ def main(folder, arguments):
     got, forward_backward = [], student.Student.forward_backward
 
     def recording(self, batch, *rest):
-        labels = batch.labels if isinstance(batch.labels, tuple) else (batch.labels,)
-        got.append([batch.images.clone(), *labels])
+        seen = batch[self.normalise]
+        labels = seen.labels if isinstance(seen.labels, tuple) else (seen.labels,)
+        got.append([seen.images.clone(), *labels])
         forward_backward(self, batch, *rest)
 
     student.Student.forward_backward = recording

@@ -87,7 +87,7 @@ def test_the_same_bits_as_alone(train, monkeypatch, capsys):
 
     def counting(self, images, question, compute):
         next(asked)
-        return ask(self, images, question, lambda: (next(computed), compute())[1])
+        return ask(self, images, question, lambda own: (next(computed), compute(own))[1])
 
     monkeypatch.setattr(Teacher, "_cached", counting)
     together = train()

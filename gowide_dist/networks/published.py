@@ -1,0 +1,154 @@
+"""Weights as the world publishes them, found in whatever they are wrapped in, and why they do not fit.
+
+DistributedDataParallel and torch.compile put `module.` and `_orig_mod.` into names, training scripts put the names into
+mappings (`model`, `state_dict`, `model_ema`) beside optimizer states and arguments. So all tensors of a file are named
+by the path to them, and a network is where most of its names are found behind one prefix.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gowide_dist.errors import RunError
+from gowide_dist.files import NO_WEIGHTS
+
+CLASSIFIER = "fc."  # before the names of a classifier's weights
+_COUNTER = "num_batches_tracked"  # of a batch norm: changes nothing, as momentums are fixed
+_WRAPPERS = {"module", "_orig_mod"}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def find_weights(
+    path: Path, network: nn.Module, fresh_classifier: bool = False, prefix: str | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """A network's weights in a file, by the network's names, and the prefix that these have there.
+
+    Batch norms' counters may be missing. fresh_classifier: without the classifier's weights. Raises RunError if the
+    file holds no weights, several networks and no `prefix` says which, or another network.
+    """
+
+    def is_wanted(name: str) -> bool:
+        return not (fresh_classifier and name.startswith(CLASSIFIER))
+
+    own = {_unwrapped(name): name for name in network.state_dict() if is_wanted(name)}
+    tensors = dict(_tensors(_read(path)))
+    counted = {name: None for name in own if not name.endswith(_COUNTER)}  # else they would decide between two networks
+    prefix = _choose_prefix(path, tensors, counted, prefix)
+    found = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+    found = {name: each for name, each in found.items() if name in own or (each.ndim and is_wanted(name))}
+    expected = {name: tuple(network.state_dict()[own_name].shape) for name, own_name in own.items()}
+    if cause := _mismatch(expected, {name: tuple(each.shape) for name, each in found.items()}):
+        raise RunError(f"{path}: {cause}")
+    return {own[name]: each for name, each in found.items()}, prefix
+
+
+class _Stub:
+    """In place of an object of any other class in a checkpoint: that class is neither imported nor run."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Stub:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read(path: Path) -> Any:
+    """The content of a file of weights, on the CPU. Raises RunError if there are no tensors in it."""
+    others: list[str] = []
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if is_zip := zipfile.is_zipfile(path):  # else in the format before PyTorch 1.6
+            others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Stub, name) for name in others]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if any(_tensors(content)):
+            return content
+    except Exception as error:  # safetensors, pickle and torch raise several types
+        if "torchscript" in str(error).lower():
+            raise RunError(f"{path}: a TorchScript program; save the state_dict() of its network") from error
+        raise RunError(f"{path}: {NO_WEIGHTS}") from error
+    if others:
+        raise RunError(f"{path}: a whole object ({others[0]} ...), whose code is not run; save its state_dict()")
+    raise RunError(f"{path}: {NO_WEIGHTS}")
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _tensors(content: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested mappings, by the path to them."""
+    if isinstance(content, Tensor) and path:
+        yield _unwrapped(path), content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _tensors(value, f"{path}.{key}" if path else str(key))
+
+
+def _choose_prefix(path: Path, tensors: Mapping[str, Tensor], own: Collection[str], wanted: str | None) -> str:
+    """The prefix `wanted`, or that behind which most of the network's names are found.
+
+    Of two networks, a moving average is taken, as that is what is evaluated. Raises RunError if that does not decide.
+    """
+    starts = ((name, [0, *(dot.end() for dot in re.finditer(r"\.", name))]) for name in tensors)
+    counts = Counter(name[:start] for name, all_starts in starts for start in all_starts if name[start:] in own)
+    most = max(counts.values(), default=0)
+    best = sorted(prefix for prefix, count in counts.items() if count == most)
+    if wanted is not None:
+        wanted = _unwrapped(f"{wanted.rstrip('.')}.") if wanted else ""
+        if wanted not in counts:
+            raise RunError(f"{path}: no weights behind the prefix {wanted}; there are some behind {' and '.join(best)}")
+        return wanted
+    if 2 * most < min(len(own), sum(name.startswith((best or [""])[0]) for name in tensors)):
+        named, expected = (", ".join([*names][:2]) for names in (tensors, own))
+        raise RunError(f"{path}: of another kind of network, which names its weights {named}, not {expected}")
+    averages = [prefix for prefix in best if "ema" in re.split(r"[._]", prefix)]
+    if len(best) > 1 and len(averages) != 1:
+        raise RunError(
+            f"{path}: holds several networks, {' and '.join(best)}; take one by init: {{file: ..., prefix: {best[0]}}}"
+        )
+    return (averages or best or [""])[0]
+
+
+def _mismatch(own: Shapes, theirs: Shapes) -> str:
+    """Why weights of these shapes are not the network's, by the first cause that explains it; empty if they are."""
+    missing = [name for name in own if name not in theirs and not name.endswith(_COUNTER)]
+    unknown = [name for name in theirs if name not in own]
+    differing = [name for name in own if name in theirs and own[name] != theirs[name]]
+    if not (missing or unknown or differing):
+        return ""
+    units = [("bottleneck" if "layer1.0.conv3.weight" in shapes else "basic") for shapes in (theirs, own)]
+    if units[0] != units[1]:
+        return f"of another network: {units[0]} units there, {units[1]} units here"
+    for layer in sorted({name.partition(".")[0] for name in (*own, *theirs) if name.startswith("layer")}):
+        there, here = (
+            len({name.split(".")[1] for name in each if name.startswith(f"{layer}.")}) for each in (theirs, own)
+        )
+        if there != here:
+            return f"of another depth: {layer} has {there} units there, {here} here"
+    others = [name for name in (*missing, *unknown, *differing) if not name.startswith(CLASSIFIER)]
+    if others and others[0] in differing:
+        name = others[0]
+        kind = "stem" if own[name][1:] != theirs[name][1:] and name == "conv1.weight" else "width"
+        return f"of another {kind}: {name} is {theirs[name]} there, {own[name]} here"
+    if others:
+        lacks = [f"lacks {name}" for name in others[:3] if name in missing]
+        return f"of another network: it {', '.join(lacks + [f'has {name}' for name in others if name in unknown][:3])}"
+    fresh = "init: {file: ..., classifier: fresh} draws a new classifier"
+    weight = f"{CLASSIFIER}weight"
+    if weight in differing and own[weight][1] == theirs[weight][1]:
+        return f"of {theirs[weight][0]:,} classes, here are {own[weight][0]:,}; {fresh}"
+    return f"without this network's classifier ({', '.join([*missing, *differing])}); {fresh}"
