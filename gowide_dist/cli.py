@@ -209,7 +209,8 @@ def run(
     num_processes = choose_num_processes(recipe, nproc)
     prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=num_gpus() > 0, only=only or [], fresh=fresh)
     total, left = len(prepared.selected), len(prepared.unfinished)
-    to_train = f"{total - left} of {total} stages done, {left} to train in {num_processes} processes"
+    processes = "one process" if num_processes == 1 else f"{num_processes} processes"
+    to_train = f"{total - left} of {total} stages done, {left} to train in {processes}"
     print_line(f"{prepared.run.path}: {to_train if left else f'all {total} stages are done, nothing to train'}")
     if left:
         keys = [instance.key for instance in prepared.unfinished]
@@ -429,10 +430,14 @@ def print_line(text: str) -> None:
 def main() -> None:
     """Run the command of `sys.argv`: an error that the user may see is one line on stderr."""
     line, status = "", 2
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `__main__` has set it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = app(prog_name="gowide", standalone_mode=False) or 0
         if status == 130:  # typer's, after Ctrl-C
-            line = "stopped; run the same command again to resume"
+            line = "stopped" + (
+                "; run the same command again to resume" if {"run", "encode"} & {*sys.argv[1:2]} else ""
+            )
     except TyperException as error:  # wrong usage; without arguments the help is printed, and there is no message
         if message := error.format_message().replace("Value error, ", "").rstrip("."):
             command = getattr(getattr(error, "ctx", None), "command_path", "gowide")

@@ -27,23 +27,31 @@ class RunError(UserError):
     """A run directory is damaged, locked or another recipe's, or a file cannot be written."""
 
 
-def number_from(variable: str, default: int) -> int:
+def number_from(variable: str, default: int, least: int = 0) -> int:
     """The whole number in a variable of the environment; of a list, as OMP_NUM_THREADS may be, the first."""
     text = os.environ.get(variable, "").partition(",")[0].strip() or str(default)
-    if not text.isdecimal():
-        raise UserError(f"{variable}={text}: should be a whole number")
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{variable}={text}: should be a whole number, {least} or more")
     return int(text)
 
 
 FULL_DISK = "disk full or quota exceeded; free space and run the same command again"
 
 
+_WHAT_TO_DO = {
+    errno.EROFS: "choose another place",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose another file system",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
 def fixable(error: OSError) -> str | None:
     """The line for an OSError that the user can fix; None for any other."""
     if is_full(error):
         return FULL_DISK
-    if error.errno == errno.EROFS:
-        return f"{error.filename or 'the file system'}: {error.strerror}; choose another place"
+    if error.errno in _WHAT_TO_DO:
+        return f"{error.filename or 'a file'}: {error.strerror}; {_WHAT_TO_DO[error.errno]}"
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}; change its permissions, or choose another place"
     return None

@@ -20,10 +20,15 @@ NO_WEIGHTS = (
 )
 
 
+def temporary_name(name: str) -> str:
+    """What this process calls a file while it writes it; of "*", a pattern for every process's."""
+    return f".{name}.{name if name == '*' else f'{platform.node()}-{os.getpid()}'}"
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` when the context ends without an exception, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with temporary.open("wb") as file:
             yield file

@@ -20,9 +20,9 @@ from gowide_dist import stop
 from gowide_dist.data.info import read_dataset_info
 from gowide_dist.errors import RunError, UserError, fixable, is_full
 from gowide_dist.identity import identities
-from gowide_dist.launch.local import end_with_launcher, leave, leave_error
+from gowide_dist.launch.local import GPUS_VARIABLE, end_with_launcher, leave, leave_error, num_gpus
 from gowide_dist.prepare import check_data, check_group
-from gowide_dist.recipe import Instance, Recipe, load_recipe
+from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run, key_of
 from gowide_dist.timeline import Batching
 
@@ -42,7 +42,7 @@ def walk(run: Run, keys: Sequence[str], *, sequential: bool = False) -> None:
     from gowide_dist.train.loop import train_together
     from gowide_dist.world import join
 
-    recipe = load_recipe(run.recipe_path)
+    recipe = run.recipe()
     if unknown := [key for key in keys if key not in recipe.instances]:
         raise RunError(f"{run.recipe_path}: no longer has {', '.join(unknown)}; `gowide cancel` ends its jobs")
     recipe, checksums = check_data(recipe)
@@ -104,7 +104,7 @@ def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNe
 
 def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Recipe, Instance, Done]:
     """The finished instance of a stage, and its recipe. Raises UserError as `load_model` does."""
-    recipe = load_recipe(run.recipe_path)
+    recipe = run.recipe()
     key = key_of(f"{stage}/{network}" if network else stage, recipe.instances, run.path)
     if (done := run.finished(recipe).get(key)) is None:
         raise RunError(f"{run.path}: {key} is not finished; run the recipe again to continue it")
@@ -131,8 +131,9 @@ def work(task: Callable[[], None], path: Path) -> int:
     A process that fails alone says why, where the launcher finds it, and is to leave at once (`leave`).
     """
     end_with_launcher()
-    stop.listen()
     try:
+        stop.listen()
+        os.environ.setdefault(GPUS_VARIABLE, str(num_gpus()))  # where the user's own torchrun has started it
         task()
     except UserError as error:
         leave_error(str(error))
@@ -142,6 +143,9 @@ def work(task: Callable[[], None], path: Path) -> int:
     except BaseException as error:  # an interpreter that shuts down waits for the process group
         if isinstance(error, OSError) and (line := fixable(error)):
             leave_error(f"{path}: {line}" if is_full(error) else line)
+            return 2
+        if isinstance(error, FileNotFoundError) and not path.exists():
+            leave_error(f"{path}: was deleted during the training; the same command begins it again")
             return 2
         from gowide_dist.world import peer_failure
 

@@ -353,8 +353,9 @@ def _check_ramp(instance: Instance, data: Data) -> None:
     ramp, option = instance.stage.ramp, f"stages.{instance.stage_name}.ramp"
     if ramp and data.augment.crop is None:
         raise RecipeError(f"{option}: needs data.augment.crop, which is not set")
-    if ramp and ramp.start_px > data.resolution:
-        raise RecipeError(f"{option}.start_px: {ramp.start_px} is more than the resolution {data.resolution}")
+    for key in ("end_px", "start_px"):
+        if ramp and (getattr(ramp, key) or 0) > data.resolution:
+            raise RecipeError(f"{option}.{key}: {getattr(ramp, key)} is more than the resolution {data.resolution}")
 
 
 def _in_order(instances: Mapping[str, Instance]) -> dict[str, Instance]:

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ValidationError
 
 from gowide_dist.environment import describe_environment
 from gowide_dist.errors import RunError, number_from
-from gowide_dist.files import flock, sha256, write_atomically, writing_to
+from gowide_dist.files import flock, sha256, temporary_name, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
-from gowide_dist.recipe import Recipe
+from gowide_dist.recipe import Recipe, load_recipe
 from gowide_dist.schema import nearest
 
 LOCK_WAIT_S = 150  # a file server frees a dead node's locks late
@@ -96,7 +96,7 @@ class StageDir:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            raise RunError(f"{path}: damaged; --fresh trains {self.key} again") from error
+            raise RunError(f"{path}: damaged; delete {self.path} to train {self.key} again") from error
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Raises RunError, naming what differs, if a training of another identity has claimed the folder."""
@@ -125,9 +125,11 @@ class StageDir:
         return f"{path} was {was or 'its default'}, is {now or 'its default'}"
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Create the folder for the training of this identity. Raises RunError if another has claimed it."""
+        """Make the folder, whose lock the caller has, this training's. Raises RunError if it is another identity's."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.check_identity(identity)
+        for unfinished in (*self.path.glob(temporary_name("*")), *self.checkpoints.glob(temporary_name("*"))):
+            unfinished.unlink(missing_ok=True)  # a killed writer's
         write_atomically(self.path / "identity.json", json.dumps(identity, indent=2) + "\n")
 
     def finish(self, done: Done) -> None:
@@ -190,6 +192,12 @@ class Run:
     @property
     def recipe_path(self) -> Path:
         return self.path / "recipe.yaml"
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was written for. Raises RunError if this is no run, RecipeError if it is damaged."""
+        if not self.recipe_path.exists():
+            raise RunError(f"{self.path}: not a run directory: it has no {self.recipe_path.name}")
+        return load_recipe(self.recipe_path)
 
     @property
     def teacher_logits(self) -> Path:

@@ -145,6 +145,7 @@ _MESSAGES = {  # instead of pydantic's
     "model_attributes_type": "should be a mapping of keys to values, not {value}",
     "literal_error": "should be {expected}, not {value}",
     "path_type": "should be a path, not {value}",
+    "too_short": "should not be empty",  # everywhere at least one
 }
 
 

@@ -77,20 +77,36 @@ Start = Annotated[
 
 
 class Ramp(Frozen):
-    """Training images that grow, from `start_px` to the data's resolution, which they first have in `until_epoch`.
+    """Training images that grow, from `start_px` in `from_epoch` to `end_px`, which they first have in `until_epoch`.
 
-    In between the side grows linearly, in steps of 32 px. Validation images always have the full resolution.
+    In between the side grows linearly, in steps of 32 px. Validation images always have the full resolution: with an
+    `end_px` below it the network is tested on larger images than it trained on (arXiv 1906.06423).
     """
 
     start_px: Count
+    end_px: Count | None = None  # default: the data's resolution
+    from_epoch: Natural = 0
     until_epoch: Count
 
     def side(self, epoch: int, resolution: int) -> int:
         """Side in px of the training images of an epoch."""
+        end = self.end_px or resolution
         if epoch >= self.until_epoch:
-            return resolution
-        growth = (resolution - self.start_px) * epoch / self.until_epoch
-        return min(resolution, self.start_px + 32 * round(growth / 32))
+            return end
+        part = max(0, epoch - self.from_epoch) / (self.until_epoch - self.from_epoch)
+        return min(end, self.start_px + 32 * round((end - self.start_px) * part / 32))
+
+    @property
+    def is_constant(self) -> bool:
+        return self.start_px == self.end_px
+
+    @model_validator(mode="after")
+    def _check(self) -> Ramp:
+        if self.from_epoch >= self.until_epoch:
+            raise ValueError(f"from_epoch ({self.from_epoch}) should be less than until_epoch ({self.until_epoch})")
+        if self.end_px and self.end_px < self.start_px:
+            raise ValueError(f"end_px ({self.end_px}) should not be less than start_px ({self.start_px})")
+        return self
 
 
 class StageBase(Frozen):

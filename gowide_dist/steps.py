@@ -25,7 +25,7 @@ from gowide_dist.identity import identities
 from gowide_dist.launch.local import leave, num_gpus, torchrun
 from gowide_dist.pipeline import open_data, work
 from gowide_dist.prepare import check_data, check_group
-from gowide_dist.recipe import Checkpoints, Instance, Recipe, load_recipe
+from gowide_dist.recipe import Checkpoints, Instance, Recipe
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.stages import Schedule
 from gowide_dist.stop import WARNING_SIGNAL, Stopped
@@ -111,7 +111,7 @@ def _train(run: Run, keys: Sequence[str], num_steps: int, limit_s: float) -> Non
     from gowide_dist.train.loop import train_together
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # accuracies of untrained networks would confuse
-    recipe, checksums = check_data(load_recipe(run.recipe_path))
+    recipe, checksums = check_data(run.recipe())
     instances = [recipe.instances[key] for key in keys]
     with worlds.join() as world, open_data(recipe, world) as data:
 

@@ -9,9 +9,14 @@ import sys
 import threading
 from types import FrameType
 
+from gowide_dist.errors import UserError
+
 _PR_SET_PDEATHSIG = 1
 # Slurm's warning before the end of an allocation; a site may have another one, by submitit's variable.
-WARNING_SIGNAL = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", signal.SIGUSR2)
+PREEMPT_VARIABLE = "SUBMITIT_PREEMPT_SIGNAL"
+_warning = os.environ.get(PREEMPT_VARIABLE, "").strip() or "USR2"
+_catchable = {name: number for name, number in signal.Signals.__members__.items() if name not in ("SIGKILL", "SIGSTOP")}
+WARNING_SIGNAL = _catchable.get(f"SIG{_warning}", signal.SIGUSR2)
 _received = 0  # the greatest number so far: SIGTERM (15, the end) outweighs SIGUSR2 (12, a warning) and SIGINT (2)
 
 
@@ -28,7 +33,10 @@ def listen() -> None:
 
     Slurm sends its warning to every process of a job, also to those that torch.compile starts to compile in, which
     would die of it. A process inherits which signals are blocked: so the warning is blocked, and a thread waits for it.
+    Raises UserError if the site's warning is no signal that a process can wait for.
     """
+    if f"SIG{_warning}" not in _catchable:
+        raise UserError(f"{PREEMPT_VARIABLE}={_warning}: should be a signal that can be waited for: USR1, USR2 or TERM")
     for number in (WARNING_SIGNAL, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _record)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -21,7 +22,7 @@ from gowide_dist import stop
 from gowide_dist.errors import UserError, number_from
 
 # A process that waits longer for the others ends with an error.
-COLLECTIVE_TIMEOUT = timedelta(seconds=number_from("GOWIDE_COLLECTIVE_TIMEOUT_S", 600))
+COLLECTIVE_TIMEOUT = timedelta(seconds=number_from("GOWIDE_COLLECTIVE_TIMEOUT_S", 600, least=1))
 _GLOO_THREADS_SETTLE_S = 0.1
 _COALESCED_BYTES = 250 * 2**20  # DDP's own number
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
@@ -250,6 +251,17 @@ def choose_device(local_rank: int) -> torch.device:
     return device
 
 
+def _check_interfaces() -> None:
+    """Raises UserError if gloo is told to use a network interface that this node does not have."""
+    existing = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in existing:
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME={name}: this node has no such network interface; unset it, or name one of "
+                f"{', '.join(existing)}"
+            )
+
+
 @contextmanager
 def join() -> Iterator[World]:
     """Join the process group that torchrun (or a Slurm job with the same variables) describes.
@@ -264,6 +276,7 @@ def join() -> Iterator[World]:
     cores = max(1, len(os.sched_getaffinity(0)) // local_size)
     torch.set_num_threads(max(1, number_from("OMP_NUM_THREADS", cores)))
     if size > 1:
+        _check_interfaces()
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(BACKENDS[device.type], timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
     world = World(rank, size, device, cores, Ballot(size))

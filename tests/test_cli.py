@@ -79,6 +79,9 @@ def test_encode_an_image_folder(tmp_path):
         (["data", "verify", "nowhere"], "nowhere/dataset.json: not found"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["report", "nowhere"], "nowhere: not a run directory"),
+        (["status", "nowhere"], "nowhere: not a run directory"),
+        (["eval", "nowhere", "finetune"], "nowhere: not a run directory"),
+        (["plan", DEMO, "stages={}"], "stages: should not be empty"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, message):

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -130,15 +131,75 @@ def test_a_disk_that_is_really_full(command, place):
     ]
 
 
-@pytest.mark.parametrize("variable", ["GOWIDE_COLLECTIVE_TIMEOUT_S", "GOWIDE_LOCK_WAIT_S", "OMP_NUM_THREADS"])
-@pytest.mark.parametrize("value", ["ten", "-3", "1.5"])
-def test_a_variable_that_is_no_number(command, place, monkeypatch, variable, value):
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("GOWIDE_COLLECTIVE_TIMEOUT_S", "ten", "should be a whole number"),
+        ("GOWIDE_COLLECTIVE_TIMEOUT_S", "0", "should be a whole number, 1 or more"),
+        ("GOWIDE_LOCK_WAIT_S", "-3", "should be a whole number"),
+        ("OMP_NUM_THREADS", "1.5", "should be a whole number"),  # libgomp has a word of its own
+        ("GLOO_SOCKET_IFNAME", "eth9", "this node has no such network interface"),
+        ("SUBMITIT_PREEMPT_SIGNAL", "KILL", "should be a signal that can be waited for"),
+        ("SUBMITIT_PREEMPT_SIGNAL", "SIGUSR1", "should be a signal that can be waited for"),
+    ],
+)
+def test_a_variable_that_cannot_be(command, place, monkeypatch, variable, value, says):
     monkeypatch.setenv(variable, value)
     result = gowide(*command)
     assert result.returncode == 2
-    assert f"gowide: {variable}={value}: should be a whole number" in result.stderr  # libgomp has a word of its own
+    assert f"gowide: {variable}={value}: {says}" in result.stderr
     assert "Traceback" not in result.stderr
     assert place.done is None
+
+
+def test_a_torchrun_of_ones_own_where_gpus_are_promised(command, place, monkeypatch):
+    """And what another torchrun has left in the environment does not matter."""
+    monkeypatch.setenv("PET_NNODES", "2")
+    assert gowide(*command).returncode == 0
+    monkeypatch.delenv("PET_NNODES")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    words = ["--standalone", "--nproc-per-node=2", "-m", "gowide_dist.pipeline", place.path.parents[2], place.key]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        capture_output=True, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "2 GPUs are expected on this node, but PyTorch" in result.stderr
+
+
+def test_a_limit_on_the_size_of_files(command, place):
+    script = f"ulimit -f 20 && exec {GOWIDE} {' '.join(command)} checkpoints.every_steps=1"  # blocks of 512 or 1,024 B
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "File too large; raise the limit" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert place.done is None
+
+
+def test_what_a_killed_writer_has_left_is_gone_in_the_end(command, place):
+    place.checkpoints.mkdir(parents=True)
+    left = [place.path / ".done.json.node-1", place.checkpoints / ".step-00000001.pt.node-2"]
+    for path in left:
+        path.write_text("half")
+    assert gowide(*command).returncode == 0
+    assert not any(path.exists() for path in left)
+
+
+def test_a_worker_that_stands_still_is_waited_for_aloud(start, command, place):
+    process = start([*command, "stages.teacher.epochs=200"])
+    wait_for(lambda: len(read_metrics(place.metrics)) > 3, process)
+    workers = [pid for pid, line in descendants(process.pid).items() if "gowide_dist.pipeline" in line]
+    os.kill(max(workers), signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + LIMIT_S
+    while "waiting for the processes to save" not in (line := process.stderr.readline()):
+        assert line, "it has ended"
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGQUIT)  # as the line says
+    assert process.wait(LIMIT_S) == -signal.SIGQUIT
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_output_on_a_full_disk(command, place):

@@ -145,6 +145,8 @@ BAD = {
     "seed": "override 'seed': should look like stages.distill.epochs=5",
     "..=1": "override '..=1': should look like stages.distill.epochs=5",
     "stages.teacher.ramp={start_px: 16, until_epoch: 1}": "stages.teacher.ramp: needs data.augment.crop",
+    "stages.teacher.ramp={start_px: 16, end_px: 8, until_epoch: 1}": "ramp: end_px (8) should not be less than start",
+    "stages.teacher.ramp={start_px: 8, from_epoch: 2, until_epoch: 2}": "from_epoch (2) should be less than until_ep",
     "stages.teacher.epochs=0": "stages.teacher: epochs: 0 needs init, whose weights it uses unchanged",
     "stages.teacher.optim=null": "stages.teacher: optim is required to train",
     "stages.imitate={train: half, objective: blocks, teacher: teacher, epochs: 1, optim: {lr: 1}, inputs: teacher, prefix: trained}": "prefix: trained needs inputs: student",
@@ -287,6 +289,9 @@ def test_images_that_grow():
     ramp = Ramp(start_px=160, until_epoch=8)
     assert [ramp.side(epoch, 224) for epoch in (0, 1, 2, 4, 6, 7, 8, 50)] == [160, 160, 160, 192, 224, 224, 224, 224]
     assert Ramp(start_px=20, until_epoch=2).side(0, 28) == 20
+    late = Ramp(start_px=160, end_px=192, from_epoch=11, until_epoch=13)
+    assert [late.side(epoch, 224) for epoch in (0, 11, 12, 13, 15)] == [160, 160, 160, 192, 192]
+    assert {Ramp(start_px=176, end_px=176, until_epoch=1).side(epoch, 224) for epoch in range(3)} == {176}
 
 
 def test_micro_batches_are_equal(job):

@@ -12,6 +12,7 @@ from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.errors import DataError, UserError
 from gowide_dist.insight.text import duration, gigabytes
 from gowide_dist.launch.profile import Device, Profile, Resources, this_machine
+from gowide_dist.prepare import check_data
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import KlStage
 from gowide_dist.train.costs import training_macs
@@ -42,7 +43,7 @@ class DataSize:
 def data_size(recipe: Recipe, images: int | None = None, classes: int | None = None) -> DataSize:
     """Of the encoded data, or of a dataset that is known by its folder's name; `images` and `classes` replace theirs.
 
-    Raises DataError if none of them says it.
+    Raises DataError if none of them says it, UserError if the recipe does not fit the encoded data.
     """
     data, folder = recipe.data, recipe.data.train.parent
     try:
@@ -54,6 +55,11 @@ def data_size(recipe: Recipe, images: int | None = None, classes: int | None = N
         if not (train and known_classes):
             raise DataError(f"{error}; or give its size with --images N --classes K") from None
         size = DataSize(train, val, known_classes, data.augment.crop is not None, f"{folder.name}, not encoded yet")
+    else:
+        if classes not in (None, size.classes):
+            raise DataError(f"--classes {classes}: {folder} has {size.classes}; leave the option out")
+        if not images:
+            check_data(recipe)  # `run` would refuse it too
     source = f"--images; else {size.source}" if images else size.source
     return replace(size, train=images or size.train, classes=classes or size.classes, source=source)
 
@@ -128,6 +134,8 @@ def notes_on_logits(recipe: Recipe, size: DataSize, profile: Profile) -> Iterato
         images_per_epoch = size.train // recipe.batch_size * recipe.batch_size
         images = stage.epochs * images_per_epoch
         macs = training_macs(instance, recipe, num_classes)
+        if is_stored and count == 1:
+            continue
         once = images * 2 * macs.teacher / device_of(profile.resources(instance)).flops / 3600
         top_k = stage.top_k or (None if is_stored or stage.needs_all_classes or num_classes <= 100 else TOP_K)
         row = 2 * (top_k + 1) + (2 if num_classes <= 2**15 else 4) * top_k if top_k else 2 * num_classes

@@ -261,7 +261,7 @@ def _assumptions(recipe: Recipe, size: DataSize, profile: Profile) -> dict[str, 
     lines = {
         "data": f"{size.train:,} training and {size.val:,} validation images, {size.classes} classes ({size.source})",
         "FLOPs": "multiply-adds counted once, by PyTorch; a device's TFLOP/s count both",
-        "time": f"{speed}; validation passes included",
+        "time": f"{speed}; validation passes and the start of processes and stages included",
     }
     if math.isfinite(decoded):
         lines["data loading"] = f"{decoded:,.0f} images/s per CPU"

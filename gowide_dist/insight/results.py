@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from gowide_dist.errors import RunError
-from gowide_dist.recipe import Instance, Recipe, load_recipe
+from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run, flat, read_metrics
 
 BASELINE = "baseline"  # the stage that the others are compared with
@@ -124,9 +124,7 @@ def teacher_of(instance: Instance, recipe: Recipe) -> str | None:
 
 def read_results(run: Run, *, measure: bool = False) -> RunResults:
     """Read a run, finished or not, and measure what is missing. Raises RunError if it is not a run, or damaged."""
-    if not run.recipe_path.exists():
-        raise RunError(f"{run.path}: not a run directory: it has no {run.recipe_path.name}")
-    recipe = load_recipe(run.recipe_path)
+    recipe = run.recipe()
     done = run.finished(recipe)
     # A folder that is done, but not for this recipe, holds the metrics of another.
     current = [key for key in recipe.instances if key in done or run.stage(key).done is None]

@@ -17,7 +17,7 @@ from gowide_dist.launch.queue import JobState, cancel, newest_jobs, read_jobs
 from gowide_dist.launch.slurm import log_file, start_of
 from gowide_dist.prepare import Prepared
 from gowide_dist.progress import clock
-from gowide_dist.recipe import Recipe, load_recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run, key_of, read_metrics
 
 FOLLOW_EVERY_S = 0.5
@@ -43,7 +43,7 @@ class StageStatus:
 
 def status(run: Run) -> list[StageStatus]:
     """The stages of a run, parents first. Raises UserError if there is no run or Slurm does not answer."""
-    recipe = load_recipe(run.recipe_path)
+    recipe = run.recipe()
     jobs, ids, finished = newest_jobs(run.slurm, recipe.name), read_jobs(run.slurm), run.finished(recipe)
     rows = []
     for key in {**recipe.instances, **jobs}:
@@ -133,7 +133,7 @@ def submitted(prepared: Prepared, ids: Mapping[str, str]) -> str:
 
 def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterator[str]:
     """What a stage's newest job prints, with `follow` until it is over. Raises UserError if it has printed nothing."""
-    recipe = load_recipe(run.recipe_path)
+    recipe = run.recipe()
     ids = read_jobs(run.slurm)
     if not ids:
         raise RunError(f"{run.path}: no stage of it was submitted to Slurm; `gowide run` prints where it runs")
@@ -159,7 +159,7 @@ def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterat
 
 def cancel_run(run: Run) -> list[str]:
     """Cancel all jobs of a run that are queued or running; their names. Raises UserError if Slurm does not answer."""
-    jobs = newest_jobs(run.slurm, load_recipe(run.recipe_path).name)
+    jobs = newest_jobs(run.slurm, run.recipe().name)
     active = {key: job.job_id for key, job in jobs.items() if job.is_waiting or job.is_running}
     if active:
         cancel(active.values())

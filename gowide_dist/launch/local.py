@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -30,7 +31,25 @@ GPUS_VARIABLE = "GOWIDE_GPUS_PER_NODE"  # `world` refuses to train on the CPU wh
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}
 
 SAVE_WITHIN_S = 120  # after a request to stop: a large state on a slow file system takes a while
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAY_AFTER_S = 5  # of waiting for them to save
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, stop.WARNING_SIGNAL)
+_MEANINGS: dict[int, str] = {
+    **dict.fromkeys(STOP_SIGNALS, ", before it could save anything: run the same command again"),
+    signal.SIGKILL: (
+        ", usually out of memory (see dmesg, or the container's limit): `gowide plan` estimates what a process "
+        "needs; fewer processes, or stages.STAGE.optim.accumulate, take less"
+    ),
+    signal.SIGBUS: (
+        ", usually because shared memory or a disk is full (see df -h, /dev/shm included), or because a data file was "
+        "cut short while it was read"
+    ),
+    signal.SIGILL: ", usually because the CPU is older than what PyTorch or FFCV was built for: see `gowide doctor`",
+    signal.SIGSEGV: ", a crash in compiled code: see `gowide doctor`; PYTHONFAULTHANDLER=1 shows where",
+    signal.SIGABRT: (
+        ", usually because it waited for another process longer than the collective timeout "
+        "(GOWIDE_COLLECTIVE_TIMEOUT_S): see the errors above"
+    ),
+}
 
 
 class WorkerError(InternalError):
@@ -93,10 +112,10 @@ def _installed_gpus() -> int:
 def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
     """Run `python -m module arguments` in `num_processes` processes under torchrun.
 
-    Forwards SIGINT, SIGTERM and SIGHUP, on which the workers save and end, and then raises KeyboardInterrupt. Raises
-    UserError with the line of a worker that raised one, WorkerError if a worker failed otherwise.
+    Forwards STOP_SIGNALS, on which the workers save and end, and then raises KeyboardInterrupt. Raises UserError with
+    the line of a worker that raised one, WorkerError if a worker failed otherwise.
     """
-    options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
+    options = ["--standalone", "--nnodes=1", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
     options += ["--monitor-interval=0.1"]  # seconds: a failed worker ends the others at once
     options += [f"--shutdown-timeout={SAVE_WITHIN_S}"]
     defaults = {
@@ -106,23 +125,25 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
     }
     with tempfile.TemporaryDirectory(prefix="gowide-") as folder:
         error_file = Path(folder) / "error.json"
+        options.append(f"--log-dir={folder}")
         own = {ERROR_FILE_VARIABLE: str(error_file), LAUNCHER_VARIABLE: str(os.getpid())}
         process = subprocess.Popen(
             [sys.executable, "-m", "gowide_dist.launch.torchrun", *options, "-m", module, *arguments],
-            env={**defaults, **os.environ, **own},  # variables that the user has set stay as they are
+            # Variables that the user has set stay as they are, but for torchrun's, which another job has left.
+            env={**defaults, **{k: v for k, v in os.environ.items() if not k.startswith("PET_")}, **own},
             # A terminal's Ctrl-C reaches this process alone, which forwards it: a second one makes torchrun give up
             # waiting for the workers.
             start_new_session=True,
         )
         with _forwarding_signals_to(process) as forwarded:
-            status = process.wait()
+            status = _wait(process, forwarded)
         message = read_error(error_file)
     if status == 2:
         raise UserError(message or FULL_DISK)
     if status > 128 or (status and forwarded and not message):
         raise KeyboardInterrupt
     if status:
-        raise WorkerError(message or f"torchrun ended with exit status {status}")
+        raise WorkerError(message or f"torchrun {explain(status)}")
 
 
 def device_environment(num_gpus: int) -> dict[str, str]:
@@ -145,7 +166,7 @@ def _forwarding_signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[in
             process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
         forwarded.append(number)
 
-    numbers = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield forwarded
@@ -153,6 +174,30 @@ def _forwarding_signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[in
         if not forwarded:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _wait(process: subprocess.Popen[bytes], forwarded: list[int]) -> int:
+    """The exit status of `process`. Says so if it is long in ending after a forwarded signal."""
+    told_at: float | None = None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=1)
+        if forwarded and told_at is None:
+            told_at = time.monotonic()
+        elif told_at and time.monotonic() > told_at + SAY_AFTER_S:
+            say(f"waiting for the processes to save, {SAVE_WITHIN_S} s at most; SIGQUIT (Ctrl-\\) ends them at once")
+            told_at = float("inf")
+
+
+def explain(exitcode: int) -> str:
+    """What became of a process, what that mostly means and what to do."""
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}; see its error above"
+    try:
+        name = signal.Signals(-exitcode).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-exitcode}"
+    return f"was killed by {name}{_MEANINGS.get(-exitcode, '')}"
 
 
 def end_with_launcher() -> None:

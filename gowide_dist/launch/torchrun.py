@@ -9,31 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gowide_dist import stop
-from gowide_dist.launch.local import ERROR_FILE_VARIABLE, LAUNCHER_VARIABLE, leave, leave_error
+from gowide_dist.errors import fixable
+from gowide_dist.launch.local import ERROR_FILE_VARIABLE, LAUNCHER_VARIABLE, STOP_SIGNALS, explain, leave, leave_error
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 AFTER_FAILURE_S = 3
-STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, stop.WARNING_SIGNAL)
-MEANINGS: dict[int, str] = {
-    signal.SIGKILL: (
-        ", usually out of memory (see dmesg, or the container's limit): `gowide plan` estimates what a process "
-        "needs; fewer processes, or stages.STAGE.optim.accumulate, take less"
-    ),
-    signal.SIGBUS: ", usually because shared memory or a disk is full: see df -h, /dev/shm included",
-    signal.SIGILL: ", usually because the CPU is older than what PyTorch or FFCV was built for: see `gowide doctor`",
-    signal.SIGSEGV: ", a crash in compiled code: see `gowide doctor`; PYTHONFAULTHANDLER=1 shows where",
-    signal.SIGABRT: (
-        ", usually because it waited for another process longer than the collective timeout "
-        "(GOWIDE_COLLECTIVE_TIMEOUT_S): see the errors above"
-    ),
-}
 
 
 def main() -> int:
@@ -63,6 +51,11 @@ def main() -> int:
             return 128 + max(stopped)  # a signal reached a worker alone: all have saved
         leave_error(describe(error.failures.values()))
         return 1
+    except OSError as error:  # torchrun's own files, in the temporary folder
+        if not (line := fixable(error)):
+            raise
+        leave_error(f"{tempfile.gettempdir()}: {line}")
+        return 2
     return 0
 
 
@@ -76,17 +69,6 @@ def describe(failures: Iterable[ProcessFailure]) -> str:
     # a signal's exit code is negative
     cause = min(first, key=lambda failure: (failure.exitcode == -signal.SIGTERM, failure.exitcode))
     return f"process {cause.local_rank} {explain(cause.exitcode)}"
-
-
-def explain(exitcode: int) -> str:
-    """What became of a process, what that mostly means and what to do."""
-    if exitcode >= 0:
-        return f"ended with exit code {exitcode}; see its error above"
-    try:
-        name = signal.Signals(-exitcode).name
-    except ValueError:  # a real-time signal
-        name = f"signal {-exitcode}"
-    return f"was killed by {name}{MEANINGS.get(-exitcode, '')}"
 
 
 if __name__ == "__main__":

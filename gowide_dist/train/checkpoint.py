@@ -60,7 +60,8 @@ def save_checkpoint(
 def whole_checkpoints(folder: Path, fingerprint: str) -> list[int]:
     """The steps with an undamaged state of the training with this fingerprint, oldest first."""
     whole = []
-    for path in sorted(folder.glob("step-*.pt")):
+    states = sorted(folder.glob("step-*.pt"))
+    for path in states:
         try:
             description = json.loads(path.with_suffix(".json").read_text())
             if description.get("format") != FORMAT:
@@ -73,6 +74,8 @@ def whole_checkpoints(folder: Path, fingerprint: str) -> list[int]:
                 whole.append(int(description["step"]))
         except (OSError, ValueError, KeyError):
             log.warning("%s: incomplete, skipped", path)
+    if states and not whole:
+        log.warning("%s: no state is left to continue from: the training begins at step 0", folder)
     return whole
 
 

@@ -90,7 +90,7 @@ def configure_backends(recipe: Recipe, stage: Stage) -> None:
     the recipe decides on both. cuDNN tries its algorithms out once for each shape, which pays where shapes stay.
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = recipe.precision == "tf32"
-    torch.backends.cudnn.benchmark = stage.ramp is None
+    torch.backends.cudnn.benchmark = stage.ramp is None or stage.ramp.is_constant
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -116,9 +116,9 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
     with torch.device("meta"):
         network = build_network(instance.architecture, num_classes)
     stage_dir = run.stage(instance.key)
-    load_weights(stage_dir.model, network)
     if stage_dir.done:
         stage_dir.check_weights()
+    load_weights(stage_dir.model, network)
     return network
 
 

@@ -136,7 +136,7 @@ class Student:
             world_size=self.ctx.world.size,
         )
         self.stage_dir.finish(done)
-        shutil.rmtree(self.stage_dir.checkpoints)  # a finished stage is never continued
+        shutil.rmtree(self.stage_dir.checkpoints, ignore_errors=True)  # a finished stage is never continued
         return done
 
     def averaged(self) -> AbstractContextManager[None]:

@@ -232,6 +232,8 @@ def test_mistakes_are_one_line(job, tmp_path):
         ([job, "--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
         ([job, "--cluster", gpus], "does not say how fast its GPUs are"),
         ([job, "--cluster", wrong], "device.tflops: should be a valid number"),
+        ([job, "--classes", 3], "has 10; leave the option out"),
+        ([job, "data.resolution=20"], "resolution"),
         ([job, "--nproc", 7], "batch_size: 60 is not divisible by 7 processes"),
         ([job, "--measure", "--cluster", "slurm/clusters/cpu.yaml"], "cpu.yaml: no such file"),
         ([job, "--scale", "batch_size=4"], "batch_size: 4 is less than one image for each of the 8 devices of a node"),

@@ -49,6 +49,10 @@ def test_damage_is_passed_over(tmp_path, caplog):
     (tmp_path / "step-000000002.pt").write_bytes(content)
     assert whole_checkpoints(tmp_path, "mine") == [1]
     assert "step-000000002.pt: damaged, skipped" in caplog.text
+    assert "begins at step 0" not in caplog.text
+    (tmp_path / "step-000000001.pt").write_bytes(content)
+    assert whole_checkpoints(tmp_path, "mine") == []
+    assert "no state is left to continue from: the training begins at step 0" in caplog.text
 
 
 def test_a_state_cut_off_ahead_never_displaces_a_whole_one(tmp_path):
