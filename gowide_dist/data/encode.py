@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -41,6 +42,7 @@ MIN_STD = 1 / 255  # of a constant channel: images are divided by it
 
 _CHUNK = 8  # files that a worker is sent at a time; raw ones take up to 8 MB each
 _CHUNKS_AHEAD = 4  # for each worker
+_SIGNAL_S = 1.0
 _PEAKS = 100  # images of 16 bits after which it is clear how many bits they use
 _MAX_CLASSES_SHOWN = 12  # each with its number of images
 _UNEQUAL = 10  # times as many images in one class as in another: said
@@ -393,6 +395,7 @@ def encode_images(
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool:
+        time.sleep(_SIGNAL_S)  # Slurm signals all processes of a job at once: this one's signal then tells more
         raise DataError(
             "a worker process of the encoding died; is there enough memory? run the same command again with fewer "
             "--workers: it goes on from what is encoded"
@@ -402,8 +405,9 @@ def encode_images(
 
 
 def _begin_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave Ctrl-C and Slurm's warning to the parent, and end with it however it ends."""
+    for number in (signal.SIGINT, stop.WARNING_SIGNAL):
+        signal.signal(number, signal.SIG_IGN)
     stop.end_with(parent)
 
 

@@ -133,7 +133,7 @@ def test_no_worker_outlives_an_encode(tmp_path: Path, number: int):
         while left := group():
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
-        assert (tmp_path / "out").exists() == (number == signal.SIGKILL)
+        assert (tmp_path / "out" / ".partial").exists()  # the next encode goes on from there
         assert "Traceback" not in process.stderr.read()
     finally:
         if group():

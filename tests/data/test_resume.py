@@ -1,10 +1,14 @@
 """An encode that stops goes on from what it has, and ends with the bytes of one that never stopped."""
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,8 @@ from gowide_dist.data import encode as encoders
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.images import encode_sample
 from gowide_dist.errors import DataError
-from tests.command import GOWIDE, killed_when
+from gowide_dist.stop import WARNING_SIGNAL
+from tests.command import GOWIDE, LIMIT_S, killed_when
 from tests.data.conftest import photo, write_image_folder
 from tests.idx import write_fashion_mnist
 
@@ -45,6 +50,14 @@ class Watched:
 def photos(tmp_path: Path) -> Path:
     write_image_folder(tmp_path / "photos", 60, 12)
     return tmp_path / "photos"
+
+
+@pytest.fixture(scope="module")
+def large_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough of them for an encode to be caught in the middle."""
+    root = tmp_path_factory.mktemp("large") / "photos"
+    write_image_folder(root, 200, 8, num_classes=2, least_px=600, most_px=700)
+    return root
 
 
 @pytest.mark.parametrize("at", [1, 2, 30, 60, 61, 70])
@@ -199,13 +212,36 @@ def test_after_a_full_disk(tmp_path: Path):
     assert int(before) > 600  # of the 800 that two megabytes hold
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_command_goes_on(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch):
-    write_image_folder(tmp_path / "photos", 200, 8, num_classes=2, least_px=600, most_px=700)
-    arguments = ["encode", "imagefolder", "--root", tmp_path / "photos", "--out", tmp_path / "out", "--workers", "1"]
+def test_a_killed_command_goes_on(large_photos: Path, tmp_path: Path):
+    arguments = ["encode", "imagefolder", "--root", large_photos, "--out", tmp_path / "out", "--workers", "1"]
     data = tmp_path / "out" / ".partial" / "train.beton"
     killed_when(lambda: data.exists() and data.stat().st_size > 1 << 23, *arguments)
-    Watched(monkeypatch)
-    encode("imagefolder", tmp_path / "out", tmp_path / "photos", Options(jpg_share=1.0, workers=1))
-    encode("imagefolder", tmp_path / "whole", tmp_path / "photos", Options(jpg_share=1.0, workers=1))
+    encode("imagefolder", tmp_path / "out", large_photos, Options(jpg_share=1.0, workers=1))
+    encode("imagefolder", tmp_path / "whole", large_photos, Options(jpg_share=1.0, workers=1))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [WARNING_SIGNAL, signal.SIGTERM])
+def test_a_job_that_is_warned_or_ended_goes_on(large_photos: Path, tmp_path: Path, number: int):
+    """Slurm signals every process of the job: the status is what `launch.slurm` queues it again for."""
+    out, options = tmp_path / "out", Options(jpg_share=1.0, workers=2)
+    main = "import sys; from gowide_dist.launch.encode import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["imagefolder", str(out), str(large_photos), json.dumps(asdict(options))]
+    command = [sys.executable, "-c", main, *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        data = out / ".partial" / "train.beton"
+        while not (data.exists() and data.stat().st_size > 1 << 23):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        assert process.wait(LIMIT_S) == 128 + number
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    again = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True)
+    (before,) = re.findall(r"^(\d+) of 200 images have been encoded before", again.stderr, re.MULTILINE)
+    assert int(before) > 0
+    encode("imagefolder", tmp_path / "whole", large_photos, options)
+    assert content(out) == content(tmp_path / "whole")
