@@ -362,9 +362,9 @@ def _write_samples(
         found = file.find(map(key, range(len(images))))
         say(f"{(found >= 0).sum():,} of {len(images):,} images have been encoded before")
     with closing(encode_images(images, np.flatnonzero(found < 0), options, measured_share)) as fresh:
-        for index, (number, label) in enumerate(zip(found.tolist(), images.labels.tolist(), strict=True)):
-            if number >= 0:
-                yield file.take(number, label)
+        for index in range(len(images)):
+            if found[index] >= 0:
+                yield file.take(int(found[index]), int(images.labels[index]))
                 continue
             sample = next(fresh)
             if isinstance(sample, Sample):

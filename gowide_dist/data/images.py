@@ -138,7 +138,9 @@ def _keep(source: Item, storage: Storage, measured: bool) -> tuple[EncodedImage,
     longest = max(frame.height, frame.width)
     if not (frame.plain and frame.components == 3 and len(content) <= PAGE_BYTES):
         return None
-    if longest > min(storage.max_side_px or _JPEG_MAX_SIDE_PX, _JPEG_MAX_SIDE_PX) or _turned(content):
+    if longest > min(storage.max_side_px or _JPEG_MAX_SIDE_PX, _JPEG_MAX_SIDE_PX):
+        return None
+    if frame.has_exif and _turned(content):
         return None
     pixels = jpeg.decode(content, frame, scale=1 if measured else _CHECK_SCALE)
     return EncodedImage(JPEG, frame.height, frame.width, content), Decoded(pixels)
@@ -176,6 +178,7 @@ def read_rgb(content: bytes, storage: Storage = Storage()) -> Decoded:
         raise ValueError("empty file")
     with Image.open(io.BytesIO(content)) as file:
         _check_memory(*file.size)
+        is_16_bit = _is_16_bit(file)  # of a PNG, EXIF is known once it is loaded, and this is forgotten then
         turned = _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
         image: Image.Image = file
         peak = 0
@@ -185,7 +188,7 @@ def read_rgb(content: bytes, storage: Storage = Storage()) -> Decoded:
                 image = Image.fromarray(jpeg.decode(content, frame))
             else:  # Pillow knows which of them are inverted
                 jpeg.decode(content, frame, _CHECK_SCALE)
-        elif _is_16_bit(file):
+        elif is_16_bit:
             image, peak = _read_16_bit(content, storage.bits or 16)
         elif file.mode == "F" or file.mode.startswith("I"):
             raise ValueError("floating-point or 32-bit pixels, whose white level is unknown; convert to 8 or 16 bits")

@@ -32,12 +32,16 @@ _thread = threading.local()  # a decompressor is one thread's
 
 
 class Frame(NamedTuple):
-    """A JPEG's frame header. plain: baseline or progressive, 8 bits, and no fill bytes before its markers."""
+    """A JPEG's frame header. plain: baseline or progressive, 8 bits, and no fill bytes before its markers.
+
+    has_exif: whether EXIF comes before it.
+    """
 
     height: int
     width: int
     components: int
     plain: bool
+    has_exif: bool
 
 
 def is_jpeg(content: bytes) -> bool:
@@ -81,7 +85,8 @@ def read_frame(content: bytes) -> Frame:
             )  # fmt: skip
             if code in _PROGRESSIVE and not _has_all_scans(content, position, components):
                 raise ValueError("scans of a progressive JPEG are missing")
-            return Frame(height, width, components, code <= 0xC2 and bits == 8 and not filled)
+            plain = code <= 0xC2 and bits == 8 and not filled
+            return Frame(height, width, components, plain, has_exif=b"Exif\0" in content[:position])
         if code in (_SOS, _EOI, _SOI):
             break
         position += 2 + int.from_bytes(content[position + 2 : position + 4])

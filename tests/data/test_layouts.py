@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -17,8 +16,6 @@ from scipy.io import savemat
 
 from gowide_dist.data.beton import Beton
 from gowide_dist.data.encode import Options, encode
-from gowide_dist.errors import DataError
-from tests.command import gowide
 from tests.data.conftest import photo
 
 WNIDS = ("n01440764", "n01443537", "n02105855", "n03000684", "n07753592")

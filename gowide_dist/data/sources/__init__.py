@@ -6,6 +6,7 @@ the same images give the same files, however they lie on disk.
 
 import os
 import re
+import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -104,6 +105,9 @@ _ROW = np.dtype(
 )
 
 
+_PACKED_ROW = struct.Struct("<iqiqqq")
+
+
 @dataclass(frozen=True)
 class FileList:
     """Images in files, in columns: as objects, a million of them would take a gigabyte.
@@ -132,12 +136,12 @@ class FileList:
 
 
 class Lister:
-    """Collects the images of a split, in any order, into a FileList in the order of (label, name)."""
+    """Collects the images of a split, in any order, and makes a FileList of them in the order of (label, name)."""
 
     def __init__(self) -> None:
         self._places: list[str] = []
         self._names = bytearray()
-        self._columns = array("q")
+        self._rows = bytearray()  # of _ROW
         self._labels = array("q")
 
     def __len__(self) -> int:
@@ -149,7 +153,7 @@ class Lister:
 
     def add(self, name: str, label: int, size: int, mtime_ns: int, offset: int = _WHOLE_FILE) -> None:
         encoded = os.fsencode(name)
-        self._columns.extend((len(self._places) - 1, len(self._names), len(encoded), offset, size, mtime_ns))
+        self._rows += _PACKED_ROW.pack(len(self._places) - 1, len(self._names), len(encoded), offset, size, mtime_ns)
         self._names += encoded
         self._labels.append(label)
 
@@ -157,12 +161,7 @@ class Lister:
         """relabel: the label for each number that was given as one."""
         labels = np.array(self._labels, np.int64)
         labels = labels if relabel is None else relabel[labels]
-        rows = np.empty(len(labels), _ROW)
-        for name, column in zip(
-            _ROW.names or (), np.array(self._columns).reshape(-1, len(_ROW.names or ())).T, strict=True
-        ):
-            rows[name] = column
-        files = FileList(self._places, bytes(self._names), rows)
+        files = FileList(self._places, bytes(self._names), np.frombuffer(self._rows, _ROW))
         order = np.argsort(labels, kind="stable")
         for same in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
             same[:] = sorted(same.tolist(), key=lambda row: _sort_key(files, row))

@@ -3,6 +3,7 @@
 import mimetypes
 import os
 from collections.abc import Iterator
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -163,11 +164,12 @@ def _list_classes(folder: Path, classes: tuple[str, ...]) -> ImageList:
         return list(_walk(str(path), inside)) if path.is_dir() else []
 
     with ThreadPool(_THREADS) as pool:
-        for label, found in enumerate(pool.imap(list_class, classes)):
+        batches = (classes[start : start + _THREADS] for start in range(0, len(classes), _THREADS))
+        for label, found in enumerate(chain.from_iterable(pool.map(list_class, batch, 1) for batch in batches)):
             for part in found:
                 if (other := seen.setdefault(part.identity, part.path)) != part.path:
                     raise DataError(f"{part.path}: the same folder as {other}: its images would count twice; remove it")
-                left_out += [os.path.relpath(os.path.join(part.path, name), folder) for name in part.left_out]  # noqa: PTH118
+                left_out += [os.path.relpath(os.path.join(part.path, name), folder) for name in sorted(part.left_out)]  # noqa: PTH118
                 lister.place(part.path)
                 for name, size, mtime_ns in part.files:
                     lister.add(name, label, size, mtime_ns)
@@ -182,7 +184,7 @@ def _walk(path: str, inside: tuple[tuple[int, int], ...]) -> Iterator[_Folder]:
     if identity in inside:
         raise DataError(f"{path}: a link to a folder that it is in: its images would count many times; remove it")
     found, folders = _Folder(path, identity, [], []), []
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+    for entry in os.scandir(path):
         is_folder = entry.is_dir()
         if is_no_image(entry.name, is_folder=is_folder):
             found.left_out.append(entry.name)
@@ -191,7 +193,7 @@ def _walk(path: str, inside: tuple[tuple[int, int], ...]) -> Iterator[_Folder]:
         else:
             found.files.append((entry.name, *_size_and_time(entry)))
     yield found
-    for folder in folders:
+    for folder in sorted(folders):
         yield from _walk(folder, (*inside, identity))
 
 
