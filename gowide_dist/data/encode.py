@@ -219,7 +219,7 @@ def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options
                 folder.rmdir()
                 return info
             except BaseException:
-                if not any(path.stat().st_size for path in folder.glob("*.journal")):
+                if not any(folder.glob("*/")) and not any(path.stat().st_size for path in folder.glob("*.journal")):
                     shutil.rmtree(out if is_new else folder, ignore_errors=True)
                 raise
 

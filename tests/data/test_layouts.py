@@ -1,8 +1,12 @@
 """The same images in every layout in which people hold ImageNet."""
 
+import gzip
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +18,11 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from gowide_dist.data import encode as encoders
 from gowide_dist.data.beton import Beton
 from gowide_dist.data.encode import Options, encode
+from gowide_dist.errors import DataError
+from tests.command import gowide
 from tests.data.conftest import photo
 
 WNIDS = ("n01440764", "n01443537", "n02105855", "n03000684", "n07753592")
@@ -216,3 +223,138 @@ def test_every_layout_gives_the_same_files(
     info = encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
     assert info.classes == (tuple("01234") if layout is webdataset else WNIDS)
     assert stored(tmp_path / "out") == expected
+
+
+def tiny_imagenet(root: Path, images: Images) -> None:
+    for name, (wnid, content) in images["train"].items():
+        write(root / "train" / wnid / "images" / f"{name}.JPEG", content)
+        write(root / "train" / wnid / f"{wnid}_boxes.txt", "0\t0\t0\t62\t62\n")
+    for name, (_, content) in images["val"].items():
+        write(root / "val" / "images" / f"{name}.JPEG", content)
+    rows = "".join(f"{name}.JPEG\t{wnid}\t0\t32\t44\t62\n" for name, (wnid, _) in images["val"].items())
+    write(root / "val" / "val_annotations.txt", rows)
+    write(root / "test" / "images" / "test_0.JPEG", next(iter(images["val"].values()))[1])
+    write(root / "wnids.txt", "".join(f"{wnid}\n" for wnid in reversed(WNIDS)))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "layout"),
+    [
+        ("tiny-imagenet", tiny_imagenet), ("imagenet", tiny_imagenet), ("parquet", parquet_without_names),
+        ("webdataset", webdataset), ("imagefolder", flat_val_with_names),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)  # fmt: skip
+def test_other_data_sets_of_these_forms(tmp_path: Path, images: Images, expected: list[bytes], dataset, layout):
+    layout(tmp_path / "root", images)
+    encode(dataset, tmp_path / "out", tmp_path / "root", KEEP)
+    assert stored(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("root", ["", "ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC"])
+def test_kaggles_folder_may_be_given_at_any_depth(tmp_path: Path, images: Images, expected: list[bytes], root: str):
+    kaggle(tmp_path / "root", images)
+    encode("imagenet", tmp_path / "out", tmp_path / "root" / root, KEEP)
+    assert stored(tmp_path / "out") == expected
+
+
+def test_an_interrupted_encode_of_parquet_files_unpacks_once(
+    tmp_path: Path, images: Images, expected: list[bytes], monkeypatch: pytest.MonkeyPatch, capsys
+):
+    parquet(tmp_path / "root", images)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoders, "_refuse", lambda bad, options: pytest.exit("stopped"))
+        with pytest.raises(pytest.exit.Exception):
+            encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
+        unpacked = [*(tmp_path / "out" / ".partial" / "unpacked").iterdir()]
+        times = {path: path.stat().st_mtime_ns for path in unpacked}
+        patch.setattr(
+            encoders, "_refuse", lambda bad, options: times == {p: p.stat().st_mtime_ns for p in unpacked} or 1 / 0
+        )
+        encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
+    assert stored(tmp_path / "out") == expected
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def compress(root: Path) -> None:
+    for path in root.glob("*.tar"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def write_label(root: Path, label: str) -> None:
+    lines = (root / "val_labels.txt").read_text().splitlines()
+    (root / "val_labels.txt").write_text("\n".join([lines[0].split()[0] + label, *lines[1:]]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage", "message"),
+    [
+        (official_archives, lambda root: cut(root / "ILSVRC2012_img_train.tar"), "img_train.tar: (cut off|cannot be read)"),
+        (official_archives, lambda root: cut(root / "ILSVRC2012_img_val.tar"), "img_val.tar: (cut off|cannot be read)"),
+        (official_archives, lambda root: cut(root / "ILSVRC2012_devkit_t12.tar.gz"), "devkit_t12.tar.gz: cannot be read"),
+        (official_archives, lambda root: (root / "ILSVRC2012_devkit_t12.tar.gz").unlink(), "its labels are in the devkit"),
+        (archives_by_class, lambda root: (root / "train" / "n01440764").mkdir(), "which is not unpacked"),
+        (archives_by_class, lambda root: cut(root / "ILSVRC2012_devkit_t12/data/meta.mat"), "devkit_t12: cannot be read"),
+        (archives_by_class, lambda root: (root / "ILSVRC2012_devkit_t12/data/meta.mat").unlink(), "no meta.mat in it"),
+        (flat_val_with_names, lambda root: (root / "val_labels.txt").unlink(), "val: no class folders in it, but 60 images; give .*--val-labels"),
+        (flat_val_with_names, lambda root: write_label(root, ""), "should have lines of name and class"),
+        (flat_val_with_names, lambda root: write_label(root, " n99999999"), "label n99999999 is none of the 5 classes"),
+        (flat_val_with_names, lambda root: write(root / "val" / "more.JPEG", b"x"), "no label for 1 images of .*val: more.JPEG"),
+        (flat_val_with_names, lambda root: (root / "my_val_labels.csv").write_text(""), "my_val_labels.csv, val_labels.txt may hold the labels"),
+        (flat_val_with_lines, lambda root: write(root / "val" / "more.JPEG", b"x"), "60 labels without names, for 61 images"),
+        (flat_val_with_numbers, lambda root: (root / "val.txt").write_text("a.JPEG 1\nb.JPEG 5\n"), "no label for 60 images"),
+        (kaggle, lambda root: (root / "LOC_val_solution.csv").unlink(), "val: no class folders in it, but 60 images"),
+        (parquet, lambda root: cut(root / "data/train-00001-of-00002.parquet"), "train-00001-of-00002.parquet: cannot be read"),
+        (webdataset, lambda root: cut(root / "imagenet1k-train-0001.tar"), "train-0001.tar: (cut off|cannot be read)"),
+        (webdataset, compress, "it is compressed: unpack it"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_damaged_is_named(tmp_path: Path, images: Images, layout, damage, message: str):
+    layout(tmp_path / "root", images)
+    damage(tmp_path / "root")
+    with pytest.raises(DataError, match=message) as error:
+        encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
+    assert "\n" not in str(error.value)
+    assert not any((tmp_path / "out").rglob("*.journal"))
+
+
+def test_numbers_that_count_from_1_are_no_labels(tmp_path: Path, images: Images):
+    """They may be ILSVRC ids, which are not the order of the names: taking them for it gives 0.08 % accuracy."""
+    flat_val_with_numbers(tmp_path / "root", images)
+    rows = "".join(f"{name}.JPEG {ILSVRC_IDS[wnid]}\n" for name, (wnid, _) in images["val"].items())
+    (tmp_path / "root" / "val.txt").write_text(rows)
+    with pytest.raises(
+        DataError, match=r"val\.txt: label \d is none of the 5 classes.*, and numbers have to count from 0"
+    ):
+        encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
+
+
+def test_a_file_of_labels_can_be_given(tmp_path: Path, images: Images, expected: list[bytes]):
+    flat_val_with_names(tmp_path / "root", images)
+    (tmp_path / "root" / "val_labels.txt").rename(tmp_path / "mine")
+    folders = ["--root", tmp_path / "root", "--out", tmp_path / "out"]
+    options = ["--val-labels", tmp_path / "mine", "--write-mode", "keep", "--workers", 1]
+    result = gowide("encode", "imagefolder", *folders, *options)
+    assert result.returncode == 0, result.stderr
+    assert stored(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("make", ["mkdir root", "mkdir -p root/a/b", "true", "touch root"])
+def test_what_is_no_imagenet_says_what_is(tmp_path: Path, make: str):
+    subprocess.run(make, shell=True, cwd=tmp_path, check=True)
+    with pytest.raises(
+        DataError, match=r"root: (no form of ImageNet that is known here .*WebDataset shards|not found)"
+    ):
+        encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "scipy"])
+def test_a_missing_package_is_told(tmp_path: Path, images: Images, package: str, monkeypatch: pytest.MonkeyPatch):
+    (parquet if package == "pyarrow" else official_archives)(tmp_path / "root", images)
+    for name in ("pyarrow", "pyarrow.parquet", "scipy.io"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match=rf"needs {package}: pip install 'gowide_dist\[datasets\]'"):
+        encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)

@@ -216,8 +216,10 @@ def classes_of_texts(numbers: dict[str, int], classes_file: Path) -> tuple[tuple
 
 
 def shard_files(root: Path, suffix: str) -> dict[SplitName, list[Path]]:
-    """Files of a suffix in `root` and its folders, by the split that their path names; without any, all are train."""
-    files = sorted({*root.glob(f"*.{suffix}"), *root.glob(f"*/*.{suffix}")})
+    """Files of a suffix in `root` and its split folders, by the split that their paths name; without any, all train."""
+    usual = {name for names in SPLIT_NAMES.values() for name in names}
+    folders = [root, *(path for path in root.iterdir() if path.name.lower() in usual and path.is_dir())]
+    files = sorted(path for folder in folders for path in folder.glob(f"*.{suffix}") if not path.name.startswith("."))
     splits: dict[SplitName, list[Path]] = {}
     unnamed: list[Path] = []
     for path in files:

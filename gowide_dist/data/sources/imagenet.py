@@ -26,9 +26,7 @@ def read_imagenet(root: Path, val_labels: Path | None = None) -> SourceDataset:
         raise DataError(f"{root}: not found, or no folder")
     folder = next((root / path for path in _KAGGLE if (root / path).is_dir()), root)
     folders = split_folders(folder)
-    has_classes = _TRAIN_TAR in {path.name for path in folder.iterdir()} or (
-        "train" in folders and not any(form(folders["train"]) for form in (parquet_files, _shards_of_a_split))
-    )
+    has_classes = (folder / _TRAIN_TAR).exists() or ("train" in folders and _is_by_class(folders["train"]))
     if has_classes:
         return _read_classes(root, folder, folders, val_labels)
     readers: dict[str, tuple[Callable[[Path], object], Callable[[Path], SourceDataset]]] = {
@@ -46,22 +44,35 @@ def read_imagenet(root: Path, val_labels: Path | None = None) -> SourceDataset:
     )
 
 
-def _shards_of_a_split(folder: Path) -> bool:
-    """Whether archives in train/ are shards, and not one of each class."""
-    paths = [*folder.glob("*.tar")]
-    return bool(paths) and not all(path.stem[:1] == "n" and path.stem[1:].isdecimal() for path in paths)
+def _is_by_class(train: Path) -> bool:
+    """Whether a folder holds class folders, or an archive WNID.tar for each class, and not shards or parquet files."""
+    archives = [*train.glob("*.tar")]
+    if _class_folders(train):
+        if missing := sorted({path.stem for path in archives} - _class_folders(train)):
+            raise DataError(
+                f"{train}: class folders, and {missing[0]}.tar, which is not unpacked; unpack it or remove it"
+            )
+        return True
+    wnids = all(path.stem[:1] == "n" and path.stem[1:].isdecimal() for path in archives)
+    return wnids if archives else not any(train.glob("*.parquet"))
+
+
+def _class_folders(train: Path) -> set[str]:
+    return {path.name for path in train.iterdir() if path.is_dir() and not is_no_image(path.name, is_folder=True)}
 
 
 def _read_classes(root: Path, folder: Path, folders: dict[SplitName, Path], val_labels: Path | None) -> SourceDataset:
     """Training images by class: folders, or archives; validation images in class folders, flat, or in an archive."""
     train_tar, val_tar = folder / _TRAIN_TAR, folder / _VAL_TAR
-    if "train" in folders and any(folders["train"].glob("*.tar")):
+    if "train" in folders and not _class_folders(folders["train"]) and any(folders["train"].glob("*.tar")):
         train_tar = folders["train"]
-    is_packed = train_tar.exists()
+    is_packed = train_tar == folders.get("train") or ("train" not in folders and train_tar.exists())
     say(f"{root}: training images in {'archives by class' if is_packed else 'class folders'}")
     classes, train = list_class_archives(train_tar) if is_packed else list_train(folders["train"])
     splits: dict[SplitName, ImageList] = {"train": train.shuffled()}
-    beside = [folder, *folder.parents[: len(folder.relative_to(root).parts)]]  # Kaggle's csv lies in the root
+    # Kaggle's csv lies above ILSVRC/Data/CLS-LOC, wherever in there the root is.
+    depth = 3 if folder.resolve().name == _KAGGLE[-1] else 0
+    beside = [folder, *folder.resolve().parents[:depth]]
     if "val" in folders:
         images = list_split(folders["val"], classes, beside, "val", val_labels)
         assert images is not None, "of val, list_split raises"

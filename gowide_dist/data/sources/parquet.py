@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -73,7 +74,10 @@ def read_parquet(root: Path) -> SourceDataset:
     for split, paths in parquet_files(root).items():
         listers[split] = Lister()
         for path in paths:
-            column, labels, images, names = _read_columns(path)
+            own_column, labels, images, names = _read_columns(path)
+            if column not in ("", own_column):
+                raise DataError(f"{path}: its images are in {own_column}, those of other files in {column}")
+            column = own_column
             if split == "test" and set(labels) == {"-1"}:
                 continue
             listers[split].place(path)
@@ -102,14 +106,25 @@ def read_parquet(root: Path) -> SourceDataset:
 
 def _open(path: Path) -> Any:
     try:
-        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DataError(f"{path}: reading it needs pyarrow: pip install 'gowide_dist[datasets]'") from None
+    return _reading(path, lambda: ParquetFile(path))
+
+
+def _reading(path: Path, read: Callable[[], Any]) -> Any:
+    """What `read` returns. Raises DataError if the file is damaged."""
+    from pyarrow import ArrowException
+
     try:
-        return ParquetFile(path)
+        return read()
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); get the file again") from None
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); get the file again") from None
+
+
+def _children(kind: Any) -> list[Any]:
+    """The fields of a struct; none of another type."""
+    return [kind.field(number) for number in range(kind.num_fields)]
 
 
 def _read_columns(path: Path) -> tuple[str, list[str], list[str], tuple[str, ...] | None]:
@@ -118,11 +133,11 @@ def _read_columns(path: Path) -> tuple[str, list[str], list[str], tuple[str, ...
     schema = file.schema_arrow
     image = next((name for name in _IMAGES if name in schema.names), None)
     label = next((name for name in _LABELS if name in schema.names), None)
-    if image is None or label is None:
-        raise DataError(f"{path}: has columns {listed(schema.names)}, and no image or no label")
-    children = [child.name for child in schema.field(image).type] if schema.field(image).type.num_fields else []
+    children = [] if image is None else [child.name for child in _children(schema.field(image).type)]
+    if image is None or label is None or (children and "bytes" not in children):
+        raise DataError(f"{path}: has columns {listed(schema.names)}, and not `image` with bytes and `label`")
     columns = [label, *([f"{image}.path"] if "path" in children else [])]
-    table = file.read(columns)
+    table = _reading(path, lambda: file.read(columns))
     labels = ["-1" if value is None else str(value) for value in table[label].to_pylist()]
     paths = [row["path"] for row in table[image].to_pylist()] if "path" in children else [None] * len(labels)
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
@@ -149,7 +164,8 @@ def _unpack(path: Path, column: str, folder: Path) -> tuple[Path, NDArray[np.int
         partial = unpacked.with_suffix(".partial")
         ends = [0]
         with partial.open("wb") as output:
-            for batch in file.iter_batches(_ROWS, columns=[column]):
+            batches = file.iter_batches(_ROWS, columns=[column])
+            while batch := _reading(path, lambda: next(batches, None)):
                 values = batch.column(0)
                 for value in values.field("bytes") if column.endswith(".bytes") and values.type.num_fields else values:
                     content = value.as_py() or b""

@@ -26,6 +26,9 @@ def members(path: Path, start: int = 0) -> Iterator[Entry]:
                     raise DataError(f"{path}: cut off in {member.name}; get the file again")
                 if member.isfile():
                     yield Entry(member.name, member.size, status.st_mtime_ns, member.offset_data)
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes any other end for one too
+                raise DataError(f"{path}: cut off or damaged at byte {archive.offset:,}; get the file again")
     except tarfile.TarError as error:
         hint = "it is compressed: unpack it with gunzip" if is_compressed(path) else "get the file again"
         raise DataError(f"{path}: cannot be read ({error}); {hint}") from None
@@ -49,6 +52,8 @@ def list_class_archives(path: Path) -> tuple[tuple[str, ...], ImageList]:
         ]
     if not archives:
         raise DataError(f"{path}: no archives CLASS.tar in it")
+    if len({name for name, _, _ in archives}) < len(archives):
+        raise DataError(f"{path}: two archives of one class in it")
     lister, left_out = Lister(), []
     archives.sort()
     for label, (name, archive, start) in enumerate(archives):

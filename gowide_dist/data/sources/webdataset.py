@@ -38,7 +38,7 @@ def read_webdataset(root: Path) -> SourceDataset:
             listers[split].place(path)
             for key, (entry, label) in _samples(path).items():
                 number = numbers.setdefault(label, len(numbers))
-                listers[split].add(key, number, entry.size, entry.mtime_ns, entry.offset or 0)
+                listers[split].add(PurePath(key).name, number, entry.size, entry.mtime_ns, entry.offset or 0)
     if "train" not in listers:
         raise DataError(f"{root}: no shards train*.tar in it")
     classes, relabel = classes_of_texts(numbers, root / "classes.txt")
@@ -53,12 +53,17 @@ def _samples(path: Path) -> dict[str, tuple[Entry, str]]:
     labels: dict[str, str] = {}
     with path.open("rb") as file:
         for entry in members(path):
-            key, _, extension = PurePath(entry.name).name.partition(".")
+            name = PurePath(entry.name)
+            base, _, extension = name.name.partition(".")
+            key = str(name.with_name(base)) if base else ""
             if key and extension.lower() in _IMAGES:
+                if key in images:
+                    raise DataError(f"{path}: two images of the key {key}")
                 images[key] = entry
-            elif extension.lower() in _LABELS:
+            elif key and extension.lower() in _LABELS:
                 file.seek(entry.offset or 0)
-                labels[key] = file.read(entry.size).decode(errors="replace").strip()
+                if text := file.read(entry.size).decode(errors="replace").strip():
+                    labels[key] = text
     if unlabelled := sorted(images.keys() - labels.keys()):
         names = f"{len(unlabelled):,} of {len(images):,} images have no label KEY.cls: {listed(unlabelled)}"
         raise DataError(f"{path}: {names}")
