@@ -1,15 +1,8 @@
 """`gowide encode`: a dataset in its usual form on disk becomes train.beton, val.beton and dataset.json."""
 
 import math
-import multiprocessing
-import os
 import shutil
-import signal
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,15 +10,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import ImageColor
 
-from gowide_dist import stop
 from gowide_dist.data.beton import Beton
-from gowide_dist.data.images import BadImage, Item, Sample, Storage, encode_sample, image_key
+from gowide_dist.data.images import BadImage, Sample, Storage, encode_sample, image_key
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
 from gowide_dist.data.partial import SplitFile
-from gowide_dist.data.sources import FileList, ImageList, SourceDataset, SplitName, listed, stratified
+from gowide_dist.data.sources import FileList, ImageList, SourceDataset, SplitName, stratified
 from gowide_dist.data.sources.cifar import read_cifar
 from gowide_dist.data.sources.fashion_mnist import FASHION_MNIST_ROOT, read_fashion_mnist
 from gowide_dist.data.sources.ffcv import read_ffcv
@@ -33,19 +24,14 @@ from gowide_dist.data.sources.image_folder import read_image_folder
 from gowide_dist.data.sources.imagenet import read_imagenet
 from gowide_dist.data.sources.parquet import read_parquet
 from gowide_dist.data.sources.webdataset import read_webdataset
+from gowide_dist.data.tally import Tally, say_counts
+from gowide_dist.data.workers import encode_images
 from gowide_dist.errors import DataError
 from gowide_dist.files import PARTIAL, move_up, try_lock, writing_to
 from gowide_dist.progress import say, track
 
 SKIPPED_FILE_NAME, LOCK_FILE_NAME = "skipped.txt", ".lock"
-MIN_STD = 1 / 255  # of a constant channel: images are divided by it
 
-_CHUNK = 8  # files that a worker is sent at a time; raw ones take up to 8 MB each
-_CHUNKS_AHEAD = 4  # for each worker
-_SIGNAL_S = 1.0
-_PEAKS = 100  # images of 16 bits after which it is clear how many bits they use
-_MAX_CLASSES_SHOWN = 12  # each with its number of images
-_UNEQUAL = 10  # times as many images in one class as in another: said
 _LEAST_MEASURED_SHARE, _LEAST_MEASURED = 1 / 8, 256  # of images that are kept as they are
 
 READERS: dict[str, Callable[[Path], SourceDataset]] = {
@@ -184,6 +170,8 @@ def _divide(dataset: SourceDataset, options: Options) -> SourceDataset:
             raise DataError(f"--{option} {count:,}: there are {len(train):,} training images")
         chosen = stratified(train.labels, count)
         if option == "held-out":
+            if {"val", "test"} <= {*splits}:
+                raise DataError("--held-out: there are images for val and for test already; leave it out")
             if "val" in splits:
                 splits["test"] = splits["val"]
             splits["val"] = train.take(chosen)
@@ -226,10 +214,10 @@ def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options
 
 def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, options: Options) -> DatasetInfo:
     lists = {name: images.unpacked(folder) for name, images in dataset.splits.items()}
-    _say_counts(dataset)
-    bad = [image for images in lists.values() for image in _known_by_listing(images, options)]
+    say_counts(dataset)
+    bad = dict.fromkeys(image for images in lists.values() for image in _known_by_listing(images, options))
     _refuse(bad, options)
-    tally = _Tally(options.bits)
+    tally = Tally(options.bits)
     splits: dict[SplitName, Split] = {}
     for name, images in lists.items():
         share = _measured_share(images, options) if name == "train" else 0.0
@@ -239,7 +227,7 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
                 if isinstance(sample, Sample):
                     tally.add(sample)
                 elif sample not in bad:
-                    bad.append(sample)
+                    bad[sample] = None
                     say(f"bad image {sample.path}: {sample.reason}")
             if not file.num_samples:
                 raise DataError(f"{dataset.description}: no good image in {name}")
@@ -269,58 +257,6 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
     return info
 
 
-class _Tally:
-    """Counts over the samples of all splits. bits: Options.bits; num_peaks: images of 16 bits so far."""
-
-    def __init__(self, bits: int | None):
-        self.sides: set[int] = set()
-        self._moments, self._num_measured = np.zeros((2, 3)), 0
-        self._bits, self._peak, self._num_peaks = bits, 0, 0
-        self.num_composed = 0
-
-    def add(self, sample: Sample) -> None:
-        self.sides |= {sample.image.height, sample.image.width}
-        if not np.isnan(sample.moments[0, 0]):
-            self._moments += sample.moments
-            self._num_measured += 1
-        self.num_composed += sample.composed
-        if sample.peak:
-            self._peak, self._num_peaks = max(self._peak, sample.peak), self._num_peaks + 1
-            if self._num_peaks == _PEAKS:
-                self.check_peak()
-
-    def check_peak(self) -> None:
-        """Raises DataError if the images of 16 bits use fewer, and nobody said how many."""
-        if self._num_peaks and self._bits is None and (used := max(9, self._peak.bit_length())) < 16:
-            raise DataError(
-                f"{self._num_peaks:,} images of 16 bits a channel have values up to {self._peak:,}: they use {used} "
-                f"bits, and would be dark; give --bits {used}, or the camera's number, or --bits 16 to leave them so"
-            )
-
-    @property
-    def mean_and_std(self) -> NDArray[np.float64]:
-        """[2, 3], on a scale of 0 to 1."""
-        mean, mean_square = self._moments / self._num_measured
-        variance = mean_square - mean**2  # rounding may make it negative where all pixels are alike
-        return np.stack([mean, np.sqrt(variance.clip(min=MIN_STD**2))])
-
-
-def _say_counts(dataset: SourceDataset) -> None:
-    for split, images in dataset.splits.items():
-        counts = np.bincount(images.labels, minlength=len(dataset.classes))
-        fewest, most = int(counts.argmin()), int(counts.argmax())
-        each = ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts, strict=True))
-        if len(counts) > _MAX_CLASSES_SHOWN:
-            of = [f"{counts[label]:,} ({dataset.classes[label]})" for label in (fewest, most)]
-            each = f"{of[0]} to {of[1]} a class"
-        say(f"{split}: {len(images):,} images in {len(counts):,} classes: {each}")
-        if split == "train" and counts[most] >= _UNEQUAL * counts[fewest]:
-            names = f"{dataset.classes[most]} has {counts[most]:,} images, {dataset.classes[fewest]} {counts[fewest]:,}"
-            say(f"note: very unequal classes: {names}; `class_weights: balanced` in a stage weighs them alike")
-        if split != "train" and (absent := [dataset.classes[label] for label in np.flatnonzero(counts == 0)]):
-            say(f"note: {split}: no images of {len(absent):,} classes: {listed(absent)}")
-
-
 def _known_by_listing(images: ImageList, options: Options) -> Iterator[BadImage]:
     """Files that are empty, or no files: bad images that are known before any is decoded."""
     if isinstance(images.items, FileList):
@@ -331,7 +267,8 @@ def _known_by_listing(images: ImageList, options: Options) -> Iterator[BadImage]
                 yield sample
 
 
-def _refuse(bad: list[BadImage], options: Options) -> None:
+def _refuse(bad: Iterable[BadImage], options: Options) -> None:
+    bad = list(bad)
     if bad and not options.skip_bad:
         raise DataError(
             f"bad images: {len(bad):,}, listed above, first {bad[0].path} ({bad[0].reason}); fix or remove them, or "
@@ -361,7 +298,7 @@ def _write_samples(
     if file.earlier:
         found = file.find(map(key, range(len(images))))
         say(f"{(found >= 0).sum():,} of {len(images):,} images have been encoded before")
-    with closing(encode_images(images, np.flatnonzero(found < 0), options, measured_share)) as fresh:
+    with closing(encode_images(images, np.flatnonzero(found < 0), storage, measured_share, options.workers)) as fresh:
         for index in range(len(images)):
             if found[index] >= 0:
                 yield file.take(int(found[index]), int(images.labels[index]))
@@ -370,48 +307,3 @@ def _write_samples(
             if isinstance(sample, Sample):
                 file.write(sample, key(index))
             yield sample
-
-
-def encode_images(
-    images: ImageList, indices: NDArray[np.int64], options: Options, measured_share: float
-) -> Generator[Sample | BadImage]:
-    """Encode images `indices` (int64 [M]) in that order, files in worker processes: how many, no byte depends on."""
-    workers = options.workers or len(os.sched_getaffinity(0))
-    chunks = (
-        [(images.items[index], int(images.labels[index]), index) for index in indices[start : start + _CHUNK].tolist()]
-        for start in range(0, len(indices), _CHUNK)
-    )
-    if isinstance(images.items, np.ndarray) or workers == 1 or not len(indices):
-        for chunk in chunks:
-            yield from _encode_chunk(chunk, options.storage, measured_share)
-        return
-    pending: deque[Future[list[Sample | BadImage]]] = deque()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),))
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(_encode_chunk, chunk, options.storage, measured_share))
-            if len(pending) > workers * _CHUNKS_AHEAD:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool:
-        time.sleep(_SIGNAL_S)  # Slurm signals all processes of a job at once: this one's signal then tells more
-        raise DataError(
-            "a worker process of the encoding died; is there enough memory? run the same command again with fewer "
-            "--workers: it goes on from what is encoded"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(parent: int) -> None:
-    """Leave Ctrl-C and Slurm's warning to the parent, and end with it however it ends."""
-    for number in (signal.SIGINT, stop.WARNING_SIGNAL):
-        signal.signal(number, signal.SIG_IGN)
-    stop.end_with(parent)
-
-
-def _encode_chunk(
-    chunk: list[tuple[Item, int, int]], storage: Storage, measured_share: float
-) -> list[Sample | BadImage]:
-    return [encode_sample(item, label, index, storage, measured_share) for item, label, index in chunk]

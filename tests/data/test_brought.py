@@ -15,9 +15,7 @@ from gowide_dist.data import images as images_module
 from gowide_dist.data.beton import JPEG, Beton
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.images import read_rgb
-from gowide_dist.data.loader import Loader
 from gowide_dist.errors import DataError
-from gowide_dist.timeline import Batching
 from tests.command import gowide, refused
 from tests.data.conftest import photo
 
@@ -295,7 +293,7 @@ def test_counts_are_shown_and_very_unequal_ones_said(root: Path, tmp_path: Path,
     assert "note: val: no images of 1 classes: dog\n" in lines
 
 
-def test_kept_jpegs_are_the_same_bytes_and_are_loaded_as_ever(root: Path, tmp_path: Path):
+def test_kept_jpegs_are_the_same_bytes(root: Path, tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6
     others = {
@@ -316,8 +314,6 @@ def test_kept_jpegs_are_the_same_bytes_and_are_loaded_as_ever(root: Path, tmp_pa
     assert {*kept.values()} <= {*streams}
     assert not {*others.values()} & {*streams}
     assert (beton.modes == JPEG).all() and max(beton.heights.max(), beton.widths.max()) == 128
-    loader = Loader(tmp_path / "out" / "val.beton", Batching(len(beton)), train=False, resolution=64, geometry=None)
-    loader.close()
 
 
 def test_moments_of_kept_jpegs_are_those_of_their_pixels(root: Path, tmp_path: Path):
@@ -340,6 +336,8 @@ def test_a_test_folder_becomes_the_test_split_or_is_said(root: Path, tmp_path: P
     write(root / "test" / "cat" / "a.png", png(PICTURE))
     info = encode("imagefolder", tmp_path / "a", root, RAW)
     assert {name: split.samples for name, split in info.splits.items()} == {"train": 4, "val": 2, "test": 1}
+    with pytest.raises(DataError, match="there are images for val and for test already"):
+        encode("imagefolder", tmp_path / "b", root, Options(held_out=2, workers=1))
     (root / "test" / "cat" / "a.png").rename(root / "test" / "a.png")
     (root / "test" / "cat").rmdir()
     info = encode("imagefolder", tmp_path / "b", root, RAW)

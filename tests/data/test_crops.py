@@ -1,5 +1,6 @@
 """Images of varying sizes, half of them JPEG: the exactness of the stream, and the crops against torchvision's."""
 
+import io
 import threading
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from gowide_dist.data import decode
+from gowide_dist.data import decode, jpeg
 from gowide_dist.data.beton import JPEG, Beton
 from gowide_dist.data.encode import Options, encode
-from gowide_dist.data.images import encode_jpg, read_rgb
+from gowide_dist.data.images import read_rgb
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.data.order import quasi_random_order, random_order
 from gowide_dist.errors import DataError
@@ -151,10 +152,22 @@ def test_boxes_of_extreme_images_lie_inside(height: int, width: int):
         assert h > 0 and w > 0 and 0 <= top <= height - h and 0 <= left <= width - w
 
 
-def test_partial_decoding_gives_the_top_rows_of_the_whole():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "progressive": True}, {"restart_marker_rows": 1},
+        {"restart_marker_blocks": 3, "progressive": True}, {"comment": b"a" * 3000, "dpi": (300, 300)}, {"keep_rgb": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_partial_decoding_gives_the_top_rows_of_the_whole(options: dict):
+    """Of every kind of JPEG that may be kept as it is."""
     rng = np.random.default_rng(0)
     noise = np.asarray(rng.integers(0, 256, (133, 150, 3), np.uint8))
-    data = np.frombuffer(encode_jpg(noise, 90).data, np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG", quality=90, **options)
+    assert jpeg.read_frame(file.getvalue()).plain
+    data = np.frombuffer(file.getvalue(), np.uint8)
     column = np.zeros(1, np.int64)
     arrays = decode.BetonArrays(data, column, column + len(data), np.zeros(1, np.uint8), column + 133, column + 150)
     scratch = decode.Scratch.of(arrays)

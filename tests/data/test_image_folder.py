@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from gowide_dist.data.beton import JPEG, Beton
-from gowide_dist.data.encode import Options, encode, encode_images, jpg_share_of, write_dataset
+from gowide_dist.data.encode import Options, encode, jpg_share_of, write_dataset
 from gowide_dist.data.images import Storage, encode_sample, read_rgb
 from gowide_dist.data.sources import ImageList, stratified
 from gowide_dist.data.sources.image_folder import read_image_folder
+from gowide_dist.data.workers import encode_images
 from gowide_dist.errors import DataError
 from tests.command import refused
 from tests.data.conftest import photo, write_image_folder
@@ -223,7 +224,7 @@ class Bomb:
 def test_a_dead_worker_is_an_error():
     items = [Bomb() for _ in range(100)]
     with pytest.raises(DataError, match=r"worker process .* died"):
-        list(encode_images(ImageList(items, np.zeros(100, np.int64)), np.arange(100), Options(workers=2), 1.0))
+        list(encode_images(ImageList(items, np.zeros(100, np.int64)), np.arange(100), Storage(), 1.0, workers=2))
 
 
 def test_max_side_and_statistics(tmp_path: Path):

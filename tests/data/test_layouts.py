@@ -21,6 +21,7 @@ from scipy.io import savemat
 from gowide_dist.data import encode as encoders
 from gowide_dist.data.beton import Beton
 from gowide_dist.data.encode import Options, encode
+from gowide_dist.data.sources.labels import read_labels
 from gowide_dist.errors import DataError
 from tests.command import gowide
 from tests.data.conftest import photo
@@ -358,3 +359,23 @@ def test_a_missing_package_is_told(tmp_path: Path, images: Images, package: str,
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match=rf"needs {package}: pip install 'gowide_dist\[datasets\]'"):
         encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
+
+
+@pytest.mark.parametrize(
+    ("line", "label"),
+    [
+        ("a.jpg cat", "cat"), ("a.jpg golden retriever", "golden retriever"), ("a.jpg\tcat\t0\t32", "cat"),
+        ("a,cat 85 1 499 272 cat 3 4 5 6", "cat"), ("val/a.jpg 1", "1"), ('"a.jpg","golden retriever"', "golden retriever"),
+        ("cat", "cat"), ("\ufeffa.jpg,cat\r", "cat"), ("name,label\na.jpg,cat\n\n", "cat"),
+    ],
+)  # fmt: skip
+def test_lines_of_labels(tmp_path: Path, line: str, label: str):
+    write(tmp_path / "labels.txt", line)
+    labels = read_labels(tmp_path / "labels.txt", ["a.jpg"], ("cat", "golden retriever"))
+    assert [*labels.values()] == [label] and {*labels} <= {"a.jpg", "a"}
+
+
+def test_two_labels_for_one_name(tmp_path: Path):
+    write(tmp_path / "labels.txt", "x/a.jpg cat\ny/a.jpg dog\n")
+    with pytest.raises(DataError, match=r"labels\.txt: two labels for a\.jpg"):
+        read_labels(tmp_path / "labels.txt", ["a.jpg"], ("cat", "dog"))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gowide_dist.data import encode as encoders
+from gowide_dist.data import workers
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.images import encode_sample
 from gowide_dist.errors import DataError
@@ -37,7 +37,7 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int = -1, error: BaseException | None = None):
         self.count, self.at, self.error = 0, at, error
-        monkeypatch.setattr(encoders, "encode_sample", self)
+        monkeypatch.setattr(workers, "encode_sample", self)
 
     def __call__(self, *arguments):
         self.count += 1

@@ -77,23 +77,30 @@ def read_labels(path: Path, names: list[str], classes: tuple[str, ...]) -> dict[
     if path.is_dir() or path.name.endswith((".tar", ".gz", ".tgz")):
         return _read_devkit(path)
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    rows = [_fields(line, classes) for line in text.splitlines() if line.strip()]
+    known = frozenset(classes)
+    rows = [_fields(line, known) for line in text.splitlines() if line.strip()]
     if rows and rows[0][0] in ("ImageId", "image", "filename", "name", "file"):
         rows = rows[1:]
     if not rows or len({len(row) for row in rows}) > 1:
         raise DataError(f"{path}: should have lines of name and class, or of the class alone")
     if len(rows[0]) == 2:
-        return {PurePath(name).name: label for name, label in rows}
+        by_name: dict[str, str] = {}
+        for name, label in rows:
+            if by_name.setdefault(PurePath(name).name, label) != label:
+                raise DataError(f"{path}: two labels for {PurePath(name).name}")
+        return by_name
     if len(rows) != len(names):
         raise DataError(f"{path}: {len(rows):,} labels without names, for {len(names):,} images")
     return {name: row[0] for name, row in zip(names, rows, strict=True)}
 
 
-def _fields(line: str, classes: tuple[str, ...]) -> list[str]:
+def _fields(line: str, classes: frozenset[str]) -> list[str]:
     """Name and label, or the label alone. What follows the label, as boxes do, is left out."""
-    if line.strip() in classes:
-        return [line.strip()]
+    line = line.strip()
     separator = next((mark for mark in ("\t", ",") if mark in line), None)
+    name, _, last = line.rpartition(" ")
+    if line in classes or (separator is None and name and (last in classes or last.isdecimal())):
+        return [line] if line in classes else [name.strip(), last]
     fields = next(csv.reader([line], delimiter=separator)) if separator else line.split(maxsplit=1)
     fields = [field.strip() for field in fields]
     return [*fields[:1], *(field if field in classes else field.split()[0] for field in fields[1:2] if field)]
