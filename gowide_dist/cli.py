@@ -103,7 +103,9 @@ def encode(
 ) -> None:
     """Write a dataset as FFCV files, every image decoded once on the way; with --cluster as a Slurm job.
 
-    Example: `gowide encode imagefolder --root /data/imagenet --out data/imagenet --max-side-px 512`
+    Stopped, the same command goes on from what it has.
+
+    Example: `gowide encode imagenet --root /data/imagenet --out data/imagenet --max-side-px 512`
     """
     from gowide_dist.data import encode as encoders
     from gowide_dist.stop import raise_on_sigterm
