@@ -123,6 +123,44 @@ def test_kills_change_nothing(finished, job, tmp_path):
         assert what_was_measured(run, key) == what_was_measured(undisturbed, key)
 
 
+def of_this_decade(data):
+    """The chain with every option that mixes, augments, prunes or weighs."""
+    recipe = chain(data)
+    recipe["data"]["augment"] |= {
+        "trivial_augment": True, "erase": 0.5, "color_jitter": {"brightness": 0.4, "saturation": 0.4, "hue": 0.1}
+    }  # fmt: skip
+    mixed = {"mixup": 0.4, "cutmix": 1.0}
+    kl = {"objective": "kl", "train": "thin", "teacher": "teacher", "epochs": 2, "optim": {"lr": 0.05}}
+    return recipe | {
+        "stages": {
+            "teacher": recipe["stages"]["teacher"] | mixed | {"label_smoothing": 0.1},
+            "imitate": recipe["stages"]["imitate"]
+            | {"start": "pruned", "order": "joint", "prefix": "trained", "block_weights": [1.0, 2.0]},
+            "distill": kl | mixed | {"init": "imitate", "loss": "dist", "standardise": True, "labels_weight": 0.3}
+            | {"teacher_logits": "stored"},
+            "all_at_once": kl | mixed | {"start": "pruned", "temperature": 4.0, "blocks_weight": 0.5},
+            "decoupled": kl | {"start": "teacher", "loss": "dkd", "temperature": 4.0},
+        }
+    }  # fmt: skip
+
+
+def test_the_options_of_this_decade_are_continued_exactly_too(data, tmp_path):
+    """Two processes, SIGKILL in four stages: the same bits in the end."""
+    job = write_job(tmp_path, of_this_decade(data))
+    for name in ("undisturbed", "killed"):
+        command = ("run", job, "--nproc", 2, "--runs", tmp_path / name)
+        for key in ("teacher/wide", "distill/thin", "all_at_once/thin", "decoupled/thin") if name == "killed" else ():
+            folder = tmp_path / name / "chain" / "stages" / key
+            killed_when(lambda folder=folder: reached(folder, 6), *command)
+        result = gowide(*command)
+        assert result.returncode == 0, result.stderr
+    undisturbed, killed = (Run(tmp_path / name / "chain") for name in ("undisturbed", "killed"))
+    keys = [*undisturbed.recipe().instances]
+    assert len(keys) == 5
+    shas = [[run.stage(key).done.model_sha256 for key in keys] for run in (undisturbed, killed)]
+    assert shas[0] == shas[1]
+
+
 def test_three_processes_continue_exactly_too(finished, job, tmp_path):
     """With three, the order in which gradients are added up could change at a restart."""
     command = ("run", job, "--nproc", 3, "--only", "teacher")
