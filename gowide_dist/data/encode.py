@@ -96,7 +96,7 @@ def jpg_share_of(dataset: str, write_mode: str | None = None) -> float | None:
     except ValueError:
         jpg_share = math.nan
     if not 0 <= jpg_share <= 1:
-        raise DataError(f"--write-mode {write_mode}: should be raw, jpg, keep or a fraction from 0 to 1")
+        raise DataError(f"--write-mode {write_mode}: should be raw, jpg or a fraction from 0 to 1, or keep")
     return jpg_share
 
 

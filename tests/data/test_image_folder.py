@@ -265,7 +265,7 @@ def test_bad_options(tmp_path: Path, option: str):
 
 @pytest.mark.parametrize("write_mode", ["1.5", "-0.1", "nan", "bmp"])
 def test_bad_write_modes(write_mode: str):
-    with pytest.raises(DataError, match=f"^--write-mode {write_mode}: should be raw, jpg, keep or a fraction"):
+    with pytest.raises(DataError, match=f"^--write-mode {write_mode}: should be raw, jpg or a fraction from 0 to 1"):
         jpg_share_of("imagefolder", write_mode)
 
 

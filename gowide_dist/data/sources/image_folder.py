@@ -56,9 +56,7 @@ def is_no_image(name: str, *, is_folder: bool = False) -> bool:
 
 def split_folders(root: Path) -> dict[SplitName, Path]:
     """The folders of the splits, by any of their usual names. Raises DataError if two have names of the same one."""
-    if not root.is_dir():
-        raise DataError(f"{root}: not found, or no folder")
-    entries = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    entries = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
     folders: dict[SplitName, Path] = {}
     for split, names in SPLIT_NAMES.items():
         matching = [name for name in entries if name.lower() in names]
@@ -78,8 +76,10 @@ def read_image_folder(root: Path, val_labels: Path | None = None) -> SourceDatas
     """
     folders = split_folders(root)
     if "train" not in folders:
-        names = sorted(path.name for path in root.iterdir())
-        there = f" (there are {listed(names)})" if names else ""
+        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        there = (
+            f" (there are {listed(names)})" if names else "" if root.is_dir() else f" (nor is there a folder {root})"
+        )
         raise DataError(f"{root / 'train'}: not found{there}; images go into {root}/train/CLASS/ and {root}/val/CLASS/")
     classes, train = list_train(folders["train"])
     splits: dict[SplitName, ImageList] = {"train": train.shuffled()}
