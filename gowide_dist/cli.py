@@ -99,22 +99,27 @@ Fresh = Annotated[bool, Option(help="Discard what unfinished stages have left in
 Nproc = Annotated[
     int | None, Option(help="Processes; default: one per GPU, else per two cores; fewer to divide the batch.", min=1)
 ]
-Dataset = Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "ffcv"]
+Dataset = Literal[
+    "fashion-mnist", "cifar10", "cifar100", "imagefolder", "imagenet", "tiny-imagenet", "parquet", "webdataset", "ffcv"
+]
 BenchPart = StrEnum("BenchPart", ["loader", "stages"])  # typer has no lists of Literal
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
 @command()
 def encode(
-    dataset: Annotated[Dataset, Argument(help="What to encode: torchvision's layouts on disk, or FFCV's files.")],
+    dataset: Annotated[Dataset, Argument(help="What to encode, in the layout that it has on disk.")],
     out: Annotated[Path, Option(help="Folder for train.beton, val.beton and dataset.json.")],
     root: Annotated[Path | None, Option(help="Folder of the dataset; fashion-mnist knows Debian's.")] = None,
     write_mode: Annotated[
         str | None,
-        Option(help="raw, jpg or a fraction as JPEG; default: imagefolder jpg, ffcv unchanged, else raw."),
+        Option(help="raw, jpg, keep (JPEGs as they are) or a fraction as JPEG; default: pixels raw, files jpg."),
     ] = None,
     quality: Annotated[int, Option(help="JPEG quality.", min=1, max=100)] = 90,
     max_side_px: Annotated[int | None, Option(help="Shrink images whose longer side exceeds it.", min=1)] = None,
+    background: Annotated[str, Option(help="The colour under transparent pixels: a name or #rrggbb.")] = "white",
+    bits: Annotated[int | None, Option(help="Bits that images of 16 bits really use.", min=9, max=16)] = None,
+    val_labels: Annotated[Path | None, Option(help="Labels of validation images without class folders.")] = None,
     subset: Annotated[int | None, Option(help="Use only N training images, stratified by class.", min=1)] = None,
     held_out: Annotated[int | None, Option(help="Use N training images for validation, stratified.", min=1)] = None,
     skip_bad: Annotated[bool, Option(help="Leave out damaged images, and list them in skipped.txt.")] = False,
@@ -126,13 +131,18 @@ def encode(
 ) -> None:
     """Write a dataset as FFCV files, every image decoded once on the way; with --cluster as a Slurm job.
 
-    Example: `gowide encode imagefolder --root /data/imagenet --out data/imagenet --max-side-px 512`
+    Stopped, the same command goes on from what it has.
+
+    Example: `gowide encode imagenet --root /data/imagenet --out data/imagenet --max-side-px 512`
     """
     from gowide_dist.data import encode as encoders
     from gowide_dist.stop import raise_on_sigterm
 
     jpg_share = encoders.jpg_share_of(dataset, write_mode)
-    options = encoders.Options(jpg_share, quality, max_side_px, subset, held_out, skip_bad, workers)
+    options = encoders.Options(
+        jpg_share, quality, max_side_px, background, bits, subset, held_out, skip_bad, workers,
+        str(val_labels.absolute()) if val_labels else None,
+    )  # fmt: skip
     if dry_run and not cluster:
         raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
     if cluster:

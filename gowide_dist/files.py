@@ -115,11 +115,16 @@ def replacing(folder: Path, marker: str) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        (folder / marker).unlink(missing_ok=True)
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == marker):
-            path.replace(folder / path.name)
+        move_up(partial, marker)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_up(folder: Path, marker: str) -> None:
+    """Move all files of a folder into its parent; an old file `marker` is deleted first, the new one moved last."""
+    (folder.parent / marker).unlink(missing_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == marker):
+        path.replace(folder.parent / path.name)
 
 
 @contextmanager

@@ -58,9 +58,17 @@ def end_with(parent: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def raise_on_sigterm() -> None:
-    """Make SIGTERM raise SystemExit, so that `finally` deletes files that are half written."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def raise_on_sigterm(*others: signal.Signals) -> None:
+    """Make the first SIGTERM, or other signal, raise SystemExit, so that `finally` leaves the files in order."""
+    numbers = (signal.SIGTERM, *others)
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, leave)
 
 
 def received() -> int:

@@ -48,4 +48,5 @@ def make_sandbox(folder: Path) -> None:
         path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     assert small == folder / "small" / "data"
     write_image_folder(folder / "photos", 80, 20)
+    (folder / "imagenet").symlink_to("photos")
     encode("imagefolder", folder / "data" / "mine", folder / "photos", Options(jpg_share=1.0, workers=1))

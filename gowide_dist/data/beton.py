@@ -7,8 +7,9 @@ A file is a header, a description of the fields (`image`, `label`), a table with
 import hashlib
 import mmap
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ _HEADER = np.dtype(
 )
 _FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
+_STORED = np.dtype([("mode", "<u1"), ("height", "<u2"), ("width", "<u2"), ("offset", "<u8"), ("size", "<u8")])
 _ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _VERSION = 2
 # By FFCV's numbers of RGBImageField and IntField.
@@ -53,36 +55,47 @@ def _next_page(offset: int) -> int:
 class BetonWriter:
     """Writes samples in the order given; the same samples give the same bytes.
 
-    file: new and empty. capacity: the largest number of samples. No image may be larger than a page.
+    file: open for writing, and new, or with the images that `add` names. capacity: the largest number of samples. No
+    image may be larger than a page.
     """
 
     def __init__(self, file: BinaryIO, capacity: int):
         self._file, self.num_samples = file, 0
         self._samples, self._allocations = np.zeros(capacity, _SAMPLE), np.zeros(capacity, _ALLOCATION)
-        self._end = _next_page(_TABLE_OFFSET + self._samples.nbytes)
+        self.end = _next_page(_TABLE_OFFSET + self._samples.nbytes)
 
-    def write(self, image: EncodedImage, label: int) -> None:
-        size = len(image.data)
-        if self._end % PAGE_BYTES + size > PAGE_BYTES:
-            self._end = _next_page(self._end)
-        self._file.seek(self._end)
+    def offset_of_next(self, size: int) -> int:
+        """Where an image of `size` bytes belongs if it comes next."""
+        return self.end if self.end % PAGE_BYTES + size <= PAGE_BYTES else _next_page(self.end)
+
+    def write(self, image: EncodedImage, label: int) -> int:
+        """Write the next image; its offset."""
+        offset = self.offset_of_next(len(image.data))
+        self._file.seek(offset)
         self._file.write(image.data)
-        self._samples[self.num_samples] = ((image.mode, image.width, image.height, self._end), label)
-        self._allocations[self.num_samples] = (self.num_samples, self._end, size)
-        self._end += size
+        self.add(image.mode, image.height, image.width, len(image.data), label)
+        return offset
+
+    def add(self, mode: int, height: int, width: int, size: int, label: int) -> None:
+        """Count the next image, whose bytes are in the file already, where they belong."""
+        offset = self.offset_of_next(size)
+        self._samples[self.num_samples] = ((mode, width, height, offset), label)
+        self._allocations[self.num_samples] = (self.num_samples, offset, size)
+        self.end = offset + size
         self.num_samples += 1
 
     def finish(self) -> Split:
         """Write the tables, and all of the file to the disk."""
-        header = np.array([(_VERSION, len(_FIELDS), PAGE_BYTES, self.num_samples, self._end)], _HEADER)
+        header = np.array([(_VERSION, len(_FIELDS), PAGE_BYTES, self.num_samples, self.end)], _HEADER)
         fields = np.zeros(len(_FIELDS), _FIELD)
         for field, (type_id, (name, _)) in zip(fields, _FIELDS.items(), strict=True):
             field["type_id"] = type_id
             field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         head = header.tobytes() + fields.tobytes() + self._samples[: self.num_samples].tobytes()
         tail = self._allocations[: self.num_samples].tobytes()
-        self._file.seek(self._end)
+        self._file.seek(self.end)
         self._file.write(tail)
+        self._file.truncate()
         self._file.seek(0)
         self._file.write(head)
         self._file.flush()
@@ -101,6 +114,7 @@ class StoredImage(NamedTuple):
     """An image's position in an FFCV file of any origin. Sides in pixels, offset and size in bytes."""
 
     path: Path
+    mtime_ns: int
     mode: int
     height: int
     width: int
@@ -114,7 +128,25 @@ class StoredImage(NamedTuple):
             return EncodedImage(self.mode, self.height, self.width, file.read(self.size))
 
 
-def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:
+@dataclass(frozen=True)
+class StoredImages:
+    """The images of an FFCV file of any origin. rows: of _STORED [N]."""
+
+    path: Path
+    mtime_ns: int
+    rows: NDArray[np.void]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A StoredImage by its number, else StoredImages."""
+        if isinstance(index, int | np.integer):
+            return StoredImage(self.path, self.mtime_ns, *self.rows[index].item())
+        return replace(self, rows=self.rows[index])
+
+
+def read_foreign(path: Path) -> tuple[StoredImages, NDArray[np.int64]]:
     """The images and labels [N] of a file written by FFCV's own DatasetWriter, in the order of its samples.
 
     Raises DataError unless it is a whole file of the format's version 2 whose samples are an image and an integer.
@@ -132,16 +164,19 @@ def read_foreign(path: Path) -> tuple[list[StoredImage], NDArray[np.int64]]:
         samples = np.frombuffer(content, row, num_samples, _TABLE_OFFSET)
         allocations = np.frombuffer(content, _ALLOCATION, offset=tail)
         # Stock FFCV's writers append to the table in any order: an image's allocation is the one with its offset.
-        sizes = dict(zip(allocations["offset"].tolist(), allocations["size"].tolist(), strict=True))
-        images = [
-            StoredImage(path, mode, height, width, offset, sizes[offset])
-            for mode, width, height, offset in samples["image"].tolist()
-        ]
-    except (ValueError, OverflowError, KeyError):  # too short for a table, or no allocation
+        by_offset = np.argsort(allocations["offset"])
+        allocation = by_offset[np.searchsorted(allocations["offset"][by_offset], samples["image"]["offset"])]
+        if (allocations["offset"][allocation] != samples["image"]["offset"]).any():
+            raise broken
+        rows = np.empty(num_samples, _STORED)
+        for name in ("mode", "height", "width", "offset"):
+            rows[name] = samples["image"][name]
+        rows["size"] = allocations["size"][allocation]
+    except (ValueError, OverflowError, IndexError):  # too short for a table, or no allocation
         raise broken from None
-    if any(image.offset + image.size > len(content) for image in images):
+    if ((rows["size"] > len(content)) | (rows["offset"] > len(content) - rows["size"])).any():
         raise broken
-    return images, samples["label"].astype(np.int64)
+    return StoredImages(path, path.stat().st_mtime_ns, rows), samples["label"].astype(np.int64)
 
 
 class Beton:

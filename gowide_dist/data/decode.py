@@ -9,9 +9,7 @@ Shapes: N samples in the file, B images in a batch, R the resolution. In compile
 """
 
 import ctypes
-import importlib.util
 import math
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import llvmlite.binding
@@ -21,6 +19,7 @@ from numba import types
 
 from gowide_dist.data import order
 from gowide_dist.data.beton import JPEG, Beton
+from gowide_dist.data.jpeg import LIBRARY
 from gowide_dist.data.kernels import kernel
 
 _MCU_PX = 16  # height of a JPEG's MCU (ITU T.81, A.2) with 4:2:0 chroma, and more than upsampling looks ahead
@@ -92,10 +91,7 @@ class Scratch(NamedTuple):
 # `imdecode` of FFCV's C library (libffcv.cpp), its 13 arguments widened to 64 bits: input and its size, the image's
 # height and width, output, the crop's height, width, x and y, the scale's numerator and denominator, whether to crop,
 # whether to flip. Compiled code finds it by name, so that it can be cached: the address differs between processes.
-_package = importlib.util.find_spec("ffcv")
-assert _package is not None and _package.origin is not None, "ffcv is a dependency"
-_library = ctypes.CDLL(str(next(Path(_package.origin).parent.glob("_libffcv*.so"))))
-llvmlite.binding.add_symbol("ffcv_imdecode", ctypes.cast(_library.imdecode, ctypes.c_void_p).value)
+llvmlite.binding.add_symbol("ffcv_imdecode", ctypes.cast(LIBRARY.imdecode, ctypes.c_void_p).value)
 _imdecode: Any = types.ExternalFunction("ffcv_imdecode", types.int32(*[types.int64] * 13))
 
 draw = numba.njit(order.draw)

@@ -1,71 +1,83 @@
 """`gowide encode`: a dataset in its usual form on disk becomes train.beton, val.beton and dataset.json."""
 
 import math
-import multiprocessing
-import os
 import shutil
-import signal
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from PIL import ImageColor
 
-from gowide_dist import stop
-from gowide_dist.data import sources
-from gowide_dist.data.beton import Beton, BetonWriter
-from gowide_dist.data.images import BadImage, Sample, encode_sample
+from gowide_dist.data.beton import Beton
+from gowide_dist.data.images import BadImage, Sample, Storage, encode_sample, image_key
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
-from gowide_dist.data.sources import ImageList, SourceDataset, SplitName
+from gowide_dist.data.partial import SplitFile
+from gowide_dist.data.sources import FileList, ImageList, SourceDataset, SplitName, stratified
+from gowide_dist.data.sources.cifar import read_cifar
+from gowide_dist.data.sources.fashion_mnist import FASHION_MNIST_ROOT, read_fashion_mnist
+from gowide_dist.data.sources.ffcv import read_ffcv
+from gowide_dist.data.sources.image_folder import read_image_folder
+from gowide_dist.data.sources.imagenet import read_imagenet
+from gowide_dist.data.sources.parquet import read_parquet
+from gowide_dist.data.sources.webdataset import read_webdataset
+from gowide_dist.data.tally import Tally, say_counts
+from gowide_dist.data.workers import encode_images
 from gowide_dist.errors import DataError
-from gowide_dist.files import PARTIAL, replacing, try_lock, writing_to
-from gowide_dist.machine import num_cores
+from gowide_dist.files import PARTIAL, move_up, try_lock, writing_to
 from gowide_dist.progress import say, track
 
 SKIPPED_FILE_NAME, LOCK_FILE_NAME = "skipped.txt", ".lock"
-MIN_STD = 1 / 255  # of a constant channel: images are divided by it
 
-_CHUNK = 8  # files that a worker is sent at a time; raw ones take up to 8 MB each
-_CHUNKS_AHEAD = 4  # for each worker
+_LEAST_MEASURED_SHARE, _LEAST_MEASURED = 1 / 8, 256  # of images that are kept as they are
 
 READERS: dict[str, Callable[[Path], SourceDataset]] = {
-    "fashion-mnist": sources.read_fashion_mnist,
-    "cifar10": partial(sources.read_cifar, num_classes=10),
-    "cifar100": partial(sources.read_cifar, num_classes=100),
-    "imagefolder": sources.read_image_folder,
-    "ffcv": sources.read_ffcv,
+    "fashion-mnist": read_fashion_mnist,
+    "cifar10": partial(read_cifar, num_classes=10),
+    "cifar100": partial(read_cifar, num_classes=100),
+    "imagefolder": read_image_folder,
+    "imagenet": read_imagenet,
+    "tiny-imagenet": read_image_folder,
+    "parquet": read_parquet,
+    "webdataset": read_webdataset,
+    "ffcv": read_ffcv,
 }
+_WITH_VAL_LABELS = {"imagefolder": read_image_folder, "imagenet": read_imagenet, "tiny-imagenet": read_image_folder}
+_PIXELS = {"fashion-mnist", "cifar10", "cifar100"}  # without files of images that could be kept
 
 Encoding: TypeAlias = dict[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to encode. Raises DataError for options that need a write mode.
+class Options(Storage):
+    """How to encode. Raises DataError for values that mean nothing.
 
-    jpg_share: the fraction of the images stored as JPEG, of `quality` 1 to 100; the others are stored raw; None, for
-    FFCV files alone, leaves every image as it is. max_side_px: larger images are shrunk to it. subset: use only this
-    many training images; held_out: this many training images become the validation split, and the dataset's own
-    validation split becomes `test`; both stratified by class. skip_bad: leave out files that hold no whole image, and
-    list them in skipped.txt. workers: processes that read files, by default one a core.
+    subset: use only this many training images; held_out: this many training images become the validation split, and the
+    dataset's own validation split becomes `test`; both stratified by class. skip_bad: leave out files that hold no
+    whole image, and list them in skipped.txt. workers: processes that read files, by default one a core. val_labels:
+    the file with the labels of validation images that are not in class folders.
     """
 
-    jpg_share: float | None = 0.0
-    quality: int = 90
-    max_side_px: int | None = None
     subset: int | None = None
     held_out: int | None = None
     skip_bad: bool = False
     workers: int = 0
+    val_labels: str | None = None
 
     def __post_init__(self) -> None:
-        if self.jpg_share is None and (self.quality != Options.quality or self.max_side_px):
-            raise DataError("--quality and --max-side-px need a --write-mode: without, stored images stay as they are")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            raise DataError(
+                f"--background {self.background}: should be a colour, as white, grey or '#ff8000'"
+            ) from None
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(**{field.name: getattr(self, field.name) for field in fields(Storage)})
 
     def non_default(self) -> Encoding:
         """The options that change the result, where they differ from their default."""
@@ -74,15 +86,17 @@ class Options:
 
 
 def jpg_share_of(dataset: str, write_mode: str | None = None) -> float | None:
-    """Options.jpg_share for a `--write-mode` (raw, jpg or a fraction as JPEG), or the default of a dataset."""
+    """Options.jpg_share for a `--write-mode` (raw, jpg, keep or a fraction as JPEG), or the default of a dataset."""
     if not write_mode:
-        return {"imagefolder": 1.0, "ffcv": None}.get(dataset, 0.0)
+        return None if dataset == "ffcv" else 0.0 if dataset in _PIXELS else 1.0
+    if write_mode == "keep":
+        return None
     try:
         jpg_share = float({"raw": "0", "jpg": "1"}.get(write_mode, write_mode))
     except ValueError:
         jpg_share = math.nan
     if not 0 <= jpg_share <= 1:
-        raise DataError(f"--write-mode {write_mode}: should be raw, jpg or a fraction from 0 to 1")
+        raise DataError(f"--write-mode {write_mode}: should be raw, jpg or a fraction from 0 to 1, or keep")
     return jpg_share
 
 
@@ -91,14 +105,21 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
 
     root: the dataset's folder; may be left out for fashion-mnist, which is then Debian's package. Raises DataError for
     files that are missing or damaged, and if `out` holds something else; RunError if `out` cannot be written, OSError
-    if the disk is full. Nothing is then left under the final names.
+    if the disk is full. What is encoded by then stays in a hidden folder, and the same call goes on from there.
     """
     options = options or Options(jpg_share_of(dataset))
-    root = root or (sources.FASHION_MNIST_ROOT if dataset == "fashion-mnist" else None)
+    root = root or (FASHION_MNIST_ROOT if dataset == "fashion-mnist" else None)
     if root is None:
         raise DataError(f"encode {dataset}: give the folder of the dataset as --root")
-    if options.jpg_share is None and dataset != "ffcv":
-        raise DataError(f"encode {dataset}: only FFCV files hold images that can stay as they are; give a --write-mode")
+    if options.jpg_share is None and dataset in _PIXELS:
+        raise DataError(f"encode {dataset}: holds pixels, and no images that can be kept; give another --write-mode")
+    if options.jpg_share is None and dataset == "ffcv" and (options.quality != Options.quality or options.max_side_px):
+        raise DataError("--quality and --max-side-px need a --write-mode: without, stored images stay as they are")
+    read = READERS[dataset]
+    if options.val_labels:
+        if dataset not in _WITH_VAL_LABELS:
+            raise DataError(f"encode {dataset}: has its labels with its images; leave out --val-labels")
+        read = partial(_WITH_VAL_LABELS[dataset], val_labels=Path(options.val_labels))
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is not a folder; choose another --out")
     if out.resolve() == root.resolve():
@@ -107,7 +128,7 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
     if info := find_encoded(out, encoding):
         return info
     try:
-        source = READERS[dataset](root)
+        source = read(root)
         for name in (str(root.resolve()), *source.classes):
             name.encode()  # dataset.json will hold it
     except OSError as error:
@@ -147,8 +168,10 @@ def _divide(dataset: SourceDataset, options: Options) -> SourceDataset:
         train = splits["train"]
         if count >= len(train) + (option == "subset"):
             raise DataError(f"--{option} {count:,}: there are {len(train):,} training images")
-        chosen = sources.stratified(train.labels, count)
+        chosen = stratified(train.labels, count)
         if option == "held-out":
+            if {"val", "test"} <= {*splits}:
+                raise DataError("--held-out: there are images for val and for test already; leave it out")
             if "val" in splits:
                 splits["test"] = splits["val"]
             splits["val"] = train.take(chosen)
@@ -163,7 +186,7 @@ def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options
     """Write the files of a dataset into a folder in `out`, then move them up, dataset.json last: it makes the dataset.
 
     Raises DataError if an image is bad, another process is encoding into `out`, or it holds files that were not encoded
-    there; RunError or OSError if it cannot be written. A folder `out` that is new is then removed.
+    there; RunError or OSError if it cannot be written. The folder in `out` then stays if it holds an image.
     """
     is_new = not out.exists()
     with writing_to(out, "--out"):
@@ -171,96 +194,116 @@ def write_dataset(out: Path, dataset: SourceDataset, encoding: Encoding, options
         with try_lock(out / LOCK_FILE_NAME) as locked:
             if not locked:
                 raise DataError(f"{out}: another process is encoding into it; wait for it, or choose another --out")
+            folder = out / PARTIAL
             try:
                 betons = sorted(path.name for path in out.glob("*.beton"))
-                if betons and not (out / FILE_NAME).exists() and not (out / PARTIAL).exists():  # of a killed encode
+                if betons and not (out / FILE_NAME).exists() and not folder.exists():  # of a killed encode
                     raise DataError(
                         f"{out}: holds {betons[0]}, which was not encoded there; move it, or choose another --out"
                     )
-                with replacing(out, marker=FILE_NAME) as folder:
-                    return _write_files(folder, dataset, encoding, options)
+                folder.mkdir(exist_ok=True)
+                info = _write_files(folder, dataset, encoding, options)
+                move_up(folder, marker=FILE_NAME)
+                folder.rmdir()
+                return info
             except BaseException:
-                if is_new:
-                    shutil.rmtree(out, ignore_errors=True)
+                if not any(folder.glob("*/")) and not any(path.stat().st_size for path in folder.glob("*.journal")):
+                    shutil.rmtree(out if is_new else folder, ignore_errors=True)
                 raise
 
 
 def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, options: Options) -> DatasetInfo:
-    sides: set[int] = set()
-    moments = np.zeros((2, 3))
-    bad: list[BadImage] = []
+    lists = {name: images.unpacked(folder) for name, images in dataset.splits.items()}
+    say_counts(dataset)
+    bad = dict.fromkeys(image for images in lists.values() for image in _known_by_listing(images, options))
+    _refuse(bad, options)
+    tally = Tally(options.bits)
     splits: dict[SplitName, Split] = {}
-    for name, images in dataset.splits.items():
-        with (folder / f"{name}.beton").open("wb") as file:
-            writer = BetonWriter(file, len(images))
-            for sample in track(_encode_samples(images, options), f"encoding {name}", len(images)):
-                if isinstance(sample, BadImage):
-                    bad.append(sample)
+    for name, images in lists.items():
+        share = _measured_share(images, options) if name == "train" else 0.0
+        with SplitFile(folder, name, len(images)) as file:
+            samples = _write_samples(file, images, options, share)
+            for sample in track(samples, f"encoding {name}", len(images)):
+                if isinstance(sample, Sample):
+                    tally.add(sample)
+                elif sample not in bad:
+                    bad[sample] = None
                     say(f"bad image {sample.path}: {sample.reason}")
-                    continue
-                writer.write(sample.image, sample.label)
-                sides |= {sample.image.height, sample.image.width}
-                if name == "train":
-                    moments += sample.moments
-            if not writer.num_samples:
+            if not file.num_samples:
                 raise DataError(f"{dataset.description}: no good image in {name}")
-            splits[name] = writer.finish()
-    moments /= splits["train"].samples
-    if bad and not options.skip_bad:
-        raise DataError(
-            f"bad images: {len(bad):,}, listed above, first {bad[0].path} ({bad[0].reason}); fix or remove "
-            "them, or leave them out with --skip-bad"
-        )
+            splits[name] = file.finish()
+    tally.check_peak()
+    _refuse(bad, options)
+    if tally.num_composed:
+        say(f"note: {tally.num_composed:,} images with transparent pixels, on {options.background} (see --background)")
     if bad:
         lines = "".join(f"{image.path}\t{image.reason}\n" for image in bad)
         (folder / SKIPPED_FILE_NAME).write_text(lines, encoding="utf-8", errors="surrogateescape")
-    variance = moments[1] - moments[0] ** 2  # rounding may make it negative where all pixels are alike
     info = DatasetInfo(
         source=dataset.description,
         encoding=encoding,
         classes=dataset.classes,
-        min_side_px=min(sides),
-        max_side_px=max(sides),
-        fixed_side_px=max(sides) if len(sides) == 1 else None,
-        mean=tuple(moments[0].round(6)),
-        std=tuple(np.sqrt(variance.clip(min=MIN_STD**2)).round(6)),
+        min_side_px=min(tally.sides),
+        max_side_px=max(tally.sides),
+        fixed_side_px=max(tally.sides) if len(tally.sides) == 1 else None,
+        mean=tuple(tally.mean_and_std[0].round(6)),
+        std=tuple(tally.mean_and_std[1].round(6)),
         splits=splits,
     )
     (folder / FILE_NAME).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        if path.name not in {FILE_NAME, SKIPPED_FILE_NAME, *(split.file for split in splits.values())}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return info
 
 
-def _encode_samples(images: ImageList, options: Options) -> Iterator[Sample | BadImage]:
-    """Encode in the order given, files in worker processes: the bytes written do not depend on their number."""
-    workers = options.workers or num_cores()
-    starts = range(0, len(images), _CHUNK)
-    chunks = ((images.take(slice(start, start + _CHUNK)), start, options) for start in starts)
-    if images.items.dtype != object or workers == 1:
-        for chunk in chunks:
-            yield from _encode_chunk(*chunk)
-        return
-    pending: deque[Future[list[Sample | BadImage]]] = deque()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),))
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(_encode_chunk, *chunk))
-            if len(pending) > workers * _CHUNKS_AHEAD:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool:
-        raise DataError("a worker process of the encoding died; is there enough memory? try fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _known_by_listing(images: ImageList, options: Options) -> Iterator[BadImage]:
+    """Files that are empty, or no files: bad images that are known before any is decoded."""
+    if isinstance(images.items, FileList):
+        for index in np.flatnonzero(images.items.rows["size"] <= 0).tolist():
+            sample = encode_sample(images.items[index], 0, index, options.storage)
+            if isinstance(sample, BadImage):
+                say(f"bad image {sample.path}: {sample.reason}")
+                yield sample
 
 
-def _begin_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stop.end_with(parent)
+def _refuse(bad: Iterable[BadImage], options: Options) -> None:
+    bad = list(bad)
+    if bad and not options.skip_bad:
+        raise DataError(
+            f"bad images: {len(bad):,}, listed above, first {bad[0].path} ({bad[0].reason}); fix or remove them, or "
+            "leave them out with --skip-bad, and run the same command again: it goes on from what is encoded"
+        )
 
 
-def _encode_chunk(images: ImageList, start: int, options: Options) -> list[Sample | BadImage]:
-    storage = options.jpg_share, options.quality, options.max_side_px
-    samples = zip(images.items, images.labels.tolist(), strict=True)
-    return [encode_sample(item, label, index, *storage) for index, (item, label) in enumerate(samples, start)]
+def _measured_share(images: ImageList, options: Options) -> float:
+    """The fraction of the training images whose pixels count in the mean and standard deviation.
+
+    Those that are kept as they are need not be decoded for anything else: an eighth of them is enough.
+    """
+    is_kept = options.jpg_share is None and isinstance(images.items, FileList)
+    return min(1.0, max(_LEAST_MEASURED_SHARE, _LEAST_MEASURED / len(images))) if is_kept else 1.0
+
+
+def _write_samples(
+    file: SplitFile, images: ImageList, options: Options, measured_share: float
+) -> Iterator[Sample | BadImage]:
+    """Encode and write the images in order, those that `file` holds from an earlier encode as they are there."""
+    storage = options.storage
+
+    def key(index: int) -> str:
+        return image_key(images.items[index], index, storage, measured_share)
+
+    found = np.full(len(images), -1)
+    if file.earlier:
+        found = file.find(map(key, range(len(images))))
+        say(f"{(found >= 0).sum():,} of {len(images):,} images have been encoded before")
+    with closing(encode_images(images, np.flatnonzero(found < 0), storage, measured_share, options.workers)) as fresh:
+        for index in range(len(images)):
+            if found[index] >= 0:
+                yield file.take(int(found[index]), int(images.labels[index]))
+                continue
+            sample = next(fresh)
+            if isinstance(sample, Sample):
+                file.write(sample, key(index))
+            yield sample

@@ -84,7 +84,7 @@ def _read(path: Path) -> Pixels:
     from gowide_dist.data.images import read_rgb
 
     try:
-        return read_rgb(path.read_bytes())
+        return read_rgb(path.read_bytes()).pixels
     except UnidentifiedImageError:
         reason = "not an image in a format that Pillow knows"
     except Exception as error:  # on damaged files Pillow and its plugins may raise anything

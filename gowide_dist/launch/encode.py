@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,14 +41,17 @@ def encode_job(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry of the job: exit status 2 for a UserError, which goes to the job's log."""
-    # An encode cannot save half of its work: requeued before its time limit, it would reach the limit again and again.
-    signal.signal(WARNING_SIGNAL, signal.SIG_IGN)
+    """Entry of the job: exit status 2 for a UserError, which goes to the job's log.
+
+    At the warning before the time limit it ends, to be queued again and to go on from what it has.
+    """
     write_text_only()
-    raise_on_sigterm()
+    raise_on_sigterm(WARNING_SIGNAL)
     dataset, out, root, options = arguments
     try:
         encode(dataset, Path(out), Path(root) if root else None, Options(**json.loads(options)))
+    except SystemExit as stopped:  # by a signal
+        return int(stopped.code or 0)
     except (UserError, OSError) as error:
         line = str(error) if isinstance(error, UserError) else fixable(error)
         if line is None:

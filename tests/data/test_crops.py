@@ -1,5 +1,6 @@
 """Images of varying sizes, half of them JPEG: the exactness of the stream, and the crops against torchvision's."""
 
+import io
 import threading
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from gowide_dist.data import decode
+from gowide_dist.data import decode, jpeg
 from gowide_dist.data.beton import JPEG, Beton
 from gowide_dist.data.encode import Options, encode
-from gowide_dist.data.images import encode_jpg, read_rgb
+from gowide_dist.data.images import read_rgb
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.data.order import quasi_random_order, random_order
 from gowide_dist.errors import DataError
@@ -45,7 +46,7 @@ def pixels_of(beton: Beton, index: int) -> torch.Tensor:
     """Image `index`, decoded by Pillow: [3, H, W]."""
     stored = beton.bytes[beton.offsets[index] :][: beton.sizes[index]]
     shape = beton.heights[index], beton.widths[index], 3
-    image = read_rgb(stored.tobytes()) if beton.modes[index] == JPEG else stored.reshape(shape)
+    image = read_rgb(stored.tobytes()).pixels if beton.modes[index] == JPEG else stored.reshape(shape)
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
@@ -151,10 +152,22 @@ def test_boxes_of_extreme_images_lie_inside(height: int, width: int):
         assert h > 0 and w > 0 and 0 <= top <= height - h and 0 <= left <= width - w
 
 
-def test_partial_decoding_gives_the_top_rows_of_the_whole():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "progressive": True}, {"restart_marker_rows": 1},
+        {"restart_marker_blocks": 3, "progressive": True}, {"comment": b"a" * 3000, "dpi": (300, 300)}, {"keep_rgb": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_partial_decoding_gives_the_top_rows_of_the_whole(options: dict):
+    """Of every kind of JPEG that may be kept as it is."""
     rng = np.random.default_rng(0)
     noise = np.asarray(rng.integers(0, 256, (133, 150, 3), np.uint8))
-    data = np.frombuffer(encode_jpg(noise, 90).data, np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG", quality=90, **options)
+    assert jpeg.read_frame(file.getvalue()).plain
+    data = np.frombuffer(file.getvalue(), np.uint8)
     column = np.zeros(1, np.int64)
     arrays = decode.BetonArrays(data, column, column + len(data), np.zeros(1, np.uint8), column + 133, column + 150)
     scratch = decode.Scratch.of(arrays)
@@ -166,7 +179,7 @@ def test_partial_decoding_gives_the_top_rows_of_the_whole():
         scratch.pixels.setflags(write=False)
         decode._decode_jpeg(arrays, 0, num_rows, scratch)
         assert (scratch.pixels.reshape(133, 150, 3)[:num_rows] == whole[:num_rows]).all()
-    assert abs(whole.astype(int) - read_rgb(data.tobytes())).mean() < 3
+    assert abs(whole.astype(int) - read_rgb(data.tobytes()).pixels).mean() < 3
 
 
 @pytest.mark.parametrize("ratio", [0.875, 1.0])

@@ -1,5 +1,4 @@
 import gzip
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,8 @@ import pytest
 from gowide_dist.data.beton import Beton
 from gowide_dist.data.encode import encode
 from gowide_dist.data.idx import read_idx
-from gowide_dist.data.images import encode_sample
 from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.errors import DataError
-from tests.command import GOWIDE
 from tests.idx import write_fashion_mnist, write_idx
 
 
@@ -76,32 +73,6 @@ def test_another_dataset_is_not_overwritten(idx_root: Path, tmp_path: Path):
     write_fashion_mnist(tmp_path / "other", 40, 20)
     with pytest.raises(DataError, match="holds another dataset"):
         encode("fashion-mnist", tmp_path / "out", tmp_path / "other")
-
-
-def test_interruption_leaves_nothing(idx_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(source, label, index, *storage):
-        if index == 25:
-            raise KeyboardInterrupt
-        return encode_sample(source, label, index, *storage)
-
-    monkeypatch.setattr("gowide_dist.data.encode.encode_sample", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        encode("fashion-mnist", tmp_path / "out", idx_root)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["idx"]
-
-
-def test_a_full_disk_leaves_nothing(tmp_path: Path):
-    """On a file system of two megabytes, in a mount namespace of its own."""
-    write_fashion_mnist(tmp_path / "idx", 2000, 20)
-    (tmp_path / "small").mkdir()
-    script = (
-        f"mount -t tmpfs -o size=2m tmpfs small && {GOWIDE} encode fashion-mnist --root idx --out small/out;"
-        "echo status $?; ls -A small"
-    )
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "gowide: disk full or quota exceeded; free space" in done.stderr
-    assert done.stdout == "status 2\n"
 
 
 def test_missing_root_says_what_to_install(tmp_path: Path):

@@ -133,7 +133,7 @@ def test_no_worker_outlives_an_encode(tmp_path: Path, number: int):
         while left := group():
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
-        assert (tmp_path / "out").exists() == (number == signal.SIGKILL)
+        assert (tmp_path / "out" / ".partial").exists()  # the next encode goes on from there
         assert "Traceback" not in process.stderr.read()
     finally:
         if group():
@@ -163,7 +163,7 @@ def test_exif_that_pillow_cannot_write(tmp_path: Path):
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, 8:] = 255
     Image.fromarray(pixels).save(tmp_path / "odd.jpg", exif=exif, quality=95)
-    upright = read_rgb((tmp_path / "odd.jpg").read_bytes())
+    upright = read_rgb((tmp_path / "odd.jpg").read_bytes()).pixels
     assert upright.shape == (16, 8, 3)
     assert upright[:6].max() < 60
     assert upright[10:].min() > 200
