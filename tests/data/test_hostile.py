@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gowide_dist.data import decode, memory, sources
+from gowide_dist.data import decode, sources
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.images import read_rgb
 from gowide_dist.data.info import read_dataset_info
@@ -205,19 +205,6 @@ def test_fewer_validation_images_than_processes(small_set: Path, tmp_path: Path)
 def test_free_memory_is_checked_before_allocation(small_set: Path):
     with pytest.raises(DataError, match=r"loading takes .* GiB, .* GiB are free; take a smaller batch"):
         Loader(small_set / "train.beton", Batching(600), train=True, geometry=CROP, resolution=300_000)
-
-
-def test_cached_files_count_as_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In a control group of 32 GiB, of which 29 are files cached by the kernel."""
-    group = tmp_path / "sys/fs/cgroup/job"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text(f"{32 << 30}\n")
-    (group / "memory.current").write_text(f"{31 << 30}\n")
-    (group / "memory.stat").write_text(f"anon {2 << 30}\ninactive_file {20 << 30}\nactive_file {9 << 30}\n")
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.lstrip("/"))
-    assert memory._cgroup_headrooms() == [30 << 30]
 
 
 def test_a_resumed_epoch_reads_ahead_only_the_pages_that_are_left():

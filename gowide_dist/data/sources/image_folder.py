@@ -153,7 +153,10 @@ def read_labelled_folder(folder: Path, classes: tuple[str, ...]) -> ImageList:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder; it should hold a folder of images for each class")
-    if unknown := [name for name in _entries(folder)[0] if name not in classes]:
+    names, _ = _entries(folder)
+    if not names:
+        raise DataError(f"{folder}: no class folders in it")
+    if unknown := [name for name in names if name not in classes]:
         known = nearest(unknown[0], classes) if len(classes) <= _MANY_CLASSES else f"such as {', '.join(classes[:3])}"
         raise DataError(
             f"{folder}: class folder {unknown[0]} is none of the network's {len(classes):,} classes, {known}"
