@@ -10,6 +10,8 @@ from pathlib import Path
 
 GOWIDE = str(Path(sys.executable).with_name("gowide"))
 LIMIT_S = 300
+# A shell's background processes and those of nohup, as these tests may be, ignore some of the signals that they send.
+HEARING = ["env", "--default-signal=INT,QUIT,HUP"]
 
 
 def gowide(

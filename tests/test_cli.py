@@ -19,7 +19,7 @@ import gowide_dist
 from gowide_dist.cli import app
 from gowide_dist.data.encode import encode
 from gowide_dist.errors import UserError
-from tests.command import GOWIDE, LIMIT_S, gowide, refused
+from tests.command import GOWIDE, HEARING, LIMIT_S, gowide, refused
 from tests.idx import write_fashion_mnist
 
 DEMO = Path(__file__).parents[1] / "jobs" / "demo.yaml"
@@ -199,8 +199,7 @@ def test_the_shell_completes():
 
 def test_ctrl_c_while_encoding(tmp_path):
     """As a terminal sends it: to all processes of the command."""
-    with_sigint = ["env", "--default-signal=INT"]  # a shell's background processes, as these tests may be, ignore it
-    command = [*with_sigint, GOWIDE, "encode", "fashion-mnist", "--out", tmp_path / "data"]
+    command = [*HEARING, GOWIDE, "encode", "fashion-mnist", "--out", tmp_path / "data"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + LIMIT_S
         while not (tmp_path / "data" / ".partial" / "train.beton").exists():

@@ -14,7 +14,7 @@ from gowide_dist.errors import UserError
 from gowide_dist.launch import local
 from gowide_dist.launch.local import torchrun
 from gowide_dist.run import Run, read_metrics
-from tests.command import GOWIDE, LIMIT_S, gowide
+from tests.command import GOWIDE, HEARING, LIMIT_S, gowide
 from tests.fashion import chain, encode_part, write_job
 
 
@@ -45,8 +45,8 @@ def start():
 
     def started(command):
         process = subprocess.Popen(
-            [GOWIDE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+            [*HEARING, GOWIDE, *command],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         processes.append(process)
         return process

@@ -24,7 +24,7 @@ from gowide_dist.pipeline import open_data
 from gowide_dist.prepare import check_data
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.world import join
-from tests.command import GOWIDE, LIMIT_S, gowide, killed_when, refused
+from tests.command import GOWIDE, HEARING, LIMIT_S, gowide, killed_when, refused
 from tests.data.conftest import write_image_folder
 from tests.fashion import chain, encode_part, without_times, write_job
 
@@ -259,7 +259,7 @@ def test_a_signal_saves_and_leaves(finished, job, tmp_path, number):
     unplanned = ("checkpoints.every_steps=null", "checkpoints.every_minutes=null", "log_every_steps=1")
     master, terminal = pty.openpty()
     launcher = subprocess.Popen(
-        [GOWIDE, *map(str, command), *unplanned], stdout=terminal, stderr=terminal, start_new_session=True
+        [*HEARING, GOWIDE, *map(str, command), *unplanned], stdout=terminal, stderr=terminal, start_new_session=True
     )
     os.close(terminal)
     reader = threading.Thread(target=read_all, args=(master,), daemon=True)

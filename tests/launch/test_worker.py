@@ -11,7 +11,7 @@ import pytest
 from gowide_dist import load_recipe
 from gowide_dist.prepare import prepare
 from gowide_dist.run import read_metrics
-from tests.command import GOWIDE, gowide
+from tests.command import GOWIDE, HEARING, gowide
 from tests.fashion import chain, encode_part, write_job
 
 
@@ -38,9 +38,8 @@ def test_ctrl_c_saves(job, tmp_path):
     """As a terminal sends it: to all processes of the command."""
     metrics = tmp_path / "runs" / "chain" / "stages" / "teacher" / "wide" / "metrics.jsonl"
     command = ["run", job, "--nproc", "2", "--runs", tmp_path / "runs", "--only", "teacher"]
-    with_sigint = ["env", "--default-signal=INT"]  # a shell's background processes, as these tests may be, ignore it
     with subprocess.Popen(
-        [*with_sigint, GOWIDE, *command],
+        [*HEARING, GOWIDE, *command],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 120
