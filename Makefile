@@ -11,7 +11,7 @@ SETUP := .venv/.setup-done
 help:
 	@echo "make demo    the whole chain on Fashion-MNIST, ending in a table of results"
 	@echo "make test    lint, types and all tests"
-	@echo "make bench   our speed with the demo beside the plain way, as ratios"
+	@echo "make bench   our speed beside the plain way, as ratios"
 	@echo "make devcluster  a Slurm of four nodes on this machine, to rehearse job chains on"
 	@echo "make setup   system packages, .venv and pinned Python packages; the others call it"
 
@@ -42,7 +42,7 @@ devcluster: setup
 
 bench: setup
 	$(BIN)/gowide encode fashion-mnist --out data/fashion-mnist
-	$(BIN)/python -m tests.bench jobs/demo.yaml
+	$(BIN)/python -m tests.bench jobs/fashion_mnist_basic.yaml
 
 lint: setup
 	$(BIN)/ruff check .
