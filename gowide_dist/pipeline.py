@@ -21,7 +21,14 @@ from gowide_dist.data.info import read_dataset_info
 from gowide_dist.data.preprocessing import Preprocessing, read_preprocessing
 from gowide_dist.errors import DataError, RunError, UserError, fixable, is_full
 from gowide_dist.identity import identities
-from gowide_dist.launch.local import GPUS_VARIABLE, end_with_launcher, leave, leave_error, num_gpus
+from gowide_dist.launch.local import (
+    GPUS_VARIABLE,
+    LAUNCHER_VARIABLE,
+    end_with_launcher,
+    leave,
+    leave_error,
+    num_gpus,
+)
 from gowide_dist.prepare import check_data, check_group
 from gowide_dist.progress import write_text_only
 from gowide_dist.recipe import Instance, Recipe
@@ -155,7 +162,8 @@ def work(task: Callable[[], None], path: Path) -> int:
     end_with_launcher()
     try:
         stop.listen()
-        os.environ.setdefault(GPUS_VARIABLE, str(num_gpus()))  # where the user's own torchrun has started it
+        if "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER_VARIABLE not in os.environ:
+            os.environ.setdefault(GPUS_VARIABLE, str(num_gpus()))  # a torchrun of the user's own says nothing of GPUs
         task()
     except UserError as error:
         leave_error(str(error))

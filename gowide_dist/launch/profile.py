@@ -99,7 +99,7 @@ class Settings(Frozen):
     exclude: Text | None = None
     nodes: Annotated[str, BeforeValidator(_as_node_range)] = "1"  # or a range like 1-4
     gpus_per_node: Natural = 0  # one process per GPU; `a100:4` also sets gpu_type
-    gpu_type: Text | None = None
+    gpu_type: Text | None = None  # of no use to jobs without GPUs, which may inherit it
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"  # of sbatch; some sites know only one
     processes_per_node: Count | None = None  # where there are no GPUs; default 1
     cpus_per_task: Count = 1
@@ -145,8 +145,6 @@ class Resources(Settings):
                 raise ValueError(f"srun: '{option}' should be an option, as --mpi=none")
             if name in _OWN_SRUN_OPTIONS:
                 raise ValueError(f"srun: {_OWN_SRUN_OPTIONS[name].format(option=name)}")
-        if self.gpu_type and not self.gpus_per_node:
-            raise ValueError(f"gpu_type: {self.gpu_type} needs gpus_per_node")
         for option in self.sbatch:
             name = option.lstrip("-").replace("_", "-")
             if name in _OWN_OPTIONS:

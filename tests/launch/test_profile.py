@@ -36,7 +36,6 @@ def load(tmp_path, text):
         ("timeout_min: 0:00", "timeout_min: should be greater than or equal to 1"),
         ("gpus_per_node: a100", "should be a number, or a type and a number as a100:4, not 'a100'"),
         ("gpus_per_node: 'gpu:a100:4'", "as a100:4, not 'gpu:a100:4'"),
-        ("gpu_type: a100", "gpu_type: a100 needs gpus_per_node"),
         ("gpu_option: gpus", "gpu_option: should be 'gpus-per-node' or 'gres'"),
         ("srun: [mpi=none]", "srun: 'mpi=none' should be an option, as --mpi=none"),
         ("srun: [--cpu-bind=none]", "say --cpu-bind with cpu_bind"),
@@ -126,6 +125,17 @@ def test_what_sbatch_gets(tmp_path, text, expected):
     job = Job("a/thin", "a", Worker("m", ()), resources)
     script = sbatch_script(job, Path("/shared"), "")
     assert all(words in script for words in expected), script
+
+
+def test_jobs_without_gpus_where_others_have_gpus_of_a_type(tmp_path):
+    profile = load(tmp_path, "gpus_per_node: a100:4\ncpus_per_task: 8\nstages: {finetune: {gpus_per_node: 0}}")
+    instances = Recipe.model_validate(chain(tmp_path)).instances
+    scripts = [
+        sbatch_script(Job("a/thin", "a", Worker("m", ()), resources), Path("/shared"), "")
+        for resources in (profile.resources(instances["finetune/thin"]), profile.encode_resources())
+    ]
+    assert not any("gpu" in script for script in scripts)
+    assert profile.resources(instances["teacher/wide"]).gpus_of_node == "a100:4"
 
 
 def test_the_shells_variables_do_not_reach_sbatch(monkeypatch):
