@@ -1,8 +1,10 @@
 """What a stage minimises. An objective is one module that owns everything trainable; the teacher stands outside it.
 
 To add one: its settings as a stage model in `stages` (and in the union `Stage` there), its formula in `losses`, a class
-and a case of `build_objective` here. Phases, stored outputs, costs, restarts and reports follow from these. It must run
-on the meta device, where costs are counted: no `.item()`, no tensor made on the CPU (tests/train/test_devices.py).
+and a case of `build_objective` here. Phases, costs, restarts and reports follow from these; stored outputs are for
+`KlStage` alone (`start`), and what a recipe may not combine is checked in `recipe`. It must run on the meta device,
+where costs are counted: no `.item()`, no tensor made on the CPU (tests/train/test_devices.py). Another loss on the
+logits is no objective: it is a case of `Kl`, and a word of `KlStage.loss`.
 
 Shapes: B images, C channels, H = W pixels, K classes. An objective called with images [B, 3, H, H] and labels [B], or
 mixed images and `MixedLabels`, gives scalars by name, `loss` among them; `evaluate`, of images that are never mixed,
