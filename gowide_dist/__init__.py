@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from gowide_dist.pipeline import load_model
     from gowide_dist.recipe import Recipe, load_recipe
 
-__version__ = "0.1.0"
 __all__ = ["Recipe", "ResNet", "build_network", "load_model", "load_recipe"]
 
 _HOMES = {"Recipe": "recipe", "load_recipe": "recipe", "ResNet": "networks.resnet", "build_network": "networks.resnet",
@@ -18,6 +17,10 @@ _HOMES = {"Recipe": "recipe", "load_recipe": "recipe", "ResNet": "networks.resne
 
 def __getattr__(name: str) -> Any:
     """Import on first use: a login node reads recipes without paying for torch."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gowide_dist")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -486,7 +486,7 @@ def main() -> None:
         line = str(error)
     except InternalError as error:
         line, status = str(error), 1
-    except OSError as error:
+    except (OSError, ImportError) as error:
         if not (line := fixable(error) or ""):
             raise
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient Ctrl-C changes neither line nor status any more

@@ -46,8 +46,12 @@ _WHAT_TO_DO = {
 }
 
 
-def fixable(error: OSError) -> str | None:
-    """The line for an OSError that the user can fix; None for any other."""
+def fixable(error: OSError | ImportError) -> str | None:
+    """The line for an error of the system that the user can fix; None for any other."""
+    if "cannot open shared object file" in str(error):  # of a package's compiled part, by the linker
+        return f"{str(error).partition(':')[0]} is missing, a library of the system; see `gowide doctor`"
+    if isinstance(error, ImportError):
+        return None
     if is_full(error):
         return FULL_DISK
     if error.errno in _WHAT_TO_DO:

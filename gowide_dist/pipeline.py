@@ -171,8 +171,8 @@ def work(task: Callable[[], None], path: Path) -> int:
     except stop.Stopped as stopped:
         return 128 + stopped.signum
     except BaseException as error:  # an interpreter that shuts down waits for the process group
-        if isinstance(error, OSError) and (line := fixable(error)):
-            leave_error(f"{path}: {line}" if is_full(error) else line)
+        if isinstance(error, OSError | ImportError) and (line := fixable(error)):
+            leave_error(f"{path}: {line}" if isinstance(error, OSError) and is_full(error) else line)
             return 2
         if isinstance(error, FileNotFoundError) and not path.exists():
             leave_error(f"{path}: was deleted during the training; the same command begins it again")

@@ -137,3 +137,7 @@ def test_permissions_are_one_line():
     assert line == "stages/a: Permission denied; change its permissions, or choose another place"
     assert "disk full" in fixable(OSError(errno.ENOSPC, "No space left on device"))
     assert fixable(OSError(errno.EIO, "Input/output error", "stages/a")) is None
+    assert fixable(ImportError("libGL.so.1: cannot open shared object file: No such file")).startswith(
+        "libGL.so.1 is missing"
+    )
+    assert fixable(ImportError("cannot import name 'x'")) is None

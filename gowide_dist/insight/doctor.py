@@ -56,6 +56,7 @@ def check_machine(runs: Path, cluster: Path | None = None) -> Iterator[Finding]:
     """Yield the finding of each check as soon as it is done. runs: the folder of runs; cluster: a profile to check."""
     yield Finding("python", GOOD, f"{platform.python_version()} in {sys.prefix}")
     yield examine("packages", check_packages, "pip install -c constraints.txt -e .")
+    yield examine("opencv", check_opencv, "apt install libgl1 libglib2.0-0")
     yield examine("cpus", check_cpus, "unset OMP_NUM_THREADS")
     yield examine("cache", check_cache, "export NUMBA_CACHE_DIR=FOLDER, which can be written, on nodes too")
     yield examine("ffcv", partial(check_images, "raw"), INSTALL_FFCV)
@@ -86,6 +87,15 @@ def check_packages() -> str:
     if missing:
         raise UserError(f"missing or too old: {', '.join(missing)}")
     return "all installed, in versions that gowide_dist allows"
+
+
+def check_opencv() -> str:
+    """OpenCV's package finds the system's libraries that it brings no copies of."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(str(error)) from None
+    return f"{cv2.__version__} is loaded"
 
 
 def check_cpus() -> str:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -120,7 +121,9 @@ def torchrun(module: str, arguments: list[str], num_processes: int) -> None:
     Forwards STOP_SIGNALS, on which the workers save and end, and then raises KeyboardInterrupt. Raises UserError with
     the line of a worker that raised one, WorkerError if a worker failed otherwise.
     """
-    options = ["--standalone", "--nnodes=1", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
+    # As --standalone, which asks for the address of "localhost": some containers have none, and it waits for minutes.
+    options = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={uuid.uuid4()}", "--nnodes=1"]
+    options += ["--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
     options += ["--monitor-interval=0.1"]  # seconds: a failed worker ends the others at once
     options += [f"--shutdown-timeout={SAVE_WITHIN_S}"]
     defaults = {

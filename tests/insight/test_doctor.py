@@ -23,9 +23,9 @@ def examine(check):
 def test_this_machine(tmp_path):
     result = gowide("doctor", "--json", "--runs", tmp_path / "runs")
     findings = {finding["check"]: finding for finding in json.loads(result.stdout)}
-    assert list(findings) == ["python", "packages", "cpus", "cache", "ffcv", "jpeg", "gpus", "slurm", "runs"]
+    assert list(findings) == ["python", "packages", "opencv", "cpus", "cache", "ffcv", "jpeg", "gpus", "slurm", "runs"]
     assert result.returncode == (1 if any(finding["state"] == BAD for finding in findings.values()) else 0)
-    for name in ("python", "packages", "cache", "ffcv", "jpeg", "gpus"):
+    for name in ("python", "packages", "opencv", "cache", "ffcv", "jpeg", "gpus"):
         assert findings[name]["state"] == GOOD, findings[name]
     assert findings["ffcv"]["text"] == "raw images are encoded, and read back as Pillow reads them"
     assert findings["jpeg"]["text"] == "JPEG images are encoded, and read back as Pillow reads them"
