@@ -53,6 +53,7 @@ endef
 demo: setup
 	$(BIN)/gowide encode fashion-mnist --out data/fashion-mnist
 	$(BIN)/gowide run jobs/demo.yaml
+	@echo "Next: open runs/demo/report/report.html; run it again (all is found done); your own images: docs/photos.md"
 
 test: setup-test lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

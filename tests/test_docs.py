@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.command import GOWIDE
 from tests.docs import PAGES, ROOT, commands, fenced_blocks, make_sandbox
@@ -44,6 +45,11 @@ def test_links_lead_somewhere(page: Path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_recipe_line_by_line_is_the_demo_s():
+    [explained, *_] = fenced_blocks(ROOT / "docs" / "recipes.md", "yaml")
+    assert yaml.safe_load(explained) == yaml.safe_load((ROOT / "jobs" / "demo.yaml").read_text())
 
 
 def test_every_command_is_documented():
