@@ -17,9 +17,13 @@ from gowide_dist.errors import RunError, is_full
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{(\w+)\})")  # $NAME or ${NAME}
 PARTIAL = ".partial"  # folder of files that are being written
-NO_WEIGHTS = (
+_NO_WEIGHTS = (
     "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
 )
+_DOWNLOADED_INSTEAD = {  # by the first bytes of a file
+    b"version https://git-lfs": "a pointer of Git LFS in place of the weights; get them with `git lfs pull`",
+    b"<": "a web page in place of the weights; download the file again",
+}
 
 
 def expanded(path: str | Path) -> Path:
@@ -38,6 +42,20 @@ def expanded(path: str | Path) -> Path:
         return Path(_VARIABLE.sub(value_of, str(path))).expanduser()
     except RuntimeError:
         raise ValueError(f"{path}: there is no such user, or no home folder; write the path out") from None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, whatever its name: with the length of a JSON object, then that."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def no_weights(path: Path) -> str:
+    """Why a file that holds no weights does not, as far as its first bytes tell."""
+    with path.open("rb") as file:
+        if not (head := file.read(64).lstrip()):
+            return "empty; get the file again"
+    return next((cause for start, cause in _DOWNLOADED_INSTEAD.items() if head.startswith(start)), _NO_WEIGHTS)
 
 
 def temporary_name(name: str) -> str:
@@ -62,7 +80,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file that is complete or absent, also after a power cut."""
     with atomic(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
 
 
 class HashingFile:

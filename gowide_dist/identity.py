@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gowide_dist.errors import RunError
-from gowide_dist.files import NO_WEIGHTS, sha256
+from gowide_dist.files import is_safetensors, no_weights, sha256
 from gowide_dist.recipe import Instance, Recipe
 
 IDENTITY_FORMAT = 4  # raised when the code changes so that the same recipe gives other weights
@@ -45,7 +45,7 @@ def recipe_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:
 
 def _looks_like_weights(path: Path) -> bool:
     """Whether a file is intact safetensors, an intact archive of `torch.save`, or a pickle, its format before 1.6."""
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         try:
             with safe_open(path, framework="numpy"):
                 return True
@@ -92,4 +92,4 @@ def _file_identity(instance: Instance) -> str | dict[str, Any] | None:
             return {"file": sha256(path), **options} if options else sha256(path)
     except OSError as error:
         raise RunError(f"{option}: cannot be read ({error.strerror})") from error
-    raise RunError(f"{option}: {NO_WEIGHTS}")
+    raise RunError(f"{option}: {no_weights(path)}")

@@ -18,13 +18,13 @@ from gowide_dist.data.info import DatasetInfo, check_split, read_dataset_info
 from gowide_dist.data.preprocessing import Preprocessing, read_preprocessing
 from gowide_dist.effects import without_effect
 from gowide_dist.errors import DataError, RecipeError, RunError
-from gowide_dist.files import write_atomically
+from gowide_dist.files import is_safetensors, write_atomically
 from gowide_dist.identity import fingerprint, identities
 from gowide_dist.networks.normalise import DATASET
 from gowide_dist.progress import say
 from gowide_dist.recipe import Data, Instance, Recipe
 from gowide_dist.run import Run, StageDir
-from gowide_dist.stages import KlStage
+from gowide_dist.stages import File, KlStage
 
 
 @dataclass(frozen=True)
@@ -98,57 +98,58 @@ def check_run(
             raise RunError(f"{fault}; `gowide cancel {run.path}` before --fresh")
         if not fresh:
             stage_dir.check_identity(prepared.identities[instance.key])
-        _check_file(instance, recipe)
+    assert recipe.data.classes is not None, "checked data fills it in"
+    for note in check_files(recipe, prepared.unfinished, recipe.data.classes):
+        say(f"note: {note}")
     for line in without_effect(recipe, prepared.unfinished, check_split(recipe.data.train).samples):
         say(f"warning: {line}")
     return prepared
 
 
-def _check_file(instance: Instance, recipe: Recipe) -> None:
-    """Raises RunError unless the file that an instance starts from, if there is one, holds its network's weights."""
-    if (init := instance.init_file) is None:
-        return
+def check_files(recipe: Recipe, instances: Iterable[Instance], num_classes: int) -> Iterator[str]:
+    """Notes on the files of weights that instances start from: which names are taken, and where they get images
+    normalised otherwise than they expect.
+
+    Raises RunError if a file does not hold its network's weights, or is known to tell other classes apart.
+    """
+    for instance in instances:
+        if instance.init_file:
+            yield from _check_weights(instance, instance.init_file, num_classes)
+            yield from _check_preprocessing(instance, instance.init_file, recipe)
+
+
+def _check_weights(instance: Instance, init: File, num_classes: int) -> Iterator[str]:
     from gowide_dist.networks.weights import check_weights  # torch reads the file
 
-    assert recipe.data.classes is not None, "checked data fills it in"
     try:
         prefix = check_weights(
-            init.file, instance.architecture, recipe.data.classes,
+            init.file, instance.architecture, num_classes,
             fresh_classifier=init.classifier == "fresh", prefix=init.prefix,
         )  # fmt: skip
     except RunError as error:
         raise RunError(f"stages.{instance.stage_name}.init.file: {error}") from error
     if prefix:
-        say(f"{instance.key}  takes the weights of {init.file} that are named {prefix}*")
-    for note in notes_on_files(recipe, [instance]):
-        say(f"note: {note}")
+        yield f"{instance.key}: takes the weights of {init.file} that are named {prefix}*"
 
 
-def notes_on_files(recipe: Recipe, instances: Iterable[Instance]) -> Iterator[str]:
-    """Which weights from files get images normalised otherwise than they expect, as far as can be told.
-
-    Raises RunError if a file is known to tell other classes apart than the data's.
-    """
-    for instance in instances:
-        if (init := instance.init_file) is None:
-            continue
-        normalise, option = instance.architecture.normalise, f"networks.{instance.network_name}.normalise"
-        known = read_preprocessing(init.file) if init.file.suffix == ".safetensors" else None
-        if known is None and normalise == DATASET:
+def _check_preprocessing(instance: Instance, init: File, recipe: Recipe) -> Iterator[str]:
+    normalise, option = instance.architecture.normalise, f"networks.{instance.network_name}.normalise"
+    known = read_preprocessing(init.file) if is_safetensors(init.file) else None
+    if known is None:
+        if normalise == DATASET:
             yield (
                 f"{instance.key}: the weights of {init.file} get images normalised by the dataset's own mean and "
                 f"standard deviation; published ones mostly expect {option}: imagenet"
             )
-        if known is None:
-            continue
-        own = Preprocessing.of(recipe.data, read_dataset_info(recipe.data.train), normalise)
-        if init.classifier == "file" and known.classes != own.classes:
-            fault = f"classifies {', '.join(known.classes[:2])} ..., the data are {', '.join(own.classes[:2])} ..."
-            option = f"stages.{instance.stage_name}.init.file"
-            raise RunError(f"{option}: {init.file}: {fault}; classifier: fresh draws a new classifier")
-        if (known.mean, known.std) != (own.mean, own.std):
-            was, now = (f"mean {[*each.mean]}, std {[*each.std]}" for each in (known, own))
-            yield f"{instance.key}: {init.file} was trained with {was}, and gets {now}; {option} says what it gets"
+        return
+    own = Preprocessing.of(recipe.data, read_dataset_info(recipe.data.train), normalise)
+    if init.classifier == "file" and known.classes != own.classes:
+        fault = f"classifies {', '.join(known.classes[:2])} ..., the data are {', '.join(own.classes[:2])} ..."
+        option = f"stages.{instance.stage_name}.init.file"
+        raise RunError(f"{option}: {init.file}: {fault}; classifier: fresh draws a new classifier")
+    if (known.mean, known.std) != (own.mean, own.std):
+        was, now = (f"mean {[*each.mean]}, std {[*each.std]}" for each in (known, own))
+        yield f"{instance.key}: {init.file} was trained with {was}, and gets {now}; {option} says what it gets"
 
 
 def write_run(prepared: Prepared, *, fresh: bool = False, in_jobs: Collection[str] = ()) -> None:

@@ -86,7 +86,12 @@ def _ignoring_a_closed_terminal() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print a line on stderr."""
-    Track("", 0, "", stderr=True).line(text)
+    Track("", 0, "", stderr=True).line(one_line(text))
+
+
+def one_line(text: object) -> str:
+    """With the line breaks that names of files may have written as \\n."""
+    return "\\n".join(str(text).splitlines())
 
 
 def track(items: Iterable[Item], name: str, total: int, unit: str = "images") -> Iterator[Item]:

@@ -127,7 +127,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"override '{override}': {'.'.join(keys[: depth + 1])} is a value, not a mapping of keys")
         child = target[key] = dict(child)  # a copy: by an alias in YAML, other keys have the same mapping
         target = child
-    target[keys[-1]] = _parse_yaml(text, f"override '{override}'")
+    try:
+        target[keys[-1]] = _parse_yaml(text, f"override '{override}'")
+    except RecipeError as error:
+        raise RecipeError(f"{error}; a shell wants quotes around an override with blanks") from error
 
 
 Model = TypeVar("Model", bound=BaseModel)

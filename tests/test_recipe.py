@@ -176,7 +176,7 @@ BAD = {
     "data=5": "data: should be a mapping of keys to values, not '5'",
     "data.train=5": "data.train: should be a path, not '5'",
     "data.train.x=5": "override 'data.train.x=5': data.train is a value, not a mapping of keys",
-    "seed=[": "override 'seed=[': not valid YAML in line 1",
+    "seed={a:": "a shell wants quotes around an override with blanks",
     "seed": "override 'seed': should look like stages.distill.epochs=5",
     "..=1": "override '..=1': should look like stages.distill.epochs=5",
     "stages.teacher.ramp={start_px: 16, until_epoch: 1}": "stages.teacher.ramp: needs data.augment.crop",

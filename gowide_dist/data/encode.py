@@ -28,7 +28,7 @@ from gowide_dist.data.tally import Tally, say_counts
 from gowide_dist.data.workers import encode_images
 from gowide_dist.errors import DataError
 from gowide_dist.files import PARTIAL, move_up, try_lock, writing_to
-from gowide_dist.progress import say, track
+from gowide_dist.progress import one_line, say, track
 
 SKIPPED_FILE_NAME, LOCK_FILE_NAME = "skipped.txt", ".lock"
 
@@ -134,7 +134,7 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     except UnicodeEncodeError as error:
-        raise DataError(f"{error.object!a}: the name is not valid UTF-8; rename it") from None
+        raise DataError(f"{error.object!a} in {root}: the name is not valid UTF-8; rename it") from None
     return write_dataset(out, _divide(source, options), encoding, options)
 
 
@@ -178,7 +178,8 @@ def _divide(dataset: SourceDataset, options: Options) -> SourceDataset:
             chosen = ~chosen
         splits["train"] = train.take(chosen)
     if "val" not in splits:
-        raise DataError(f"{dataset.description}: no validation images; --held-out takes some of the training images")
+        none = "no validation images, but test images" if "test" in splits else "no validation images"
+        raise DataError(f"{dataset.description}: {none}; --held-out takes some of the training images")
     return replace(dataset, splits=splits)
 
 
@@ -216,7 +217,8 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
     lists = {name: images.unpacked(folder) for name, images in dataset.splits.items()}
     say_counts(dataset)
     bad = dict.fromkeys(image for images in lists.values() for image in _known_by_listing(images, options))
-    _refuse(bad, options)
+    if bad and not options.skip_bad:
+        say("bad images end the encode when all are known, and it keeps the good ones; --skip-bad leaves them out")
     tally = Tally(options.bits)
     splits: dict[SplitName, Split] = {}
     for name, images in lists.items():
@@ -237,7 +239,7 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
     if tally.num_composed:
         say(f"note: {tally.num_composed:,} images with transparent pixels, on {options.background} (see --background)")
     if bad:
-        lines = "".join(f"{image.path}\t{image.reason}\n" for image in bad)
+        lines = "".join(f"{one_line(image.path)}\t{image.reason}\n" for image in bad)
         (folder / SKIPPED_FILE_NAME).write_text(lines, encoding="utf-8", errors="surrogateescape")
     info = DatasetInfo(
         source=dataset.description,

@@ -39,9 +39,9 @@ class Storage:
     """How images are stored.
 
     jpg_share: the fraction of them stored as JPEG, of `quality` 1 to 100; the others are stored raw. None keeps upright
-    RGB JPEGs and an FFCV file's images as they are, byte for byte, and stores all else as JPEG. max_side_px: larger
-    images are shrunk to it. background: the colour under transparent pixels, by its name or as #rrggbb. bits: the ones
-    that images of 16 bits use, by default all.
+    RGB and grey JPEGs and an FFCV file's images as they are, byte for byte, and stores all else as JPEG. max_side_px:
+    larger images are shrunk to it. background: the colour under transparent pixels, by its name or as #rrggbb. bits:
+    the ones that images of 16 bits use, by default all.
     """
 
     jpg_share: float | None = 0.0
@@ -136,7 +136,7 @@ def _keep(source: Item, storage: Storage, measured: bool) -> tuple[EncodedImage,
         return None
     frame = jpeg.read_frame(content)
     longest = max(frame.height, frame.width)
-    if not (frame.plain and frame.components == 3 and len(content) <= PAGE_BYTES):
+    if not (frame.plain and frame.components in (1, 3) and len(content) <= PAGE_BYTES):
         return None
     if longest > min(storage.max_side_px or _JPEG_MAX_SIDE_PX, _JPEG_MAX_SIDE_PX):
         return None

@@ -55,14 +55,14 @@ def say_counts(dataset: SourceDataset) -> None:
     """Show the number of images of each class, and say where they are very unequal."""
     for split, images in dataset.splits.items():
         counts = np.bincount(images.labels, minlength=len(dataset.classes))
-        fewest, most = int(counts.argmin()), int(counts.argmax())
+        fewest, most = int(np.where(counts, counts, len(images) + 1).argmin()), int(counts.argmax())
         each = ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts, strict=True))
         if len(counts) > _MAX_CLASSES_SHOWN:
-            of = [f"{counts[label]:,} ({dataset.classes[label]})" for label in (fewest, most)]
+            of = [f"{counts[label]:,} ({dataset.classes[label]})" for label in (int(counts.argmin()), most)]
             each = f"{of[0]} to {of[1]} a class"
         say(f"{split}: {len(images):,} images in {len(counts):,} classes: {each}")
         if split == "train" and counts[most] >= _UNEQUAL * counts[fewest]:
             names = f"{dataset.classes[most]} has {counts[most]:,} images, {dataset.classes[fewest]} {counts[fewest]:,}"
             say(f"note: very unequal classes: {names}; `class_weights: balanced` in a stage weighs them alike")
-        if split != "train" and (absent := [dataset.classes[label] for label in np.flatnonzero(counts == 0)]):
+        if absent := [dataset.classes[label] for label in np.flatnonzero(counts == 0)]:
             say(f"note: {split}: no images of {len(absent):,} classes: {listed(absent)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from gowide_dist.data.info import check_split, read_dataset_info
@@ -121,21 +121,22 @@ def known_outputs(recipe: Recipe, done: Collection[str], *, together: bool) -> s
     return known
 
 
-def notes_on_logits(recipe: Recipe, size: DataSize, profile: Profile) -> Iterator[str]:
-    """For students of one teacher on the same images: what storing its outputs saves, or would save."""
+def notes_on_logits(recipe: Recipe, instances: Iterable[Instance], size: DataSize, profile: Profile) -> Iterator[str]:
+    """For unfinished students of one teacher on the same images: what storing its outputs saves, or would save."""
     groups: dict[Hashable, list[Instance]] = {}
-    for instance in recipe.instances.values():
+    for instance in instances:
         if isinstance(instance.stage, KlStage) and instance.stage.epochs and not instance.stage.blocks_weight:
             groups.setdefault(_stream(instance), []).append(instance)
     for students in groups.values():
-        instance, stage, count = students[0], students[0].stage, len(students)
+        instance, stage = students[0], students[0].stage
         assert isinstance(stage, KlStage)
-        is_stored, num_classes = stage.has_stored_logits, size.classes
+        is_stored, num_classes = all(student.stage.has_stored_logits for student in students), size.classes
+        together = is_this_machine(profile)  # the instances of a stage then train in one pass
+        if (count := len({student.stage_name if together else student.key for student in students})) == 1:
+            continue
         images_per_epoch = size.train // recipe.batch_size * recipe.batch_size
         images = stage.epochs * images_per_epoch
         macs = training_macs(instance, recipe, num_classes)
-        if is_stored and count == 1:
-            continue
         once = images * 2 * macs.teacher / device_of(profile.resources(instance)).flops / 3600
         top_k = stage.top_k or (None if is_stored or stage.needs_all_classes or num_classes <= 100 else TOP_K)
         row = 2 * (top_k + 1) + (2 if num_classes <= 2**15 else 4) * top_k if top_k else 2 * num_classes

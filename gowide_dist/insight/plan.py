@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from gowide_dist.insight.assumed import (
 )
 from gowide_dist.insight.text import duration, gigabytes, listed, table
 from gowide_dist.launch.profile import Device, Profile, Resources
-from gowide_dist.prepare import Prepared, check_data, notes_on_files
+from gowide_dist.prepare import Prepared, check_data, check_files
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching, Timeline
@@ -99,6 +98,15 @@ def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None 
         warnings += _warnings(stages[-1], recipe, size, resources) if stages[-1].steps_left else []
     left = [recipe.instances[stage.stage] for stage in stages if not isinstance(progress.get(stage.stage), str)]
     warnings += without_effect(recipe, left, size.train)
+    notes = list(notes_on_logits(recipe, left, size, profile))
+    for instance in left:
+        if instance.init_file and instance.init_file.file.exists():
+            try:
+                notes += check_files(recipe, [instance], size.classes)
+            except RunError as error:  # `gowide run` refuses
+                warnings.append(str(error))
+            except DataError:  # the dataset is elsewhere
+                pass
     parents = {key: instance.parents for key, instance in recipe.instances.items()}
     path, hours = longest_path({stage.stage: stage.hours for stage in stages}, parents)
     return Plan(
@@ -111,16 +119,8 @@ def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None 
         longest_path=path,
         longest_hours=hours,
         warnings=warnings,
-        notes=[*_notes_on_files(recipe), *notes_on_logits(recipe, size, profile)],
+        notes=notes,
     )
-
-
-def _notes_on_files(recipe: Recipe) -> list[str]:
-    """`notes_on_files`, as far as files and data are there."""
-    notes: list[str] = []
-    with suppress(DataError, RunError):
-        notes += notes_on_files(recipe, recipe.instances.values())
-    return notes
 
 
 def restarts(work_s: float, timeout_s: float, lost_s: float) -> float:

@@ -84,9 +84,9 @@ def draw(*panels: Callable[[Axes], None], png: Path | None = None) -> str:
             panel(ax)
             for line in [line for line in ax.lines if not len(line.get_xdata())]:
                 line.remove()
-            if ax.lines:
+            if ax.get_legend_handles_labels()[0]:
                 ax.legend()
-            else:
+            elif not ax.lines:
                 ax.text(0.5, 0.5, "no metrics yet", transform=ax.transAxes, ha="center")
         if png:
             pixels = io.BytesIO()

@@ -85,11 +85,15 @@ class Trained:
     def validation_images(self, path: Path, limit: int | None = None) -> Loader:
         """The images of an FFCV file, cut as for validation: all, or at most `limit`, evenly spaced over the file.
 
+        Of another size than the recipe's, they are resized and their middle is cut out.
+
         Raises DataError if the file is not there or has other classes than the network.
         """
         if path == self.recipe.data.val and not path.exists():
             raise DataError(f"{path}: not found here; `gowide eval` takes other images by --data or --images")
-        return self._images(path, geometry_of(self.recipe.data, train=False), limit)
+        data = self.recipe.data
+        is_cut = data.center_crop or read_dataset_info(path).fixed_side_px == data.resolution
+        return self._images(path, geometry_of(data, train=False) if is_cut else CenterCrop(1.0), limit)
 
     def folder_images(self, folder: Path) -> FolderImages:
         """The images of a folder of class folders. Raises DataError if it has other classes than the network."""

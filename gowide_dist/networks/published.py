@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gowide_dist.errors import RunError
-from gowide_dist.files import NO_WEIGHTS
+from gowide_dist.files import is_safetensors, no_weights
 
 CLASSIFIER = "fc."  # before the names of a classifier's weights
+_HEADS = (CLASSIFIER, "classifier.", "head.", "last_linear.")  # what others call it
 _COUNTER = "num_batches_tracked"  # of a batch norm: changes nothing, as momentums are fixed
 _WRAPPERS = {"module", "_orig_mod"}
 Shapes = dict[str, tuple[int, ...]]
@@ -37,7 +38,7 @@ def find_weights(
     """
 
     def is_wanted(name: str) -> bool:
-        return not (fresh_classifier and name.startswith(CLASSIFIER))
+        return not (fresh_classifier and name.startswith(_HEADS))
 
     own = {_unwrapped(name): name for name in network.state_dict() if is_wanted(name)}
     tensors = dict(_tensors(_read(path)))
@@ -48,6 +49,8 @@ def find_weights(
     expected = {name: tuple(network.state_dict()[own_name].shape) for name, own_name in own.items()}
     if cause := _mismatch(expected, {name: tuple(each.shape) for name, each in found.items()}):
         raise RunError(f"{path}: {cause}")
+    if broken := next((name for name, each in found.items() if not each.to_dense().isfinite().all()), None):
+        raise RunError(f"{path}: {broken} is not finite; take another checkpoint")
     return {own[name]: each for name, each in found.items()}, prefix
 
 
@@ -68,7 +71,7 @@ def _read(path: Path) -> Any:
     """The content of a file of weights, on the CPU. Raises RunError if there are no tensors in it."""
     others: list[str] = []
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             return load_file(path)
         if is_zip := zipfile.is_zipfile(path):  # else in the format before PyTorch 1.6
             others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -79,10 +82,10 @@ def _read(path: Path) -> Any:
     except Exception as error:  # safetensors, pickle and torch raise several types
         if "torchscript" in str(error).lower():
             raise RunError(f"{path}: a TorchScript program; save the state_dict() of its network") from error
-        raise RunError(f"{path}: {NO_WEIGHTS}") from error
+        raise RunError(f"{path}: {no_weights(path)}") from error
     if others:
         raise RunError(f"{path}: a whole object ({others[0]} ...), whose code is not run; save its state_dict()")
-    raise RunError(f"{path}: {NO_WEIGHTS}")
+    raise RunError(f"{path}: {no_weights(path)}")
 
 
 def _unwrapped(name: str) -> str:
@@ -139,14 +142,15 @@ def _mismatch(own: Shapes, theirs: Shapes) -> str:
         )
         if there != here:
             return f"of another depth: {layer} has {there} units there, {here} here"
-    others = [name for name in (*missing, *unknown, *differing) if not name.startswith(CLASSIFIER)]
+    others = [name for name in (*missing, *unknown, *differing) if not name.startswith(_HEADS)]
     if others and others[0] in differing:
         name = others[0]
         kind = "stem" if own[name][1:] != theirs[name][1:] and name == "conv1.weight" else "width"
         return f"of another {kind}: {name} is {theirs[name]} there, {own[name]} here"
     if others:
-        lacks = [f"lacks {name}" for name in others[:3] if name in missing]
-        return f"of another network: it {', '.join(lacks + [f'has {name}' for name in others if name in unknown][:3])}"
+        verbs = {"lacks": missing, "has": unknown}
+        told = {verb: ", ".join([name for name in names if name in others][:3]) for verb, names in verbs.items()}
+        return f"of another network: it {', '.join(f'{verb} {names}' for verb, names in told.items() if names)}"
     fresh = "init: {file: ..., classifier: fresh} draws a new classifier"
     weight = f"{CLASSIFIER}weight"
     if weight in differing and own[weight][1] == theirs[weight][1]:

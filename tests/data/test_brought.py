@@ -287,10 +287,12 @@ def test_counts_are_shown_and_very_unequal_ones_said(root: Path, tmp_path: Path,
         write(root / "train" / "cat" / f"more {number}.png", png(PICTURE))
     (root / "val" / "dog" / "0.png").unlink()
     encode("imagefolder", tmp_path / "out", root, RAW)
+    encode("imagefolder", tmp_path / "few", root, Options(subset=2, workers=1))
     lines = capsys.readouterr().err
     assert "train: 34 images in 2 classes: cat 32, dog 2\n" in lines
     assert "note: very unequal classes: cat has 32 images, dog 2; `class_weights: balanced`" in lines
     assert "note: val: no images of 1 classes: dog\n" in lines
+    assert "note: train: no images of 1 classes: dog\n" in lines and lines.count("very unequal") == 1
 
 
 def test_kept_jpegs_are_the_same_bytes(root: Path, tmp_path: Path):
@@ -301,7 +303,8 @@ def test_kept_jpegs_are_the_same_bytes(root: Path, tmp_path: Path):
         "large": cv2.imencode(".jpg", cv2.resize(PICTURE, (300, 200)))[1].tobytes(),
         "filled": WHOLE[:2] + b"\xff\xff" + WHOLE[2:],  # a fill byte before a marker: the loader knows none
     }  # fmt: skip
-    kept = {"whole": WHOLE, "progressive": PROGRESSIVE, "fine": jpeg(subsampling=0), "upright": jpeg(exif=Image.Exif())}
+    kept = {"whole": WHOLE, "progressive": PROGRESSIVE, "fine": jpeg(subsampling=0), "upright": jpeg(exif=Image.Exif()),
+            "grey JPEG": cv2.imencode(".jpg", PICTURE[..., 0])[1].tobytes()}  # fmt: skip
     for path in root.rglob("*.png"):
         path.unlink()
     for split in ("train", "val"):

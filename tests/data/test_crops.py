@@ -157,15 +157,16 @@ def test_boxes_of_extreme_images_lie_inside(height: int, width: int):
     [
         {}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "progressive": True}, {"restart_marker_rows": 1},
         {"restart_marker_blocks": 3, "progressive": True}, {"comment": b"a" * 3000, "dpi": (300, 300)}, {"keep_rgb": True},
+        {"mode": "L"}, {"mode": "L", "progressive": True},
     ],
     ids=str,
 )  # fmt: skip
 def test_partial_decoding_gives_the_top_rows_of_the_whole(options: dict):
     """Of every kind of JPEG that may be kept as it is."""
     rng = np.random.default_rng(0)
-    noise = np.asarray(rng.integers(0, 256, (133, 150, 3), np.uint8))
+    noise = Image.fromarray(np.asarray(rng.integers(0, 256, (133, 150, 3), np.uint8)))
     file = io.BytesIO()
-    Image.fromarray(noise).save(file, "JPEG", quality=90, **options)
+    noise.convert(options.get("mode")).save(file, "JPEG", **{"quality": 90, **options})
     assert jpeg.read_frame(file.getvalue()).plain
     data = np.frombuffer(file.getvalue(), np.uint8)
     column = np.zeros(1, np.int64)

@@ -285,6 +285,22 @@ def compress(root: Path) -> None:
         path.write_bytes(gzip.compress(path.read_bytes()))
 
 
+def rewrite(root: Path, column: str, values: list) -> None:
+    """Other values in the first rows of a column."""
+    path = root / "data" / "train-00001-of-00002.parquet"
+    table = pq.read_table(path)
+    values = [*values, *table[column].to_pylist()[len(values) :]]
+    at = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type)), path)
+
+
+def rename_in_shards(root: Path, old: str, new: str) -> None:
+    for path in root.glob("*.tar"):
+        with tarfile.open(path) as archive:
+            files = {member.name: archive.extractfile(member).read() for member in archive.getmembers()}
+        write_tar(path, {name.replace(old, new): content for name, content in files.items()})
+
+
 def write_label(root: Path, label: str) -> None:
     lines = (root / "val_labels.txt").read_text().splitlines()
     (root / "val_labels.txt").write_text("\n".join([lines[0].split()[0] + label, *lines[1:]]))
@@ -309,8 +325,13 @@ def write_label(root: Path, label: str) -> None:
         (flat_val_with_numbers, lambda root: (root / "val.txt").write_text("a.JPEG 1\nb.JPEG 5\n"), "no label for 60 images"),
         (kaggle, lambda root: (root / "LOC_val_solution.csv").unlink(), "val: no class folders in it, but 60 images"),
         (parquet, lambda root: cut(root / "data/train-00001-of-00002.parquet"), "train-00001-of-00002.parquet: cannot be read"),
+        (parquet, lambda root: (root / "data/train-00001-of-00002.parquet").unlink(), "train-00001-of-00002: missing, as 1 of 2 files"),
+        (parquet, lambda root: rewrite(root, "label", [0, None, -1]), "train-00001-of-00002.parquet: 2 of 120 rows have no label, first row 1"),
+        (parquet, lambda root: rewrite(root, "image", [{"bytes": None, "path": "a"}] * 120), "paths of images, not the images"),
         (webdataset, lambda root: cut(root / "imagenet1k-train-0001.tar"), "train-0001.tar: (cut off|cannot be read)"),
         (webdataset, compress, "it is compressed: unpack it"),
+        (webdataset, lambda root: rename_in_shards(root, ".cls", ".txt"), r"80 of 80 images have no label KEY.cls: .* \(KEY.txt, KEY.json is not read\)"),
+        (webdataset, lambda root: rename_in_shards(root, ".jpg", ".v1.jpg"), r"no images KEY.jpg in it \(KEY.v1.jpg, .*is not read\)"),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path, images: Images, layout, damage, message: str):
@@ -320,6 +341,16 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path, images: Images, lay
         encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
     assert "\n" not in str(error.value)
     assert not any((tmp_path / "out").rglob("*.journal"))
+
+
+def test_a_bad_image_of_a_parquet_file_is_named_there(tmp_path: Path, images: Images, capsys):
+    parquet(tmp_path / "root", images)
+    rewrite(tmp_path / "root", "image", [None, {"bytes": b"no image", "path": "my cat.jpg"}])
+    with pytest.raises(
+        DataError, match=r"bad images: 2, .*root/data/train-00001-of-00002.parquet: row 0 \(empty file\)"
+    ):
+        encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
+    assert "train-00001-of-00002.parquet: my cat: not an image in a format" in capsys.readouterr().err
 
 
 def test_numbers_that_count_from_1_are_no_labels(tmp_path: Path, images: Images):

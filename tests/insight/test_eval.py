@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from contextlib import closing
 
@@ -197,6 +198,8 @@ def test_a_copied_run_is_enough(moved, finished_run, other_data):
 
 def test_a_plain_folder_of_images(moved, photos, tmp_path):
     """By Pillow, as torchvision's own pipeline prepares them; by name, whatever classes are absent."""
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    (photos / "Bag" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(next((photos / "Bag").glob("*.jpg")).read_bytes())
     shown = gowide("eval", moved, "finetune", "--images", photos, "--out", tmp_path / "out", "--json")
     assert shown.returncode == 0, shown.stderr
     evaluation = json.loads(shown.stdout)
@@ -205,7 +208,7 @@ def test_a_plain_folder_of_images(moved, photos, tmp_path):
     assert evaluation["per_class_top1"][0] is None
     assert evaluation["top1_in_training"] is None
     assert evaluation["top1"] > 50
-    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open(errors="surrogateescape")))
     logits = np.load(tmp_path / "out" / "logits.npy")
     network = load_model(moved, "finetune")
     taken = network.preprocessing
@@ -241,6 +244,7 @@ def test_what_is_no_folder_of_the_classes_is_refused(moved, photos, tmp_path):
     assert line(tmp_path).startswith(
         f"{tmp_path}: class folder val is none of the network's 10 classes, valid: T-shirt/top"
     )
+    assert line(tmp_path).endswith(f"; or give {tmp_path}/val")
     assert line(tmp_path / "val" / "Bag").endswith("Bag: no class folders in it")
     assert (
         line(tmp_path / "val" / "Bag" / "none")

@@ -20,6 +20,7 @@ from gowide_dist.insight.plan import longest_path, plan, plan_table, restarts
 from gowide_dist.insight.text import duration
 from gowide_dist.launch.local import KEEP_FREED_MEMORY
 from gowide_dist.launch.profile import Device, Profile
+from gowide_dist.networks.resnet import build_network
 from gowide_dist.prepare import check_data, prepare
 from gowide_dist.run import Done, Run
 from gowide_dist.train.checkpoint import save_checkpoint
@@ -81,6 +82,10 @@ def test_stored_answers_are_asked_for_once(data, tmp_path):
     once = 2 * IMAGES * 2 * wide / 5e6 / 3600
     assert f"they save {duration(once)} of {duration(2 * once)} on all devices" in result.notes[0]
     assert "(2 epochs x 180 images x 20 bytes, all 10 classes)" in result.notes[0]
+    values["stages"].pop("again")
+    for teacher_logits in ("stored", "live"):  # for one student there is nothing to save
+        values["stages"]["distill"]["teacher_logits"] = teacher_logits
+        assert on(load_recipe(write_job(tmp_path, values)), tmp_path).notes == []
 
 
 def test_students_of_one_stage_ask_together_here(data, tmp_path):
@@ -89,8 +94,10 @@ def test_students_of_one_stage_ask_together_here(data, tmp_path):
     kd = {**recipe["stages"]["distill"], "init": None, "train": ["thin", "thinner"]}
     recipe["stages"] = {"teacher": recipe["stages"]["teacher"], "kd": kd}
     recipe = load_recipe(write_job(tmp_path, recipe))
-    _, *together = plan(recipe, data_size(recipe), this_machines_cores(1)).stages
-    _, *jobs = on(recipe, tmp_path).stages
+    here, there = plan(recipe, data_size(recipe), this_machines_cores(1)), on(recipe, tmp_path)
+    _, *together = here.stages
+    _, *jobs = there.stages
+    assert here.notes == [] and "by teacher_logits: stored, they save" in there.notes[0]
     assert [stage.macs["teacher"] > 0 for stage in together] == [True, False]
     assert [stage.macs["teacher"] > 0 for stage in jobs] == [True, True]
 
@@ -282,12 +289,17 @@ def test_weights_that_get_the_datasets_normalisation_are_told(data, tmp_path):
     recipe = chain(data)
     stage = {"train": "wide", "objective": "labels", "epochs": 0, "init": {"file": str(tmp_path / "public.pth")}}
     recipe["stages"] = {"teacher": stage}
-    torch.save({}, tmp_path / "public.pth")
+    wide = load_recipe(write_job(tmp_path, recipe)).instances["teacher/wide"].architecture
+    torch.save(build_network(wide, 10).state_dict(), tmp_path / "public.pth")
     own = [note for note in on(load_recipe(write_job(tmp_path, recipe)), tmp_path).notes if "public.pth" in note]
     assert len(own) == 1
     assert own[0].endswith("published ones mostly expect networks.wide.normalise: imagenet")
     recipe["networks"]["wide"]["normalise"] = "imagenet"
-    assert on(load_recipe(write_job(tmp_path, recipe)), tmp_path).notes == []
+    result = on(load_recipe(write_job(tmp_path, recipe)), tmp_path)
+    assert result.notes == result.warnings == []
+    torch.save(build_network(wide, 7).state_dict(), tmp_path / "public.pth")
+    [warning] = on(load_recipe(write_job(tmp_path, recipe)), tmp_path).warnings
+    assert warning.startswith(f"stages.teacher.init.file: {tmp_path}/public.pth: of 7 classes, here are 10")
 
 
 def test_a_teacher_that_is_normalised_otherwise_takes_memory_for_its_images(job, tmp_path):

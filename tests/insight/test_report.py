@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from gowide_dist import load_model, load_recipe
 from gowide_dist.files import sha256
 from gowide_dist.insight.latency import latency_ms
+from gowide_dist.insight.plots import draw
 from gowide_dist.insight.report import report
 from gowide_dist.insight.results import spread
 from gowide_dist.insight.trained import open_trained
@@ -103,6 +104,12 @@ def test_accuracy_in_the_mean_of_classes_stands_beside_top1(copy):
         done = json.loads(path.read_text())
         path.write_text(json.dumps({key: value for key, value in done.items() if key != "balanced_top1"}))
     assert "balanced" not in report([copy], measure=False)[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_dots_without_a_line_have_no_legend():
+    """Of a stage with epochs: 0."""
+    assert "<svg" in draw(lambda ax: ax.plot([0], [1.0], "o"))
 
 
 def test_latency_is_a_median_after_warm_up():

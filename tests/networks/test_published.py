@@ -94,6 +94,7 @@ OTHERS = {
     "many equal layers": ({f"layers.{n}.{part}": torch.ones(3) for n in range(4) for part in ("conv1.weight", "attn.q", "attn.k", "attn.v")}, "names its weights layers.0.conv1.weight, layers.0.attn.q, not conv1"),
     "two networks": ({"student": named("module."), "teacher": PUBLIC}, "holds several networks, student. and teacher.; take one by init: {file: ..., prefix: student.}"),
     "no weights": ({"epoch": 3}, "holds no weights"),
+    "a loss that diverged": ({**PUBLIC, "conv1.weight": torch.full((4, 3, 7, 7), torch.nan)}, "conv1.weight is not finite"),
     "a list": ([PUBLIC], "holds no weights"),
     "a tensor": (torch.ones(3), "holds no weights"),
     "a whole network": (network(), r"a whole object \(.*\), whose code is not run; save its state_dict\(\)"),
@@ -111,6 +112,28 @@ def test_what_does_not_fit_is_named_by_its_cause(tmp_path, name):
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in network().state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "weights.pth: empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "a web page in place"),
+        (b"no pickle", "holds no weights"),
+    ],
+)
+def test_what_was_downloaded_instead_is_named(tmp_path, content, cause):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(RunError, match=cause):
+        load_weights(tmp_path / "weights.pth", network())
+
+
+def test_safetensors_under_another_name(tmp_path):
+    save_file(PUBLIC, tmp_path / "weights.pth")
+    loaded = network()
+    load_weights(tmp_path / "weights.pth", loaded)
+    assert torch.equal(loaded.conv1.weight, PUBLIC["conv1.weight"])
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 def test_a_torchscript_program(tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "weights.pth")
@@ -125,6 +148,7 @@ def test_a_torchscript_program(tmp_path):
         HEADLESS,
         {**HEADLESS, "fc.weight": torch.ones(7, 8), "fc.bias": torch.ones(7)},
         {**HEADLESS, "fc.0.weight": torch.ones(9, 9)},
+        {**HEADLESS, "last_linear.weight": torch.ones(7, 8), "last_linear.bias": torch.ones(7)},
     ],
 )
 def test_a_fresh_classifier_is_the_networks_own(tmp_path, weights):

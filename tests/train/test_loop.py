@@ -379,7 +379,10 @@ def test_a_file_of_another_network_names_what_does_not_fit(train, tmp_path, caps
     assert not (tmp_path / "runs").exists()
     init["classifier"] = "fresh"
     run = train("stages.teacher.optim.lr=1e-9", networks=networks, stages=stages)
-    assert f"teacher/wide  takes the weights of {init['file']} that are named state_dict.*" in capsys.readouterr().err
+    assert (
+        f"note: teacher/wide: takes the weights of {init['file']} that are named state_dict.*"
+        in capsys.readouterr().err
+    )
     taken = load_model(run.path, "teacher").state_dict()
     assert torch.allclose(taken["layer2.0.conv1.weight"], public["layer2.0.conv1.weight"], atol=1e-5)
     assert taken["fc.weight"].shape == (10, 8)

@@ -8,7 +8,7 @@ import os
 import re
 import struct
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, overload, runtime_checkable
 
@@ -77,16 +77,20 @@ class SourceDataset:
 
 
 class FileImage(NamedTuple):
-    """An encoded image: a file of `size` bytes, or the part of a file from `offset` on, where the image is `name`."""
+    """An encoded image: a file of `size` bytes, or the part of a file from `offset` on, where the image is `name`.
+
+    origin: the file that this one was unpacked from, if it was.
+    """
 
     path: str
     name: str
     offset: int
     size: int
     mtime_ns: int
+    origin: str = ""
 
     def __str__(self) -> str:
-        return self.path if self.offset == _WHOLE_FILE else f"{self.path}: {self.name}"
+        return self.path if self.offset == _WHOLE_FILE else f"{self.origin or self.path}: {self.name}"
 
     def read(self) -> bytes:
         """The image's bytes. Raises OSError if it cannot be read, ValueError if it is no regular file."""
@@ -112,12 +116,14 @@ _PACKED_ROW = struct.Struct("<iqiqqq")
 class FileList:
     """Images in files, in columns: as objects, a million of them would take a gigabyte.
 
-    places: folders, or files that hold many images. names: all names in one string. rows: of _ROW [N].
+    places: folders, or files that hold many images. names: all names in one string. rows: of _ROW [N]. origins: of the
+    places, if those are unpacked.
     """
 
     places: list[str]
     names: bytes
     rows: NDArray[np.void]
+    origins: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,11 +134,11 @@ class FileList:
     def __getitem__(self, index: NDArray[Any] | slice) -> "FileList": ...
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int | np.integer):
-            return FileList(self.places, self.names, self.rows[index])
+            return replace(self, rows=self.rows[index])
         place, start, length, offset, size, mtime_ns = self.rows[index].item()
         path, name = self.places[place], os.fsdecode(self.names[start : start + length])
         path = os.path.join(path, name) if offset == _WHOLE_FILE else path  # noqa: PTH118
-        return FileImage(path, name, offset, size, mtime_ns)
+        return FileImage(path, name, offset, size, mtime_ns, self.origins[place] if self.origins else "")
 
 
 class Lister:
@@ -195,13 +201,15 @@ def label_of_texts(texts: list[str], classes: tuple[str, ...] | None, where: str
 def names_of_classes(file: Path, labels: NDArray[np.int64]) -> tuple[str, ...]:
     """The lines of `file` in the order of the labels, or else the labels' numbers. Raises DataError if they differ."""
     lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0:
+        raise DataError(f"{file.parent}: labels down to {lowest}; they have to count from 0")
     if file.exists():
         classes = tuple(file.read_text(errors="replace").splitlines())
     elif highest > MAX_UNNAMED_CLASSES:
         raise DataError(f"{file.parent}: labels up to {highest:,}; name that many classes in {file}, or fix the labels")
     else:
         classes = tuple(map(str, range(highest + 1)))
-    if lowest < 0 or highest >= len(classes):
+    if highest >= len(classes):
         raise DataError(f"{file.parent}: labels {lowest} to {highest}, but {len(classes):,} classes; fix {file}")
     return classes
 
@@ -226,16 +234,38 @@ def shard_files(root: Path, suffix: str) -> dict[SplitName, list[Path]]:
         words = re.findall(r"[a-z]+", str(path.relative_to(root)).lower())
         split = next((split for split, names in SPLIT_NAMES.items() if {*names} & {*words}), None)
         (splits.setdefault(split, []) if split else unnamed).append(path)
+    _check_complete(files)
     if unnamed and not splits:
         return {"train": unnamed}
     say_left_out(root, [path.name for path in unnamed], "their names tell no split")
     return splits
 
 
+def _check_complete(files: list[Path]) -> None:
+    """Raises DataError if one of several files is missing, as far as names such as train-00003-of-00008 tell."""
+    parts: dict[tuple[str, str], set[int]] = {}
+    for path in files:
+        if match := re.search(r"(.*?)(\d+)-of-(\d+)", str(path)):
+            parts.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (start, total), numbers in parts.items():
+        first = int(int(total) in numbers)  # some count from 1
+        if missing := sorted(set(range(first, first + int(total))) - numbers):
+            name = f"{start}{missing[0]:0{len(total)}}-of-{total}"
+            raise DataError(f"{name}: missing, as {len(missing):,} of {int(total):,} files are; get the rest")
+
+
 def listed(names: list[str]) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - _NUM_SHOWN:,} more" if len(names) > _NUM_SHOWN else ""
     return ", ".join(names[:_NUM_SHOWN]) + more
+
+
+def contents(folder: Path) -> str:
+    """What there is in a folder, for an error about what is not."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return f"there are {listed(names)}" if names else "it is empty"
 
 
 def say_left_out(where: object, names: list[str], what: str = "no images by their names") -> None:

@@ -17,6 +17,7 @@ from gowide_dist.data.sources import (
     Lister,
     SourceDataset,
     SplitName,
+    contents,
     listed,
     say_left_out,
 )
@@ -78,11 +79,9 @@ def read_image_folder(root: Path, val_labels: Path | None = None) -> SourceDatas
     """
     folders = split_folders(root)
     if "train" not in folders:
-        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-        there = (
-            f" (there are {listed(names)})" if names else "" if root.is_dir() else f" (nor is there a folder {root})"
+        raise DataError(
+            f"{root / 'train'}: not found ({contents(root)}); images go into {root}/train/CLASS/ and {root}/val/CLASS/"
         )
-        raise DataError(f"{root / 'train'}: not found{there}; images go into {root}/train/CLASS/ and {root}/val/CLASS/")
     classes, train = list_train(folders["train"])
     splits: dict[SplitName, ImageList] = {"train": train.shuffled()}
     for split in ("val", "test"):
@@ -158,8 +157,9 @@ def read_labelled_folder(folder: Path, classes: tuple[str, ...]) -> ImageList:
         raise DataError(f"{folder}: no class folders in it")
     if unknown := [name for name in names if name not in classes]:
         known = nearest(unknown[0], classes) if len(classes) <= _MANY_CLASSES else f"such as {', '.join(classes[:3])}"
+        inside = next((f"; or give {path}" for split, path in split_folders(folder).items() if split != "train"), "")
         raise DataError(
-            f"{folder}: class folder {unknown[0]} is none of the network's {len(classes):,} classes, {known}"
+            f"{folder}: class folder {unknown[0]} is none of the network's {len(classes):,} classes, {known}{inside}"
         )
     if not len(images := _list_classes(folder, classes)):
         raise DataError(f"{folder}: no images in its class folders")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from gowide_dist.data.sources import ImageList, SourceDataset, SplitName, listed
+from gowide_dist.data.sources import ImageList, SourceDataset, SplitName, contents
 from gowide_dist.data.sources.image_folder import is_no_image, list_split, list_train, split_folders
 from gowide_dist.data.sources.labels import find_labels, label_flat
 from gowide_dist.data.sources.parquet import parquet_files, read_parquet
@@ -37,10 +37,9 @@ def read_imagenet(root: Path, val_labels: Path | None = None) -> SourceDataset:
             if place.is_dir() and files(place):
                 say(f"{root}: {name} files")
                 return read(place)
-    names = sorted(path.name for path in root.iterdir() if not is_no_image(path.name, is_folder=path.is_dir()))
     raise DataError(
-        f"{root}: no form of ImageNet that is known here ({f'there are {listed(names)}' if names else 'it is empty'}); "
-        f"it has train/WNID/ and val/, {_TRAIN_TAR} and {_VAL_TAR}, parquet files or WebDataset shards"
+        f"{root}: no form of ImageNet that is known here ({contents(root)}); it has "
+        f" train/WNID/ and val/, {_TRAIN_TAR} and {_VAL_TAR}, parquet files or WebDataset shards"
     )
 
 

@@ -18,6 +18,7 @@ from gowide_dist.data.sources import (
     SourceDataset,
     SplitName,
     classes_of_texts,
+    contents,
     listed,
     shard_files,
 )
@@ -26,6 +27,7 @@ from gowide_dist.progress import say, track
 
 _IMAGES, _LABELS = ("image", "img", "jpg", "image.bytes"), ("label", "labels", "cls", "fine_label")
 _UNPACKED = "unpacked"  # folder
+_UNLABELLED = "-1"
 _ROWS = 64  # that are in memory at a time
 
 
@@ -49,15 +51,22 @@ class ParquetImages:
         return self.files[index] if isinstance(index, int) else replace(self, files=self.files[index])
 
     def unpack(self, folder: Path) -> FileList:
-        """The images in files in `folder`, which take as much space as the parquet files: for images in any order."""
-        rows, places = self.files.rows.copy(), []
+        """The images in files in `folder`, which take as much space as the parquet files: for images in any order.
+
+        Those without a name get the number of their row.
+        """
+        rows, names, places = self.files.rows.copy(), bytearray(self.files.names), []
+        for row in np.flatnonzero(rows["length"] == 0):
+            name = f"row {rows['offset'][row]}".encode()
+            rows["name"][row], rows["length"][row] = len(names), len(name)
+            names += name
         for number, place in enumerate(track(self.files.places, "unpacking parquet", len(self.files.places), "files")):
             path, starts = _unpack(Path(place), self.column, folder / _UNPACKED)
             places.append(str(path))
             own = rows["place"] == number
             row = rows["offset"][own]
             rows["offset"][own], rows["size"][own] = starts[row], starts[row + 1] - starts[row]
-        return FileList(places, self.files.names, rows)
+        return FileList(places, bytes(names), rows, origins=self.files.places)
 
 
 def read_parquet(root: Path) -> SourceDataset:
@@ -78,15 +87,18 @@ def read_parquet(root: Path) -> SourceDataset:
             if column not in ("", own_column):
                 raise DataError(f"{path}: its images are in {own_column}, those of other files in {column}")
             column = own_column
-            if split == "test" and set(labels) == {"-1"}:
+            if split == "test" and set(labels) == {_UNLABELLED}:
                 continue
+            if unlabelled := labels.count(_UNLABELLED):
+                first = labels.index(_UNLABELLED)
+                raise DataError(f"{path}: {unlabelled:,} of {len(labels):,} rows have no label, first row {first}")
             listers[split].place(path)
             mtime_ns = path.stat().st_mtime_ns
             for row, (label, name) in enumerate(zip(labels, images, strict=True)):
                 number = numbers.setdefault(label, len(numbers))
                 listers[split].add(name, number, 0, mtime_ns, offset=row)
     if "train" not in listers:
-        raise DataError(f"{root}: no files train*.parquet in it")
+        raise DataError(f"{root}: no files train*.parquet in it ({contents(root)})")
     if names is None:
         classes, relabel = classes_of_texts(numbers, root / "classes.txt")
     else:
@@ -138,8 +150,8 @@ def _read_columns(path: Path) -> tuple[str, list[str], list[str], tuple[str, ...
         raise DataError(f"{path}: has columns {listed(schema.names)}, and not `image` with bytes and `label`")
     columns = [label, *([f"{image}.path"] if "path" in children else [])]
     table = _reading(path, lambda: file.read(columns))
-    labels = ["-1" if value is None else str(value) for value in table[label].to_pylist()]
-    paths = [row["path"] for row in table[image].to_pylist()] if "path" in children else [None] * len(labels)
+    labels = [_UNLABELLED if value is None else str(value) for value in table[label].to_pylist()]
+    paths = [row and row["path"] for row in table[image].to_pylist()] if "path" in children else [None] * len(labels)
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     names = features.get(label, {}).get("names")
     return (
@@ -171,6 +183,8 @@ def _unpack(path: Path, column: str, folder: Path) -> tuple[Path, NDArray[np.int
                     content = value.as_py() or b""
                     output.write(content)
                     ends.append(ends[-1] + len(content))
+            if not ends[-1]:
+                raise DataError(f"{path}: its {column} are all empty: it holds paths of images, not the images")
             output.write(np.array(ends, np.int64).tobytes())
         partial.replace(unpacked)
     num = file.metadata.num_rows + 1

@@ -7,6 +7,7 @@ from gowide_dist.data.sources import (
     SourceDataset,
     SplitName,
     classes_of_texts,
+    contents,
     listed,
     say_left_out,
     shard_files,
@@ -40,7 +41,7 @@ def read_webdataset(root: Path) -> SourceDataset:
                 number = numbers.setdefault(label, len(numbers))
                 listers[split].add(PurePath(key).name, number, entry.size, entry.mtime_ns, entry.offset or 0)
     if "train" not in listers:
-        raise DataError(f"{root}: no shards train*.tar in it")
+        raise DataError(f"{root}: no shards train*.tar in it ({contents(root)})")
     classes, relabel = classes_of_texts(numbers, root / "classes.txt")
     splits = {split: lister.finish(relabel) for split, lister in listers.items()}
     splits["train"] = splits["train"].shuffled()
@@ -51,6 +52,7 @@ def _samples(path: Path) -> dict[str, tuple[Entry, str]]:
     """The image and the label of each sample of a shard."""
     images: dict[str, Entry] = {}
     labels: dict[str, str] = {}
+    others: dict[str, None] = {}  # extensions
     with path.open("rb") as file:
         for entry in members(path):
             name = PurePath(entry.name)
@@ -64,10 +66,13 @@ def _samples(path: Path) -> dict[str, tuple[Entry, str]]:
                 file.seek(entry.offset or 0)
                 if text := file.read(entry.size).decode(errors="replace").strip():
                     labels[key] = text
+            else:
+                others[f"KEY.{extension}"] = None
+    there = f" ({listed([*others])} is not read)" if others else ""
     if unlabelled := sorted(images.keys() - labels.keys()):
         names = f"{len(unlabelled):,} of {len(images):,} images have no label KEY.cls: {listed(unlabelled)}"
-        raise DataError(f"{path}: {names}")
+        raise DataError(f"{path}: {names}{there}")
     if not images:
-        raise DataError(f"{path}: no images in it")
+        raise DataError(f"{path}: no images KEY.jpg in it{there}")
     say_left_out(path, sorted(labels.keys() - images.keys()), "labels without an image")
     return {key: (entry, labels[key]) for key, entry in images.items()}
