@@ -36,7 +36,7 @@ from gowide_dist.run import Done, Run, key_of
 from gowide_dist.timeline import Batching
 
 if TYPE_CHECKING:
-    from gowide_dist.networks.resnet import ResNet
+    from gowide_dist.networks.network import Network
     from gowide_dist.train.context import TrainContext, TrainData
     from gowide_dist.world import World
 
@@ -95,7 +95,7 @@ def open_data(recipe: Recipe, world: World) -> Iterator[TrainData]:
         yield TrainData(lambda seed: train(seed=seed), val, info, world.device)
 
 
-def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNet:
+def load_model(run: str | Path, stage: str, network: str | None = None) -> Network:
     """The finished network of a stage, on the CPU, in eval mode. `network` may be left out if the stage has one.
 
     Its `preprocessing` has the names of the classes, and makes its input of image files. The run's folder is enough.

@@ -105,7 +105,7 @@ def _train(run: Run, keys: Sequence[str], num_steps: int, limit_s: float) -> Non
     import torch
 
     from gowide_dist import world as worlds
-    from gowide_dist.networks.resnet import build_network
+    from gowide_dist.networks.build import build_network
     from gowide_dist.networks.weights import save_weights
     from gowide_dist.train.context import TrainContext
     from gowide_dist.train.loop import train_together

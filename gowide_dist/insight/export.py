@@ -25,7 +25,7 @@ from gowide_dist.files import PARTIAL, replacing, sha256, writing_to
 from gowide_dist.insight import text
 from gowide_dist.insight.latency import latency_ms
 from gowide_dist.insight.trained import BATCH_SIZE, Classifier, Images, Trained, predict
-from gowide_dist.networks.architecture import ARCHITECTURES, Architecture
+from gowide_dist.networks.architecture import ARCHITECTURES, Architecture, MobileArchitecture, Structure
 from gowide_dist.networks.normalise import DATASET
 from gowide_dist.networks.teacher import fold_batch_norms
 from gowide_dist.progress import say
@@ -172,8 +172,14 @@ def config(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _in_torchvision(architecture: Architecture, num_classes: int) -> dict[str, Any] | None:
+def _in_torchvision(architecture: Structure, num_classes: int) -> dict[str, Any] | None:
     """The function of torchvision.models that builds the network, and its arguments, if there is one."""
+    if isinstance(architecture, MobileArchitecture):
+        is_plain = architecture.stem == "imagenet" and architecture.width == 1
+        arguments = {"num_classes": num_classes, "width_mult": architecture.channels}
+        return {"model": architecture.arch, "arguments": arguments} if is_plain else None
+    if not isinstance(architecture, Architecture):
+        return None
     width = 64 * architecture.width
     plain = architecture.model_copy(update={"width": 1.0, "zero_init_residual": False, "normalise": DATASET})
     if width == 64 or (width.is_integer() and architecture.block == "bottleneck"):

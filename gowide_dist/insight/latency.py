@@ -87,7 +87,7 @@ def _predict(run: Run, key: str) -> tuple[Tensor, list[int]]:
     def forward(images: Tensor) -> Tensor:
         blocks = classifier.blocks(images.to(device))
         for peak, x in zip(peaks, blocks, strict=True):
-            torch.maximum(peak, x.amax((0, 2, 3)), out=peak)
+            torch.maximum(peak, x.abs().amax((0, 2, 3)), out=peak)
         return classifier.network.head(blocks[-1])
 
     with closing(trained.validation_images(trained.recipe.data.val)) as images:

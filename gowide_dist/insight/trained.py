@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from gowide_dist.data.loader import Batch, Loader, geometry_of
 from gowide_dist.data.preprocessing import Preprocessing
 from gowide_dist.errors import DataError
 from gowide_dist.machine import num_cores
-from gowide_dist.networks.resnet import ResNet
+from gowide_dist.networks.network import Network
 from gowide_dist.pipeline import find_finished, preprocessing_of
 from gowide_dist.progress import track
 from gowide_dist.recipe import Instance, Recipe
@@ -45,15 +45,14 @@ class Classifier(nn.Module):
     mean: Tensor  # [3, 1, 1], of pixels 0 to 255
     std: Tensor
 
-    def __init__(self, network: ResNet, preprocessing: Preprocessing) -> None:
+    def __init__(self, network: Network, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None] * 255)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Not network.head: exported, its pooling would leave a branch on the strides of its input in the graph.
-        return cast(Tensor, self.network.fc(self.blocks(images)[-1].mean((2, 3))))
+        return self.network.head(self.blocks(images)[-1])
 
     def blocks(self, images: Tensor) -> tuple[Tensor, ...]:
         """Output of every block, [B, C_i, H_i, H_i]."""
@@ -72,7 +71,7 @@ class Trained:
     preprocessing: Preprocessing
     val_checksum: str  # of the validation images whose accuracies `done` holds
 
-    def network(self) -> ResNet:
+    def network(self) -> Network:
         """The network on the CPU, in eval mode. Raises RunError if its weights have changed."""
         return load_trained(self.instance, self.run, len(self.preprocessing.classes)).eval()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from gowide_dist.networks.resnet import ResNet
+from gowide_dist.networks.network import Network
 
 Output = TypeVar("Output")
 
@@ -23,10 +24,10 @@ class Teacher:
     it would else cast the weights of a network without gradients anew in every step.
     """
 
-    def __init__(self, network: ResNet, *, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, network: Network, *, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.block_channels = network.architecture.block_channels
         self.normalise = network.architecture.normalise
-        self._classifier = network.fc
+        self._head = network.head_layers
         self._network = fold_batch_norms(network).requires_grad_(False).to(dtype)
         if compiled:
             self._network.compile_blocks()
@@ -70,22 +71,32 @@ class Teacher:
             self._cache[key] = images, compute(images)  # holds the images too: no other tensor can get their id
         return cast(Output, self._cache[key][1])
 
-    def copy_of_classifier(self) -> nn.Linear:
-        return copy.deepcopy(self._classifier).requires_grad_(False)
+    def copy_of_head(self) -> list[nn.Module]:
+        """The layers behind the last block, their batch norms not folded; the classifier is the last."""
+        return [copy.deepcopy(layer).requires_grad_(False) for layer in self._head]
 
 
-def fold_batch_norms(network: ResNet) -> ResNet:
+def fold_batch_norms(network: Network) -> Network:
     """A copy in eval mode whose convolutions, with a bias each, do the scaling and shifting of their batch norms.
 
     Works on any device, the meta device too.
     """
     network = copy.deepcopy(network).eval()
     for module in network.modules():
-        # The stem and the units name them conv1 and bn1 ..., the shortcuts by position: see `resnet._shortcut`.
-        names = [("0", "1")] if isinstance(module, nn.Sequential) else [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
-        for conv_name, norm_name in names:
-            conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, nn.Identity())
+        for conv_name, norm_name in _foldable(module):
+            conv, norm = getattr(module, conv_name), getattr(module, norm_name)
+            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, nn.Identity())
     return network
+
+
+def _foldable(module: nn.Module) -> list[tuple[str, str]]:
+    """The names of a module's convolutions and of the batch norms that read them alone."""
+    if not isinstance(module, nn.Sequential):
+        return list(getattr(module, "foldable", ()))
+    pairs = pairwise(module.named_children())
+    return [
+        (conv_name, norm_name)
+        for (conv_name, conv), (norm_name, norm) in pairs
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    ]

@@ -10,9 +10,10 @@ from safetensors.torch import save
 from torch import nn
 
 from gowide_dist.files import write_atomically
-from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.architecture import Structure
+from gowide_dist.networks.build import build_network
+from gowide_dist.networks.network import Network
 from gowide_dist.networks.published import find_weights
-from gowide_dist.networks.resnet import build_network
 
 
 def save_weights(path: Path, network: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
@@ -24,7 +25,7 @@ def save_weights(path: Path, network: nn.Module, metadata: Mapping[str, str] | N
     write_atomically(path, save(tensors, dict(metadata) if metadata else None))
 
 
-def load_weights(path: Path, network: nn.Module, *, fresh_classifier: bool = False, prefix: str | None = None) -> None:
+def load_weights(path: Path, network: Network, *, fresh_classifier: bool = False, prefix: str | None = None) -> None:
     """Read weights from a .safetensors file or a checkpoint of PyTorch's, whose code does not run.
 
     fresh_classifier: leave the network's classifier as it is. prefix: of the names in the file, if it holds several
@@ -35,7 +36,7 @@ def load_weights(path: Path, network: nn.Module, *, fresh_classifier: bool = Fal
 
 
 def check_weights(
-    path: Path, architecture: Architecture, num_classes: int, *, fresh_classifier: bool, prefix: str | None
+    path: Path, architecture: Structure, num_classes: int, *, fresh_classifier: bool, prefix: str | None
 ) -> str:
     """What stands before the names of a network's weights in a file. Raises RunError as `load_weights` does."""
     with torch.device("meta"):

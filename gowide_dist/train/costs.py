@@ -6,9 +6,10 @@ counted: linear transforms, frozen blocks, the teacher. Multiply-adds are counte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import cache
+from math import prod
 from statistics import fmean
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gowide_dist.networks.architecture import Architecture
-from gowide_dist.networks.resnet import ResNet, build_network
+from gowide_dist.networks.architecture import Structure
+from gowide_dist.networks.build import build_network
+from gowide_dist.networks.network import Network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import Stage
@@ -72,7 +74,7 @@ class StageCost(NamedTuple):
 
 
 @cache
-def network_cost(architecture: Architecture, num_classes: int, resolution: int) -> NetworkCost:
+def network_cost(architecture: Structure, num_classes: int, resolution: int) -> NetworkCost:
     """Parameters and multiply-adds of a network for square images of side `resolution` px."""
     network = _on_meta(architecture, num_classes).eval()
     images, _ = _batch(1, resolution)
@@ -103,7 +105,7 @@ def training_macs(
 
 @cache
 def _count(
-    stage: Stage, student: Architecture, taught_by: Architecture | None, num_classes: int, side: int, num_images: int
+    stage: Stage, student: Structure, taught_by: Structure | None, num_classes: int, side: int, num_images: int
 ) -> StageCost:
     network = _on_meta(taught_by, num_classes) if taught_by else None
     with torch.device("meta"):
@@ -138,7 +140,7 @@ def _count_phase(
     for parameter in trained:  # counted by itself: here only what a step takes beside it
         parameter.grad = torch.empty_like(parameter)
     with teacher.cached() if teacher else nullcontext():
-        with FlopCounterMode(display=False) as step, _LiveBytes() as live:
+        with _flop_counter() as step, _LiveBytes() as live:
             loss = objective(images, labels)["loss"]
             forward, activations = step.get_total_flops(), live.bytes
             loss.backward()
@@ -172,7 +174,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
 
-def _on_meta(architecture: Architecture, num_classes: int) -> ResNet:
+def _on_meta(architecture: Structure, num_classes: int) -> Network:
     with torch.device("meta"):
         return build_network(architecture, num_classes)
 
@@ -182,9 +184,25 @@ def _batch(num_images: int, side: int) -> tuple[Tensor, Tensor]:
     return images, torch.zeros(num_images, dtype=torch.long, device="meta")
 
 
+def _conv_backward_flops(
+    gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *options: Any, **_: Any
+) -> int:
+    """Operations of a convolution's gradients. PyTorch's own formula counts those of grouped weights for all groups.
+
+    Each of the two gradients, of x and of the weight, takes as many as the forward pass.
+    """
+    of_x, of_weight, _ = options[-1]
+    return 2 * int(of_x + of_weight) * prod(weight) * gradient[0] * prod(gradient[2:])
+
+
+def _flop_counter() -> FlopCounterMode:
+    mapping = {torch.ops.aten.convolution_backward: _conv_backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
 def _flops(forward: Callable[[], Any]) -> float:
     """Operations: a multiply and an add are two."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _flop_counter() as counter, torch.no_grad():
         forward()
     return float(counter.get_total_flops())
 

@@ -20,7 +20,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.networks.resnet import ResNet
+from gowide_dist.networks.network import Network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.transforms import linear_transform, merged
 from gowide_dist.stages import BlocksStage, KlStage, LabelsStage
@@ -45,7 +45,7 @@ class Objective(nn.Module, ABC):
 
     num_phases = 1
 
-    def __init__(self, student: ResNet) -> None:
+    def __init__(self, student: Network) -> None:
         super().__init__()
         self.student = student
 
@@ -67,7 +67,7 @@ class Objective(nn.Module, ABC):
         losses, logits = self.losses(images, labels, stored)
         return {**losses, **accuracy(logits, labels)}
 
-    def finished(self) -> ResNet:
+    def finished(self) -> Network:
         """The network that the stage leaves behind."""
         return self.student
 
@@ -75,7 +75,7 @@ class Objective(nn.Module, ABC):
 class Labels(Objective):
     """Cross-entropy on the labels, in training with label smoothing and weights of the classes [K]."""
 
-    def __init__(self, student: ResNet, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
+    def __init__(self, student: Network, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
         super().__init__(student)
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
@@ -97,7 +97,7 @@ class Kl(Objective):
     """
 
     def __init__(
-        self, student: ResNet, teacher: Teacher | None, stage: KlStage, class_weights: Tensor | None = None
+        self, student: Network, teacher: Teacher | None, stage: KlStage, class_weights: Tensor | None = None
     ) -> None:
         super().__init__(student)
         self.teacher, self.stage, self.class_weights = teacher, stage, class_weights
@@ -158,7 +158,7 @@ class Blocks(Objective):
     The classifier is the teacher's, unless `classifier: fresh`, so that the student can be evaluated right after.
     """
 
-    def __init__(self, student: ResNet, teacher: Teacher, stage: BlocksStage) -> None:
+    def __init__(self, student: Network, teacher: Teacher, stage: BlocksStage) -> None:
         super().__init__(student)
         self.teacher = teacher
         self.teacher_inputs, self.trained_prefix = stage.inputs == "teacher", stage.prefix == "trained"
@@ -168,8 +168,10 @@ class Blocks(Objective):
         channels = list(zip(student.architecture.block_channels, teacher.block_channels, strict=True))
         self.up = nn.ModuleList(linear_transform(thin, wide) for thin, wide in channels)
         self.down = nn.ModuleList(linear_transform(wide, thin) for thin, wide in channels[:-1])
-        self.to(student.fc.weight)
-        self.classifier = None if stage.classifier == "fresh" else teacher.copy_of_classifier()
+        self.to(next(student.parameters()))
+        head = teacher.copy_of_head() if stage.classifier == "teacher" else []
+        self.layers_before_classifier = nn.ModuleList(head[:-1])
+        self.classifier = head[-1] if head else None
         self.begin_phase(0)
 
     def begin_phase(self, phase: int) -> None:
@@ -217,12 +219,17 @@ class Blocks(Objective):
             last = self.student.block(index, x if index == 0 else self.down[index - 1](x))
             x = self.up[index](last)
             errors[f"mse_block{index + 1}"] = block_mse(x, target)
-        logits = self.student.head(last) if self.classifier is None else self.classifier(self.student.pool(x))
+        head = self._head()
+        logits = self.student.head(last) if head is None else self.student.head(x, head)
         return self._with_sum(errors, range(self.student.num_blocks)), logits
 
-    def finished(self) -> ResNet:
-        """The plain student, its transforms and classifier merged into it."""
-        return merged(self.student, list(self.up), list(self.down), self.classifier)
+    def finished(self) -> Network:
+        """The plain student, its transforms and the teacher's head merged into it."""
+        return merged(self.student, list(self.up), list(self.down), self._head())
+
+    def _head(self) -> list[nn.Module] | None:
+        """The teacher's layers behind its blocks, unless the student keeps its own."""
+        return None if self.classifier is None else [*self.layers_before_classifier, self.classifier]
 
     def _frozen_prefix(self, images: Tensor) -> Tensor:
         """Output of the blocks below those that train, in the teacher's channels.
@@ -246,7 +253,7 @@ class Blocks(Objective):
 
 
 def build_objective(
-    stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None,
+    stage: LabelsStage | BlocksStage | KlStage, student: Network, teacher: Teacher | None,
     class_weights: Tensor | None = None,
 ) -> Objective:  # fmt: skip
     """The objective that a stage of a recipe describes, over `student`. Without a teacher, its logits are stored."""

@@ -9,8 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.networks.pruning import take_over_strongest
-from gowide_dist.networks.resnet import ResNet, build_network, take_over
+from gowide_dist.networks.build import build_network
+from gowide_dist.networks.network import Network
+from gowide_dist.networks.pruning import take_over, take_over_strongest
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
 from gowide_dist.recipe import Instance
@@ -78,7 +79,7 @@ def build_students(
 
 
 def _initial_objective(
-    instance: Instance, stream: Stream, ctx: TrainContext, teacher_network: ResNet | None, teacher: Teacher | None
+    instance: Instance, stream: Stream, ctx: TrainContext, teacher_network: Network | None, teacher: Teacher | None
 ) -> Objective:
     """The objective of a stage before its first step, on the device. The student's weights are, in this order:
 
@@ -112,7 +113,7 @@ def _start(stage: Stage) -> str:
     return stage.start if isinstance(stage, TaughtStage) else "fresh"
 
 
-def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
+def load_trained(instance: Instance, run: Run, num_classes: int) -> Network:
     """The finished network of a stage instance, on the CPU. Raises RunError if the weights are not those trained.
 
     Draws no random numbers: what is drawn afterwards does not depend on the size of a teacher.
@@ -126,12 +127,12 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
     return network
 
 
-def _load_teacher(instance: Instance, ctx: TrainContext) -> ResNet:
+def _load_teacher(instance: Instance, ctx: TrainContext) -> Network:
     assert instance.teacher is not None
     return load_trained(ctx.recipe.instances[instance.teacher], ctx.run, ctx.data.num_classes)
 
 
-def _build_teacher(network: ResNet, ctx: TrainContext) -> Teacher:
+def _build_teacher(network: Network, ctx: TrainContext) -> Teacher:
     return Teacher(ctx.place(network), compiled=ctx.recipe.compile, dtype=COMPUTE_DTYPES[ctx.recipe.precision])
 
 
