@@ -27,7 +27,7 @@ ARCHITECTURES: dict[str, tuple[str, tuple[int, ...]]] = {
     "resnet152": ("bottleneck", (3, 8, 36, 3)),
 }
 MOBILENET_V2 = "mobilenet_v2"
-Stem = Literal["small", "strided", "imagenet"]  # its stride, over the first block's, is 1, 2 or 4
+Stem = Literal["small", "strided", "imagenet"]  # for images of about 32, 64 and 224 px
 # Of residual networks: kernel, stride and whether a 3x3 max pool of stride 2 follows
 STEMS: dict[Stem, tuple[int, int, bool]] = {"small": (3, 1, False), "strided": (3, 2, False), "imagenet": (7, 2, True)}
 
@@ -86,7 +86,7 @@ class Architecture(Structure):
 
     `{arch: resnet50}` stands for its `block` and `depths`. `width` scales the 3x3 filters inside the residual units
     (torchvision's `width_per_group / 64`; in a basic unit, the channels between its two convolutions) and leaves
-    what the units pass on as it is; `channels` scales every channel.
+    what the units pass on as it is; `channels` scales every channel but `stem_channels`.
     """
 
     block: Literal["basic", "bottleneck"]
@@ -205,7 +205,7 @@ class MobileArchitecture(Structure):
             for channels, num_units, row_stride in rows:
                 out_channels = _multiple_of_8(channels * self.channels)
                 for stride in (row_stride, *[1] * (num_units - 1)):
-                    inner = round(in_channels * 6 * self.width) if index else in_channels
+                    inner = max(1, round(in_channels * 6 * self.width)) if index else in_channels
                     has_shortcut = stride == 1 and in_channels == out_channels
                     own_stride = 1 if index == 1 and self.stem != "imagenet" else stride  # small images keep their size
                     units.append(InvertedUnit(in_channels, inner, out_channels, own_stride, index > 0, has_shortcut))
