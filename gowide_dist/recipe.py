@@ -326,11 +326,11 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
     assert instance.teacher is not None, "a stage that is taught names its teacher"
     teacher = instances[instance.teacher].architecture
     if isinstance(stage, BlocksStage) and student.reductions != teacher.reductions:
-        theirs, own = ([f"1/{reduction}" for reduction in each.reductions] for each in (teacher, student))
+        sides = [", ".join(f"1/{reduction}" for reduction in each.reductions) for each in (teacher, student)]
         raise RecipeError(
             f"{option}.teacher: the blocks of {instance.teacher} ({teacher.num_blocks} blocks, {teacher.stem} stem) "
             f"do not match those of {network} ({student.num_blocks} blocks, {student.stem} stem): their sides are "
-            f"{', '.join(theirs)} and {', '.join(own)} of the images'"
+            f"{sides[0]} and {sides[1]} of the images'"
         )
     takes_head = isinstance(stage, BlocksStage) and stage.classifier == "teacher"
     if takes_head and student.head_channels != teacher.head_channels:

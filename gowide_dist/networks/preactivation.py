@@ -34,8 +34,8 @@ class PreActivationUnit(nn.Module):
         strided = kernels.index(3) + 1
         for number, kernel in zip(numbers, kernels, strict=True):
             self.add_module(f"bn{number}", nn.BatchNorm2d(channels[number - 1]))
-            here = stride if number == strided else 1
-            self.add_module(f"conv{number}", conv(channels[number - 1], channels[number], kernel, here))
+            conv_stride = stride if number == strided else 1
+            self.add_module(f"conv{number}", conv(channels[number - 1], channels[number], kernel, conv_stride))
         changes = stride > 1 or in_channels != out_channels
         self.convShortcut = projection(in_channels, out_channels, stride) if changes else None
         self.is_activated = is_activated
