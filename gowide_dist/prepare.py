@@ -20,6 +20,7 @@ from gowide_dist.effects import without_effect
 from gowide_dist.errors import DataError, RecipeError, RunError
 from gowide_dist.files import write_atomically
 from gowide_dist.identity import fingerprint, identities
+from gowide_dist.networks.foreign import Foreign
 from gowide_dist.networks.normalise import DATASET
 from gowide_dist.progress import say
 from gowide_dist.recipe import Data, Instance, Recipe
@@ -71,8 +72,25 @@ def prepare(
     """
     check_group(recipe, num_processes, on_gpus=on_gpus)
     prepared = check_run(recipe, runs, only=only, fresh=fresh)
+    check_foreign(prepared.recipe, prepared.unfinished)
     write_run(prepared, fresh=fresh)
     return replace(prepared)  # looks at the run directory again
+
+
+def check_foreign(recipe: Recipe, instances: Collection[Instance]) -> None:
+    """Check networks of others, where there are some: that takes torch, and is left to the jobs on a login node.
+
+    Raises UserError if one cannot be built or does not fit.
+    """
+    teachers = [recipe.instances[each.teacher] for each in instances if each.teacher]
+    if not any(isinstance(each.architecture, Foreign) for each in (*instances, *teachers)):
+        return
+    from gowide_dist.train.fit import check_fit
+
+    assert recipe.data.classes is not None, "checked data fills it in"
+    check_fit(recipe, instances, recipe.data.classes)
+    for note in notes_on_files(recipe, [each for each in instances if isinstance(each.architecture, Foreign)]):
+        say(f"note: {note}")
 
 
 def check_run(
@@ -106,7 +124,7 @@ def check_run(
 
 def _check_file(instance: Instance, recipe: Recipe) -> None:
     """Raises RunError unless the file that an instance starts from, if there is one, holds its network's weights."""
-    if (init := instance.init_file) is None:
+    if (init := instance.init_file) is None or isinstance(instance.architecture, Foreign):  # then `check_foreign` does
         return
     from gowide_dist.networks.weights import check_weights  # torch reads the file
 
@@ -132,7 +150,7 @@ def notes_on_files(recipe: Recipe, instances: Iterable[Instance]) -> Iterator[st
     for instance in instances:
         if (init := instance.init_file) is None:
             continue
-        normalise, option = instance.architecture.normalise, f"networks.{instance.network_name}.normalise"
+        normalise, option = instance.normalise, f"networks.{instance.network_name}.normalise"
         known = read_preprocessing(init.file) if init.file.suffix == ".safetensors" else None
         if known is None and normalise == DATASET:
             yield (

@@ -25,7 +25,8 @@ from gowide_dist.files import PARTIAL, replacing, sha256, writing_to
 from gowide_dist.insight import text
 from gowide_dist.insight.latency import latency_ms
 from gowide_dist.insight.trained import BATCH_SIZE, Classifier, Images, Trained, predict
-from gowide_dist.networks.architecture import ARCHITECTURES, Architecture, MobileArchitecture, Structure
+from gowide_dist.networks.architecture import ARCHITECTURES, Architecture, MobileArchitecture
+from gowide_dist.networks.foreign import Settings, Timm, Torchvision
 from gowide_dist.networks.normalise import DATASET
 from gowide_dist.networks.teacher import fold_batch_norms
 from gowide_dist.progress import say
@@ -159,6 +160,7 @@ def config(trained: Trained) -> dict[str, Any]:
         **trained.done.model_dump(include={"stage", "network", "top1", "top5", "fingerprint", "model_sha256"}),
         "architecture": architecture.model_dump(mode="json", exclude={"normalise"}),
         "torchvision": _in_torchvision(architecture, num_classes),
+        **_in_timm(architecture, num_classes),
         "classes": preprocessing.classes,
         "resolution": side,
         "input": {"name": "images", "dtype": "uint8", "layout": "NHWC", "shape": shape, "channels": "RGB"},
@@ -172,8 +174,17 @@ def config(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _in_torchvision(architecture: Structure, num_classes: int) -> dict[str, Any] | None:
+def _in_timm(architecture: Settings, num_classes: int) -> dict[str, Any]:
+    """Of a model of timm's: the arguments of timm.create_model."""
+    if not isinstance(architecture, Timm):
+        return {}
+    return {"timm": {"model": architecture.name, "arguments": {"num_classes": num_classes, **architecture.options}}}
+
+
+def _in_torchvision(architecture: Settings, num_classes: int) -> dict[str, Any] | None:
     """The function of torchvision.models that builds the network, and its arguments, if there is one."""
+    if isinstance(architecture, Torchvision):
+        return {"model": architecture.name, "arguments": {"num_classes": num_classes, **architecture.options}}
     if isinstance(architecture, MobileArchitecture):
         is_plain = architecture.stem == "imagenet" and architecture.width == 1
         arguments = {"num_classes": num_classes, "width_mult": architecture.channels}

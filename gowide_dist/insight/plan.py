@@ -25,7 +25,7 @@ from gowide_dist.insight.assumed import (
 )
 from gowide_dist.insight.text import duration, gigabytes, listed, table
 from gowide_dist.launch.profile import Device, Profile, Resources
-from gowide_dist.prepare import Prepared, check_data, notes_on_files
+from gowide_dist.prepare import Prepared, check_data, check_foreign, notes_on_files
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching, Timeline
@@ -88,6 +88,7 @@ def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None 
     """
     if size.train < recipe.batch_size:
         raise DataError(f"batch_size: {recipe.batch_size} is more than the {size.train:,} training images")
+    _check_foreign(recipe, size)
     progress = _progress(recipe, runs) if runs else {}
     done = {key for key, state in progress.items() if isinstance(state, str)}
     known = known_outputs(recipe, done, together=is_this_machine(profile))
@@ -113,6 +114,12 @@ def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None 
         warnings=warnings,
         notes=[*_notes_on_files(recipe), *notes_on_logits(recipe, size, profile)],
     )
+
+
+def _check_foreign(recipe: Recipe, size: DataSize) -> None:
+    """Raises UserError if a network of others cannot be built or does not fit."""
+    data = recipe.data.model_copy(update={"classes": size.classes})
+    check_foreign(recipe.model_copy(update={"data": data}), [*recipe.instances.values()])
 
 
 def _notes_on_files(recipe: Recipe) -> list[str]:

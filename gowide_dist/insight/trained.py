@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -52,12 +52,12 @@ class Classifier(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None] * 255)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network.head(self.blocks(images)[-1])
+        return self.outputs(images)[0]
 
-    def blocks(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Output of every block, [B, C_i, H_i, H_i]."""
+    def outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits, and the output of every block, [B, C_i, H_i, H_i], of a network of ours."""
         pixels = images.permute(0, 3, 1, 2).float()
-        return self.network.blocks((pixels - self.mean) / self.std)
+        return cast(tuple[Tensor, tuple[Tensor, ...]], self.network((pixels - self.mean) / self.std))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gowide_dist.networks.architecture import Structure
+from gowide_dist.networks.foreign import Foreign, normalise_of
+from gowide_dist.networks.normalise import Normalise
 
 
 class InnerLayer(NamedTuple):
@@ -31,9 +33,12 @@ class Network(nn.Module, ABC):
 
     classifier_name: ClassVar[str]  # before the names of the classifier's weights
 
-    def __init__(self, architecture: Structure, num_classes: int) -> None:
+    architecture: Structure
+    merges = True  # whether linear maps between its blocks can be multiplied into it
+
+    def __init__(self, architecture: Structure | Foreign, num_classes: int) -> None:
         super().__init__()
-        self.architecture = architecture
+        self.architecture = architecture  # type: ignore[assignment]  # `Wrapped` has another's
         self.num_classes = num_classes
         self.is_compiled = False
         self.preprocessing: Any = None  # data.preprocessing.Preprocessing, of a network that `load_model` gives
@@ -42,6 +47,20 @@ class Network(nn.Module, ABC):
     @property
     def num_blocks(self) -> int:
         return self.architecture.num_blocks
+
+    @property
+    def block_channels(self) -> tuple[int, ...]:
+        """Channels of each block's output."""
+        return self.architecture.block_channels
+
+    @property
+    def normalise(self) -> Normalise:
+        return normalise_of(self.architecture)
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module whose weights are saved, under the names that the world knows."""
+        return self
 
     @abstractmethod
     def block_modules(self, index: int) -> list[nn.Module]:
@@ -91,6 +110,16 @@ class Network(nn.Module, ABC):
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         blocks = self.blocks(images)
         return self.head(blocks[-1]), blocks
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits and the outputs of all blocks, from one pass."""
+        return cast(tuple[Tensor, tuple[Tensor, ...]], self(images))
+
+    def settle(self, side: int) -> None:
+        """Find out on square images of `side` px what another's network does not say of itself."""
+
+    def freeze_unused(self, side: int) -> None:
+        """Freeze parameters on which the logits do not depend; ours have none."""
 
     def compile_blocks(self) -> None:
         """Compile each block in place; names and values of the weights stay."""

@@ -41,7 +41,7 @@ def find_weights(
     def is_wanted(name: str) -> bool:
         return not (fresh_classifier and name.startswith(classifier))
 
-    own = {_unwrapped(name): name for name in network.state_dict() if is_wanted(name)}
+    own = {_unwrapped(name): name for name in network.state_dict() if is_wanted(_unwrapped(name))}
     tensors = dict(_tensors(_read(path)))
     counted = {name: None for name in own if not name.endswith(_COUNTER)}  # else they would decide between two networks
     prefix = _choose_prefix(path, tensors, counted, prefix)

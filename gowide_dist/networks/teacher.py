@@ -25,10 +25,12 @@ class Teacher:
     """
 
     def __init__(self, network: Network, *, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        self.block_channels = network.architecture.block_channels
-        self.normalise = network.architecture.normalise
+        self.block_channels = network.block_channels
+        self.normalise = network.normalise
         self._head = network.head_layers
-        self._network = fold_batch_norms(network).requires_grad_(False).to(dtype)
+        self._network = fold_batch_norms(network).requires_grad_(False)
+        if network.merges:  # batch norms that are left in another's network need float32 statistics
+            self._network.to(dtype)
         if compiled:
             self._network.compile_blocks()
         self._cache: dict[tuple[int, int | str], tuple[Tensor, Any]] | None = None
@@ -42,7 +44,7 @@ class Teacher:
     @torch.no_grad()
     def outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Images [B, 3, H, H] -> logits [B, K] and outputs [B, C_i, H_i, H_i] of all blocks, from one pass."""
-        return self._cached(images, "outputs", lambda own: cast(tuple[Tensor, tuple[Tensor, ...]], self._network(own)))
+        return self._cached(images, "outputs", self._network.outputs)
 
     @torch.no_grad()
     def blocks(self, images: Tensor, num_blocks: int) -> tuple[Tensor, ...]:
@@ -79,10 +81,11 @@ class Teacher:
 def fold_batch_norms(network: Network) -> Network:
     """A copy in eval mode whose convolutions, with a bias each, do the scaling and shifting of their batch norms.
 
-    Works on any device, the meta device too.
+    Another's network is only copied, for torch does not tell which norm reads which convolution. Works on any device,
+    the meta device too.
     """
     network = copy.deepcopy(network).eval()
-    for module in network.modules():
+    for module in network.modules() if network.merges else ():
         for conv_name, norm_name in _foldable(module):
             conv, norm = getattr(module, conv_name), getattr(module, norm_name)
             setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
@@ -92,11 +95,11 @@ def fold_batch_norms(network: Network) -> Network:
 
 def _foldable(module: nn.Module) -> list[tuple[str, str]]:
     """The names of a module's convolutions and of the batch norms that read them alone."""
-    if not isinstance(module, nn.Sequential):
+    if type(module).forward is not nn.Sequential.forward:
         return list(getattr(module, "foldable", ()))
     pairs = pairwise(module.named_children())
     return [
         (conv_name, norm_name)
         for (conv_name, conv), (norm_name, norm) in pairs
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d  # not one that activates too, as timm's
     ]

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gowide_dist.networks.build import build_network
+from gowide_dist.networks.build import build_network, build_unseeded
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.pruning import take_over, take_over_strongest
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
+from gowide_dist.networks.wrapped import synchronised
 from gowide_dist.recipe import Instance
 from gowide_dist.run import Run
 from gowide_dist.stages import KlStage, MixedStage, Stage, TaughtStage
@@ -92,6 +93,7 @@ def _initial_objective(
     """
     torch.manual_seed(instance.seed)
     network = build_network(instance.architecture, ctx.data.num_classes)
+    network.settle(ctx.recipe.data.resolution)
     if init := instance.init_file:
         load_weights(init.file, network, fresh_classifier=init.classifier == "fresh", prefix=init.prefix)
     elif instance.init:
@@ -101,11 +103,13 @@ def _initial_objective(
         copy(network, teacher_network)
     is_weighted = isinstance(instance.stage, MixedStage) and instance.stage.class_weights
     class_weights = stream.class_weights() if is_weighted else None
-    objective = build_objective(instance.stage, ctx.place(network), teacher, class_weights)
+    network = ctx.place(network)
+    network.freeze_unused(ctx.recipe.data.resolution)
+    objective = build_objective(instance.stage, network, teacher, class_weights)
     if ctx.recipe.compile:
         network.compile_blocks()
     if ctx.recipe.sync_batch_norm:
-        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
+        objective = synchronised(objective)
     return objective
 
 
@@ -118,8 +122,7 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> Network:
 
     Draws no random numbers: what is drawn afterwards does not depend on the size of a teacher.
     """
-    with torch.device("meta"):
-        network = build_network(instance.architecture, num_classes)
+    network = build_unseeded(instance.architecture, num_classes)
     stage_dir = run.stage(instance.key)
     if stage_dir.done:
         stage_dir.check_weights()
@@ -133,7 +136,9 @@ def _load_teacher(instance: Instance, ctx: TrainContext) -> Network:
 
 
 def _build_teacher(network: Network, ctx: TrainContext) -> Teacher:
-    return Teacher(ctx.place(network), compiled=ctx.recipe.compile, dtype=COMPUTE_DTYPES[ctx.recipe.precision])
+    network = ctx.place(network)
+    network.settle(ctx.recipe.data.resolution)
+    return Teacher(network, compiled=ctx.recipe.compile, dtype=COMPUTE_DTYPES[ctx.recipe.precision])
 
 
 def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: TrainContext, name: str) -> TeacherLogits:
