@@ -156,6 +156,8 @@ class Wrapped(Network):
             raise RecipeError(
                 f"{self.architecture}: gives {given} for an image, not logits of {self.num_classes} classes"
             )
+        if not self.architecture.blocks and any(x.ndim != 4 for x in blocks):
+            self.block_names, blocks = (), []  # features that timm names, but tokens: none that a student could imitate
         for name, x in zip(self.block_names or map(str, range(self.num_blocks)), blocks, strict=True):
             if x.ndim != 4 or x.shape[2] != x.shape[3]:
                 raise RecipeError(

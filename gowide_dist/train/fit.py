@@ -6,6 +6,7 @@ Networks of ours answer this from the recipe alone (`recipe`), which a login nod
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 
@@ -35,10 +36,9 @@ def check_fit(recipe: Recipe, instances: Iterable[Instance], num_classes: int) -
 def _check_network(each: Instance, instance: Instance, recipe: Recipe, num_classes: int) -> None:
     """Raises RecipeError unless a network can be built, and takes images of all sizes that the stage has."""
     ramp, option = instance.stage.ramp, f"networks.{each.network_name}"
-    _ = each.normalise
     for side in {recipe.data.resolution, *([ramp.start_px, ramp.end_px or recipe.data.resolution] if ramp else [])}:
         try:
-            build_on_meta(each.architecture, num_classes).settle(side)
+            _shapes(each.architecture, num_classes, side)
         except RecipeError as error:
             raise RecipeError(f"{option}: {error}") from error
 
@@ -73,8 +73,9 @@ def _check_blocks(instance: Instance, teacher: Instance, recipe: Recipe, num_cla
         raise RecipeError(f"{option}.block_weights: has {given} weights, but the student has {len(own)} blocks")
 
 
+@cache
 def _shapes(settings: Settings, num_classes: int, side: int) -> dict[str, Shape]:
-    """[C_i, H_i, H_i] of every block's output, by its name or number."""
+    """[C_i, H_i, H_i] of every block's output, by its name or number. Raises RecipeError if it cannot be built."""
     network = build_on_meta(settings, num_classes).eval()
     network.settle(side)
     with torch.no_grad():
