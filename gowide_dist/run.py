@@ -22,6 +22,7 @@ from gowide_dist.errors import RunError, number_from
 from gowide_dist.files import flock, sha256, temporary_name, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
 from gowide_dist.networks.foreign import NETWORKS
+from gowide_dist.progress import say
 from gowide_dist.recipe import Recipe, load_recipe
 from gowide_dist.schema import nearest, read_yaml
 
@@ -195,8 +196,11 @@ def load_job(job: Path, overrides: Sequence[str], networks: Path | None, runs: P
     """
     if networks is None:
         copy = Run(runs / str(read_yaml(job, overrides).get("name"))).networks
-        networks = copy if copy.is_file() else None
-    return load_recipe(job, overrides, networks)
+        return load_recipe(job, overrides, copy if copy.is_file() else None)
+    recipe = load_recipe(job, overrides, networks)
+    if recipe.code is None:
+        say(f"note: --networks {networks} has no effect: no network of {job} is `own`")
+    return recipe
 
 
 @dataclass(frozen=True)

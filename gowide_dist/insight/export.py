@@ -26,7 +26,7 @@ from gowide_dist.insight import text
 from gowide_dist.insight.latency import latency_ms
 from gowide_dist.insight.trained import BATCH_SIZE, Classifier, Images, Trained, predict
 from gowide_dist.networks.architecture import ARCHITECTURES, Architecture, MobileArchitecture
-from gowide_dist.networks.foreign import Settings, Timm, Torchvision
+from gowide_dist.networks.foreign import Foreign, Settings, Timm, Torchvision
 from gowide_dist.networks.normalise import DATASET
 from gowide_dist.networks.teacher import fold_batch_norms
 from gowide_dist.progress import say
@@ -203,7 +203,13 @@ def _in_torchvision(architecture: Settings, num_classes: int) -> dict[str, Any] 
 def _program(classifier: Classifier, resolution: int) -> ExportedProgram:
     """The graph of a classifier for any number of images."""
     example = torch.zeros(2, resolution, resolution, 3, dtype=torch.uint8)  # a batch of 1 would become a constant
-    program = torch.export.export(classifier, (example,), dynamic_shapes=_DYNAMIC_BATCH)
+    try:
+        program = torch.export.export(classifier, (example,), dynamic_shapes=_DYNAMIC_BATCH)
+    except Exception as error:
+        settings: object = classifier.network.architecture
+        if isinstance(settings, Foreign):  # whose code may do what no graph can say
+            raise InternalError(f"{settings}: torch.export: {' '.join(str(error).split())[:200]}") from error
+        raise
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds paths of this machine
     return program

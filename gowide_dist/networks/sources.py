@@ -98,7 +98,7 @@ def _module(code: Code) -> ModuleType:
     module.__file__ = str(code.path)
     sys.modules[module.__name__] = module  # dataclasses and pickling look there
     try:
-        exec(compile(code.source, str(code.path), "exec"), vars(module))
+        exec(compile(code.source, str(code.path), "exec", dont_inherit=True), vars(module))
     except Exception as error:  # whatever it raises
         lineno = getattr(error, "lineno", None) or _line(error, str(code.path))
         reason = " ".join(str(error).split())[:200] or type(error).__name__
