@@ -92,7 +92,7 @@ class Wrapped(Network):
         if self.is_compiled and (extract := self._graph(num_blocks)):
             outputs = extract(self._taken(images))
             return tuple(self._turned(outputs[name]) for name in self.block_names[:num_blocks])
-        with self._keeping(num_blocks) as found:
+        with _keeping(self.module, self.block_names[:num_blocks], to_the_end=False) as found:
             self.module.forward(self._taken(images))  # not its compiled version, which passes by the hooks
         return self._in_order(found, num_blocks)
 
@@ -100,7 +100,7 @@ class Wrapped(Network):
         if self.is_walkable:
             blocks = self.blocks(images)
             return self.head(blocks[-1]), blocks
-        with self._keeping(None) as found:
+        with _keeping(self.module, self.block_names, to_the_end=True) as found:
             logits = _logits(self.module.forward(self._taken(images)))
         return logits, self._in_order(found, self.num_blocks)
 
@@ -151,23 +151,10 @@ class Wrapped(Network):
                 "options of the network, such as img_size"
             ) from error
         self.train(was_training)
-        if not isinstance(logits, Tensor) or logits.shape != (len(images), self.num_classes):
-            given = list(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
-            raise RecipeError(
-                f"{self.architecture}: gives {given} for an image, not logits of {self.num_classes} classes"
-            )
         if not self.architecture.blocks and any(x.ndim != 4 for x in blocks):
             self.block_names, blocks = (), []  # features that timm names, but tokens: none that a student could imitate
-        for name, x in zip(self.block_names or map(str, range(self.num_blocks)), blocks, strict=True):
-            if x.ndim != 4 or x.shape[2] != x.shape[3]:
-                raise RecipeError(
-                    f"{self.architecture}: block {name} gives {list(x.shape[1:])} for an image, not [channels, H, H]; "
-                    "choose others by `blocks`"
-                )
+        _check_outputs(self, logits, blocks)
         self._block_channels = tuple(x.shape[1] for x in blocks)
-        if self.is_walkable and [*self._block_channels] != [*self.module.block_channels]:  # type: ignore[misc]
-            said = [*self.module.block_channels]  # type: ignore[misc]
-            raise RecipeError(f"{self.architecture}: says block_channels {said}, gives {[*self._block_channels]}")
 
     def freeze_unused(self, side: int) -> None:
         """Freeze what the logits do not depend on, such as auxiliary heads: DDP waits for every gradient."""
@@ -199,29 +186,47 @@ class Wrapped(Network):
             raise RecipeError(f"{self.architecture}: block {missing[0]} does not run")
         return tuple(self._turned(found[name]) for name in names)
 
-    @contextmanager
-    def _keeping(self, num_blocks: int | None) -> Iterator[dict[str, Tensor]]:
-        """Inside, outputs of blocks are kept, and the pass ends with the last of `num_blocks`; None: does not end."""
-        names, found = self.block_names[:num_blocks], dict[str, Tensor]()
 
-        def keep(name: str, output: Tensor) -> None:
-            found.setdefault(name, output)
-            if num_blocks is not None and len(found) == len(names):
-                raise _Enough
+@contextmanager
+def _keeping(module: nn.Module, names: Sequence[str], *, to_the_end: bool) -> Iterator[dict[str, Tensor]]:
+    """Inside, outputs of submodules are kept by name, and the pass ends with the last of them, unless `to_the_end`."""
+    found: dict[str, Tensor] = {}
 
-        for module in self.module.modules():
-            if getattr(module, "inplace", None) is True:
-                module.inplace = False  # type: ignore[assignment]  # it would overwrite what is kept
-        handles = [
-            self.module.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: keep(name, output))
-            for name in names
-        ]
-        try:
-            with suppress(_Enough):
-                yield found
-        finally:
-            for handle in handles:
-                handle.remove()
+    def keep(name: str, output: Tensor) -> None:
+        found.setdefault(name, output)
+        if len(found) == len(names) and not to_the_end:
+            raise _Enough
+
+    overwriting: list[Any] = [each for each in module.modules() if getattr(each, "inplace", None) is True]
+    for each in overwriting:
+        each.inplace = False  # it would overwrite what is kept
+    handles = [
+        module.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+        for name in names
+    ]
+    try:
+        with suppress(_Enough):
+            yield found
+    finally:
+        for each in overwriting:
+            each.inplace = True
+        for handle in handles:
+            handle.remove()
+
+
+def _check_outputs(network: Wrapped, logits: Any, blocks: Sequence[Tensor]) -> None:
+    """Raises RecipeError unless logits are [B, K] and outputs of blocks [B, C_i, H_i, H_i]."""
+    if not isinstance(logits, Tensor) or logits.shape[1:] != (network.num_classes,):
+        given = list(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
+        fault = f"gives {given} for an image, not logits of {network.num_classes} classes"
+        raise RecipeError(f"{network.architecture}: {fault}")
+    for name, x in zip(network.block_names or map(str, range(network.num_blocks)), blocks, strict=True):
+        if x.ndim != 4 or x.shape[2] != x.shape[3]:
+            fault = f"block {name} gives {list(x.shape[1:])} for an image, not [channels, H, H]"
+            raise RecipeError(f"{network.architecture}: {fault}; choose others by `blocks`")
+    given = [x.shape[1] for x in blocks]
+    if network.is_walkable and (said := [*cast(Sequence[int], network.plain.block_channels)]) != given:
+        raise RecipeError(f"{network.architecture}: says block_channels {said}, gives {given}")
 
 
 def synchronised(objective: Objective) -> Objective:

@@ -72,12 +72,8 @@ class Student:
         self.objective.train()
 
     def forward_backward(self, batch: Views, step: int, index: int = 0, num_passes: int = 1) -> None:
-        """Add the gradient of pass `index` of the `num_passes` equal ones that the batch of `step` is taken in.
-
-        What a network draws at random, as dropout does, is a function of the seed, the step, the pass and the process.
-        """
-        text = f"{self.instance.seed} {step} {index} {self.ctx.world.rank}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]))
+        """Add the gradient of pass `index` of the `num_passes` equal ones that the batch of `step` is taken in."""
+        _seed(self.instance.seed, step, index, self.ctx.world.rank)
         with self.ctx.world.no_sync(self.wrapped, skip=index + 1 < num_passes):
             with self.ctx.autocast():
                 losses = self.wrapped(*batch[self.normalise])
@@ -184,3 +180,8 @@ class Student:
             f"{self.instance.key}: the loss is not finite at step {step:,} (learning rate {lr:g}); "
             f"lower stages.{self.instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
         )
+
+
+def _seed(*of: int) -> None:
+    """Make what networks draw at random, as dropout does, a function of these: the same after a restart."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(str(of).encode()).digest()[:8]))
