@@ -31,7 +31,7 @@ TIMM = [
     ("res2net50_26w_4s", 32, {"layers": [1, 1, 1, 1]}),
     ("ghostnet_050", 32, {}),
     ("lcnet_050", 32, {}),
-    ("mixer_s32_224", 32, {"img_size": 32, "num_blocks": 2}),
+    ("mixer_s32_224", 32, {"img_size": 32}),
     ("xcit_nano_12_p8_224", 32, {"depth": 2}),
     ("levit_128s", 64, {"img_size": 64}),
     ("repvgg_a0", 32, {}),
@@ -43,7 +43,7 @@ TORCHVISION = [
     ("regnet_y_400mf", 32, {}),
     ("efficientnet_b0", 32, {}),
     ("mobilenet_v3_small", 32, {}),
-    ("densenet121", 32, {}),
+    ("mnasnet0_5", 32, {}),
     ("swin_t", 32, {}),
     ("shufflenet_v2_x0_5", 32, {}),
     ("vgg11", 32, {}),
@@ -86,4 +86,4 @@ def test_one_that_cannot_is_refused_with_the_reason(settings, reason):
 def test_auxiliary_heads_are_not_trained():
     settings = Torchvision.model_validate({"torchvision": "googlenet"})
     whole, trained = network_cost(settings, 10, 64).parameters, _count(LABELS, settings, None, 10, 64, 2).trained
-    assert whole - trained > 5e6  # two heads
+    assert whole - trained > 4e6  # two heads
