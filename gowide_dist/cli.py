@@ -85,7 +85,7 @@ def complete_stage(context: typer.Context, incomplete: str) -> list[str]:
     words = [context.params.get("job"), context.params.get("run"), *context.args]  # args: words before an option
     with contextlib.suppress(UserError, ValueError):
         path = next((expanded(str(word)) for word in words if word), Path())
-        recipe = load_recipe(path / "recipe.yaml" if path.is_dir() else path)
+        recipe = Run(path).recipe() if path.is_dir() else load_recipe(path)
         return [name for name in (*recipe.stages, *recipe.instances) if name.startswith(incomplete)]
     return []
 
