@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gowide_dist.networks.resnet import ResNet, build_network
+    from gowide_dist.networks.build import build_network
+    from gowide_dist.networks.network import Network
     from gowide_dist.pipeline import load_model
     from gowide_dist.recipe import Recipe, load_recipe
 
-__all__ = ["Recipe", "ResNet", "build_network", "load_model", "load_recipe"]
+__all__ = ["Network", "Recipe", "build_network", "load_model", "load_recipe"]
 
-_HOMES = {"Recipe": "recipe", "load_recipe": "recipe", "ResNet": "networks.resnet", "build_network": "networks.resnet",
-          "load_model": "pipeline"}  # fmt: skip
+_HOMES = {"Recipe": "recipe", "load_recipe": "recipe", "Network": "networks.network",
+          "build_network": "networks.build", "load_model": "pipeline"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

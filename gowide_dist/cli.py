@@ -23,7 +23,7 @@ from gowide_dist.launch.local import choose_num_processes, num_gpus, torchrun
 from gowide_dist.launch.profile import load_profile
 from gowide_dist.progress import write_text_only
 from gowide_dist.recipe import load_recipe
-from gowide_dist.run import Run
+from gowide_dist.run import Run, load_job
 
 to_json = functools.partial(json.dumps, indent=2)  # as `--json` prints it
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -85,7 +85,7 @@ def complete_stage(context: typer.Context, incomplete: str) -> list[str]:
     words = [context.params.get("job"), context.params.get("run"), *context.args]  # args: words before an option
     with contextlib.suppress(UserError, ValueError):
         path = next((expanded(str(word)) for word in words if word), Path())
-        recipe = load_recipe(path / "recipe.yaml" if path.is_dir() else path)
+        recipe = Run(path).recipe() if path.is_dir() else load_recipe(path)
         return [name for name in (*recipe.stages, *recipe.instances) if name.startswith(incomplete)]
     return []
 
@@ -93,6 +93,10 @@ def complete_stage(context: typer.Context, incomplete: str) -> list[str]:
 StageName = Annotated[str, Argument(help="A stage, or stage/network.", autocompletion=complete_stage)]
 Only = Annotated[
     list[str] | None, Option(help="A stage and those that it needs; may be repeated.", autocompletion=complete_stage)
+]
+Networks = Annotated[
+    Path | None,
+    Option("--networks", help="A Python file of your own networks; default: the run's copy.", metavar="FILE.py"),
 ]
 Runs = Annotated[Path, Option(help="Folder of run directories.")]
 Fresh = Annotated[bool, Option(help="Discard what unfinished stages have left in this run's folder.")]
@@ -176,6 +180,7 @@ def verify(folder: Annotated[Path, Argument(help="A folder written by `gowide en
 def bench(
     job: Job,
     overrides: Overrides = None,
+    networks: Networks = None,
     nproc: Nproc = None,
     data: Annotated[Path | None, Option(help="Another dataset than the recipe's, for the loader.")] = None,
     images: Annotated[Path | None, Option(help="The same images as class folders, for torchvision.")] = None,
@@ -196,7 +201,7 @@ def bench(
     from gowide_dist.bench import loader, machine, stages, tables
     from gowide_dist.insight.text import table
 
-    recipe, parts = load_recipe(job, overrides or []), only or list(BenchPart)
+    recipe, parts = load_recipe(job, overrides or [], networks), only or list(BenchPart)
     if (data or images) and "loader" not in parts:
         raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
     results: dict[str, Any] = {"machine": machine()}
@@ -219,6 +224,7 @@ def bench(
 def run(
     job: Job,
     overrides: Overrides = None,
+    networks: Networks = None,
     nproc: Nproc = None,
     runs: Runs = Path("runs"),
     only: Only = None,
@@ -235,7 +241,7 @@ def run(
     from gowide_dist.insight.report import report
     from gowide_dist.prepare import prepare
 
-    recipe = load_recipe(job, overrides or [])
+    recipe = load_job(job, overrides or [], networks, runs)
     num_processes = choose_num_processes(recipe, nproc)
     prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=num_gpus() > 0, only=only or [], fresh=fresh)
     total, left = len(prepared.selected), len(prepared.unfinished)
@@ -253,6 +259,7 @@ def run(
 def plan(
     job: Job,
     overrides: Overrides = None,
+    networks: Networks = None,
     cluster: Annotated[Path | None, Option(help="A cluster profile; default: the cores of this machine.")] = None,
     runs: Runs = Path("runs"),
     nproc: Nproc = None,
@@ -273,7 +280,7 @@ def plan(
     from gowide_dist.insight.scale import scale_nodes, scale_table
     from gowide_dist.insight.timing import measured_cores
 
-    recipe, profile = load_recipe(job, overrides or []), load_profile(cluster) if cluster else None
+    recipe, profile = load_job(job, overrides or [], networks, runs), load_profile(cluster) if cluster else None
     if measure and (profile or scale):
         raise UserError("plan: --measure times this machine; leave out --cluster and --scale, or run it in a job there")
     size, num_processes = data_size(recipe, images, classes), choose_num_processes(recipe, nproc)
@@ -292,6 +299,7 @@ def submit(
     job: Job,
     cluster: Annotated[Path, Option(help="A cluster profile, for example slurm/clusters/gpu8.yaml.")],
     overrides: Overrides = None,
+    networks: Networks = None,
     runs: Runs = Path("runs"),
     only: Only = None,
     fresh: Fresh = False,
@@ -309,7 +317,7 @@ def submit(
     from gowide_dist.launch.queue import require
     from gowide_dist.prepare import write_run
 
-    recipe, profile = load_recipe(job, overrides or []), load_profile(cluster)
+    recipe, profile = load_job(job, overrides or [], networks, runs), load_profile(cluster)
     if dry_run or test_only:
         chain = rehearse_chain(recipe, runs, profile, only=only or [], fresh=fresh)
         print_line(

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from gowide_dist.machine import num_cores
 
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
+_EXTRAS = ("timm",)  # noted where they are installed
 
 
 def describe_environment(devices: list[str], world_size: int) -> dict[str, Any]:
@@ -20,7 +22,7 @@ def describe_environment(devices: list[str], world_size: int) -> dict[str, Any]:
     return {
         **code_version(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: metadata.version(name) for name in _PACKAGES} | _extras(),
         "host": platform.node(),
         "platform": platform.platform(),
         "cpus": num_cores(),
@@ -28,6 +30,14 @@ def describe_environment(devices: list[str], world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         "command": sys.argv,
     }
+
+
+def _extras() -> dict[str, str]:
+    versions = {}
+    for name in _EXTRAS:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def code_version() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from gowide_dist.errors import RunError
 from gowide_dist.files import is_safetensors, no_weights, sha256
+from gowide_dist.networks.foreign import Own, Settings
 from gowide_dist.recipe import Instance, Recipe
 
 IDENTITY_FORMAT = 4  # raised when the code changes so that the same recipe gives other weights
@@ -38,9 +39,15 @@ def recipe_identity(instance: Instance, recipe: Recipe) -> dict[str, Any]:
             **recipe.data.model_dump(**dump, exclude={"train", "val", "classes", "seed"}),
             **({"seed": instance.data_seed} if instance.data_seed != instance.seed else {}),
         },
-        "network": instance.architecture.model_dump(**dump),
+        "network": _network_identity(instance.architecture),
         "stage": instance.stage.model_dump(**dump, exclude={"train", "init", "teacher", "seed"}),
     }
+
+
+def _network_identity(settings: Settings) -> dict[str, Any]:
+    """What a recipe says of a network, and of the user's own the checksum of the file that builds it."""
+    values = settings.model_dump(mode="json", exclude_defaults=True)
+    return {**values, "networks.py": settings.code.sha256} if isinstance(settings, Own) else values
 
 
 def _looks_like_weights(path: Path) -> bool:

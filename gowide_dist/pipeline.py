@@ -29,14 +29,14 @@ from gowide_dist.launch.local import (
     leave_error,
     num_gpus,
 )
-from gowide_dist.prepare import check_data, check_group
+from gowide_dist.prepare import check_data, check_foreign, check_group
 from gowide_dist.progress import write_text_only
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run, key_of
 from gowide_dist.timeline import Batching
 
 if TYPE_CHECKING:
-    from gowide_dist.networks.resnet import ResNet
+    from gowide_dist.networks.network import Network
     from gowide_dist.train.context import TrainContext, TrainData
     from gowide_dist.world import World
 
@@ -60,6 +60,9 @@ def walk(run: Run, keys: Sequence[str], *, sequential: bool = False) -> None:
         world.on_main(lambda: run.write_environment(world.device_names, world.size))
         with open_data(recipe, world) as data:
             ctx = TrainContext(recipe, run, world, data, world.on_main(lambda: identities(recipe, checksums)))
+            world.on_main(
+                lambda: check_foreign(recipe, [recipe.instances[key] for key in keys if not ctx.is_done(key)])
+            )
             for _, group in itertools.groupby(keys, lambda key: key if sequential else key.partition("/")[0]):
                 if left := world.on_main(functools.partial(_unfinished, list(group), ctx)):
                     train_together([recipe.instances[key] for key in left], ctx)
@@ -95,7 +98,7 @@ def open_data(recipe: Recipe, world: World) -> Iterator[TrainData]:
         yield TrainData(lambda seed: train(seed=seed), val, info, world.device)
 
 
-def load_model(run: str | Path, stage: str, network: str | None = None) -> ResNet:
+def load_model(run: str | Path, stage: str, network: str | None = None) -> Network:
     """The finished network of a stage, on the CPU, in eval mode. `network` may be left out if the stage has one.
 
     Its `preprocessing` has the names of the classes, and makes its input of image files. The run's folder is enough.
@@ -127,7 +130,7 @@ def preprocessing_of(run: Run, recipe: Recipe, instance: Instance) -> Preprocess
             f"{train}: differs from the data that {instance.key} was trained on, whose mean and standard deviation it "
             "needs; encode it again with the original settings"
         )
-    return Preprocessing.of(recipe.data, info, instance.architecture.normalise)
+    return Preprocessing.of(recipe.data, info, instance.normalise)
 
 
 def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Recipe, Instance, Done]:

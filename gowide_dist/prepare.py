@@ -20,6 +20,7 @@ from gowide_dist.effects import without_effect
 from gowide_dist.errors import DataError, RecipeError, RunError
 from gowide_dist.files import is_safetensors, write_atomically
 from gowide_dist.identity import fingerprint, identities
+from gowide_dist.networks.foreign import Foreign
 from gowide_dist.networks.normalise import DATASET
 from gowide_dist.progress import say
 from gowide_dist.recipe import Data, Instance, Recipe
@@ -71,8 +72,27 @@ def prepare(
     """
     check_group(recipe, num_processes, on_gpus=on_gpus)
     prepared = check_run(recipe, runs, only=only, fresh=fresh)
+    check_foreign(prepared.recipe, prepared.unfinished)
     write_run(prepared, fresh=fresh)
     return replace(prepared)  # looks at the run directory again
+
+
+def check_foreign(recipe: Recipe, instances: Collection[Instance]) -> None:
+    """Check networks of others, where there are some: that takes torch, and is left to the jobs on a login node.
+
+    Raises UserError if one cannot be built or does not fit.
+    """
+    teachers = [recipe.instances[each.teacher] for each in instances if each.teacher]
+    if not any(isinstance(each.architecture, Foreign) for each in (*instances, *teachers)):
+        return
+    from gowide_dist.train.fit import check_fit
+
+    assert recipe.data.classes is not None, "checked data fills it in"
+    check_fit(recipe, instances, recipe.data.classes)
+    for instance in instances:
+        if instance.init_file and isinstance(instance.architecture, Foreign):
+            for note in _check_preprocessing(instance, instance.init_file, recipe):
+                say(f"note: {note}")
 
 
 def check_run(
@@ -113,7 +133,7 @@ def check_files(recipe: Recipe, instances: Iterable[Instance], num_classes: int)
     Raises RunError if a file does not hold its network's weights, or is known to tell other classes apart.
     """
     for instance in instances:
-        if instance.init_file:
+        if instance.init_file and not isinstance(instance.architecture, Foreign):  # of those `check_foreign` does it
             yield from _check_weights(instance, instance.init_file, num_classes)
             yield from _check_preprocessing(instance, instance.init_file, recipe)
 
@@ -133,7 +153,7 @@ def _check_weights(instance: Instance, init: File, num_classes: int) -> Iterator
 
 
 def _check_preprocessing(instance: Instance, init: File, recipe: Recipe) -> Iterator[str]:
-    normalise, option = instance.architecture.normalise, f"networks.{instance.network_name}.normalise"
+    normalise, option = instance.normalise, f"networks.{instance.network_name}.normalise"
     known = read_preprocessing(init.file) if is_safetensors(init.file) else None
     if known is None:
         if normalise == DATASET:

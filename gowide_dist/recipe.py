@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from operator import gt
+from operator import gt, ne
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,7 +15,18 @@ import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from gowide_dist.errors import RecipeError
-from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.architecture import Architecture, MobileArchitecture, Structure
+from gowide_dist.networks.foreign import (
+    Code,
+    Foreign,
+    Own,
+    Settings,
+    Timm,
+    Torchvision,
+    normalise_of,
+    read_code,
+    settings_class,
+)
 from gowide_dist.networks.normalise import Normalise
 from gowide_dist.schema import (
     Count,
@@ -136,7 +147,7 @@ class Data(Frozen):
 
 
 class Widened(Frozen):
-    """Network `widen` of the recipe with `by` times as many 3x3 filters in each unit."""
+    """Network `widen` of the recipe, `by` times as wide inside its units."""
 
     widen: Name
     by: Positive
@@ -145,11 +156,17 @@ class Widened(Frozen):
 
 def _network_tag(value: object) -> str:
     is_widened = "widen" in value if isinstance(value, Mapping) else isinstance(value, Widened)
-    return "widened" if is_widened else "architecture"
+    return "widened" if is_widened else settings_class(value).__name__
 
 
 Network = Annotated[
-    Annotated[Architecture, Tag("architecture")] | Annotated[Widened, Tag("widened")], Discriminator(_network_tag)
+    Annotated[Architecture, Tag("Architecture")]
+    | Annotated[MobileArchitecture, Tag("MobileArchitecture")]
+    | Annotated[Timm, Tag("Timm")]
+    | Annotated[Torchvision, Tag("Torchvision")]
+    | Annotated[Own, Tag("Own")]
+    | Annotated[Widened, Tag("widened")],
+    Discriminator(_network_tag),
 ]
 
 
@@ -171,7 +188,7 @@ class Instance(NamedTuple):
     stage_name: str
     network_name: str
     stage: Stage
-    architecture: Architecture
+    architecture: Settings
     seed: int
     data_seed: int  # of order and augmentation
     init: str | None  # the instance that gives the weights at the start,
@@ -182,6 +199,11 @@ class Instance(NamedTuple):
     def key(self) -> str:
         """`stage/network`: the name on the command line, and the folder under `stages/`."""
         return f"{self.stage_name}/{self.network_name}"
+
+    @property
+    def normalise(self) -> Normalise:
+        """How its images are normalised; may import timm."""
+        return normalise_of(self.architecture)
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -210,9 +232,14 @@ class Recipe(Frozen):
     checkpoints: Checkpoints = Checkpoints()
 
     @cached_property
-    def architectures(self) -> dict[str, Architecture]:
+    def architectures(self) -> dict[str, Settings]:
         """Every network; a `Widened` one is resolved. Raises RecipeError on a bad reference."""
         return {name: self._resolve(name, ()) for name in self.networks}
+
+    @property
+    def code(self) -> Code | None:
+        """The file of the user's own networks; None without such a network. Raises RecipeError if it was not given."""
+        return next((network.code for network in self.networks.values() if isinstance(network, Own)), None)
 
     @cached_property
     def instances(self) -> dict[str, Instance]:
@@ -267,16 +294,19 @@ class Recipe(Frozen):
                     f"of {local_batch} is odd; take a batch_size that is a multiple of {2 * num_processes}"
                 )
 
-    def _resolve(self, name: str, seen: tuple[str, ...]) -> Architecture:
+    def _resolve(self, name: str, seen: tuple[str, ...]) -> Settings:
         network = self.networks[name]
-        if isinstance(network, Architecture):
+        if not isinstance(network, Widened):
             return network
         narrow = network.widen
         if narrow in (*seen, name):
             raise RecipeError(f"networks.{name}.widen: dependency cycle {' -> '.join((*seen, name, narrow))}")
         if narrow not in self.networks:
             raise RecipeError(f"networks.{name}.widen: no network '{narrow}', {nearest(narrow, self.networks)}")
-        wide = self._resolve(narrow, (*seen, name)).widened(network.by)
+        thin = self._resolve(narrow, (*seen, name))
+        if isinstance(thin, Foreign):
+            raise RecipeError(f"networks.{name}.widen: {narrow} is another's network ({thin}), whose width is fixed")
+        wide = thin.widened(network.by)
         return wide.model_copy(update={"normalise": network.normalise}) if network.normalise else wide
 
     def _instances_of(self, name: str, stage: Stage) -> Iterator[Instance]:
@@ -322,40 +352,88 @@ def _check_parents(instance: Instance, instances: Mapping[str, Instance]) -> Non
         return
     assert instance.teacher is not None, "a stage that is taught names its teacher"
     teacher = instances[instance.teacher].architecture
-    if isinstance(stage, BlocksStage) and (student.num_blocks, student.stem) != (teacher.num_blocks, teacher.stem):
+    if isinstance(student, Foreign) or isinstance(teacher, Foreign):
+        _check_foreign(instance, stage, teacher)
+        return
+    if isinstance(stage, BlocksStage) and student.reductions != teacher.reductions:
+        sides = [", ".join(f"1/{reduction}" for reduction in each.reductions) for each in (teacher, student)]
         raise RecipeError(
             f"{option}.teacher: the blocks of {instance.teacher} ({teacher.num_blocks} blocks, {teacher.stem} stem) "
-            f"do not match those of {network} ({student.num_blocks} blocks, {student.stem} stem)"
+            f"do not match those of {network} ({student.num_blocks} blocks, {student.stem} stem): their sides are "
+            f"{sides[0]} and {sides[1]} of the images'"
+        )
+    takes_head = isinstance(stage, BlocksStage) and stage.classifier == "teacher"
+    if takes_head and student.head_channels != teacher.head_channels:
+        theirs, own = (f"{each.head_channels or 'no'} channels" for each in (teacher, student))
+        raise RecipeError(
+            f"{option}.classifier: the 1x1 convolution behind the blocks of {instance.teacher} ({theirs}) does not fit "
+            f"{network} ({own}); take classifier: fresh"
         )
     if isinstance(stage, BlocksStage) and len(stage.block_weights) not in (0, student.num_blocks):
         given = len(stage.block_weights)
         raise RecipeError(f"{option}.block_weights: has {given} weights, but {network} has {student.num_blocks} blocks")
-    if isinstance(stage, KlStage) and stage.blocks_weight:
-        theirs, own = ((each.stem, list(each.block_channels)) for each in (teacher, student))
-        if theirs != own:
-            raise RecipeError(
-                f"{option}.blocks_weight: the blocks of {instance.teacher} ({theirs[0]} stem, channels {theirs[1]}) "
-                f"and of {network} ({own[0]} stem, channels {own[1]}) differ; leave blocks_weight out"
-            )
-    if stage.start != "fresh" and (student.stem, student.stem_channels) != (teacher.stem, teacher.stem_channels):
+    is_alike = (teacher.reductions, teacher.block_channels) == (student.reductions, student.block_channels)
+    if isinstance(stage, KlStage) and stage.blocks_weight and not is_alike:
+        theirs, own = (f"{each.stem} stem, channels {list(each.block_channels)}" for each in (teacher, student))
         raise RecipeError(
-            f"{option}.start: the stem of {instance.teacher} ({teacher.stem}, {teacher.stem_channels} channels) does "
-            f"not fit {network} ({student.stem}, {student.stem_channels}); take start: fresh, or reduce its width "
+            f"{option}.blocks_weight: the blocks of {instance.teacher} ({theirs}) and of {network} ({own}) differ; "
+            "leave blocks_weight out"
+        )
+    if stage.start != "fresh":
+        _check_start(instance, stage, instances[instance.teacher])
+
+
+def _check_foreign(instance: Instance, stage: TaughtStage, teacher: Settings) -> None:
+    """Raises RecipeError if a stage asks for more than can be done where student or teacher is another's network.
+
+    Whether their blocks fit is seen when they are built (`train.fit`).
+    """
+    student, option = instance.architecture, f"stages.{instance.stage_name}"
+    if stage.start != "fresh":
+        raise RecipeError(f"{option}.start: {stage.start} is for networks of ours; take start: fresh, or init")
+    if isinstance(stage, BlocksStage) and isinstance(student, Foreign) and not isinstance(student, Own):
+        raise RecipeError(
+            f"{option}.train: {student} cannot be walked block by block; a student of blocks is a network of ours, or "
+            "one of your own (docs/networks.md)"
+        )
+    if isinstance(stage, BlocksStage) and stage.classifier == "teacher":
+        other = student if isinstance(student, Foreign) else teacher
+        raise RecipeError(f"{option}.classifier: that of {other} fits no other network; take classifier: fresh")
+    if isinstance(stage, KlStage) and stage.blocks_weight and isinstance(student, Foreign):
+        raise RecipeError(f"{option}.blocks_weight: {student} gives no outputs of blocks; leave it out")
+
+
+def _check_start(instance: Instance, stage: TaughtStage, taught_by: Instance) -> None:
+    """Raises RecipeError unless an instance can start from its teacher's weights in the way that its stage says."""
+    student, teacher = instance.architecture, taught_by.architecture
+    assert isinstance(student, Structure) and isinstance(teacher, Structure), "see `_check_foreign`"
+    option, network = f"stages.{instance.stage_name}.start", f"network '{instance.network_name}'"
+    is_related = type(student) is type(teacher)
+    if not is_related or (stage.start == "pruned" and student.unit != teacher.unit):
+        raise RecipeError(
+            f"{option}: {taught_by.key} has {teacher.unit} units and {network} {student.unit} units, whose "
+            f"inner channels do not correspond; take start: {'teacher or fresh' if is_related else 'fresh'}"
+        )
+    if (student.stem, student.first_channels) != (teacher.stem, teacher.first_channels):
+        raise RecipeError(
+            f"{option}: the stem of {taught_by.key} ({teacher.stem}, {teacher.first_channels} channels) does "
+            f"not fit {network} ({student.stem}, {student.first_channels}); take start: fresh, or reduce its width "
             "instead of its channels"
         )
-    if stage.start != "fresh" and student.normalise != teacher.normalise:
+    if student.normalise != teacher.normalise:
         raise RecipeError(
-            f"{option}.start: the weights of {instance.teacher} expect another normalisation than that of {network}; "
+            f"{option}: the weights of {taught_by.key} expect another normalisation than that of {network}; "
             f"say the same in networks.{instance.network_name}.normalise, or take start: fresh"
         )
-    if stage.start == "pruned" and student.block != teacher.block:
+    if stage.start == "pruned" and any(map(ne, student.block_channels, teacher.block_channels)):
+        theirs, own = (list(each.block_channels) for each in (teacher, student))
         raise RecipeError(
-            f"{option}.start: {instance.teacher} has {teacher.block} units and {network} {student.block} units, whose "
-            "inner channels do not correspond; take start: teacher or fresh"
+            f"{option}: the blocks of {taught_by.key} pass on {theirs} channels and those of {network} {own}, which "
+            "no pruning changes; take start: teacher or fresh, or reduce its width instead of its channels"
         )
     if stage.start == "pruned" and any(map(gt, student.inner_channels, teacher.inner_channels)):
         raise RecipeError(
-            f"{option}.start: {network} has more inner channels {list(student.inner_channels)} than {instance.teacher} "
+            f"{option}: {network} has more inner channels {list(student.inner_channels)} than {taught_by.key} "
             f"{list(teacher.inner_channels)}, so that there is nothing to prune; take start: teacher or fresh"
         )
 
@@ -405,14 +483,17 @@ def _without_tags(keys: list[int | str]) -> list[int | str]:
     return keys
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), networks: str | Path | None = None) -> Recipe:
     """The checked recipe in a YAML file, with overrides `dotted.key=value` applied.
 
-    Raises RecipeError: one line with the file, the dotted key and what to write instead.
+    networks: the Python file of the user's own networks. Raises RecipeError: one line with the file, the dotted key and
+    what to write instead.
     """
-    recipe = validate(Recipe, read_yaml(Path(path), overrides), str(path), _without_tags)
+    code = read_code(Path(networks)) if networks else None
+    recipe = validate(Recipe, read_yaml(Path(path), overrides), str(path), _without_tags, context=code)
     try:
         _ = recipe.instances  # checks the graph
+        _ = recipe.code
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
     return recipe

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +21,10 @@ from gowide_dist.environment import describe_environment
 from gowide_dist.errors import RunError, number_from
 from gowide_dist.files import flock, sha256, temporary_name, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
+from gowide_dist.networks.foreign import NETWORKS
+from gowide_dist.progress import say
 from gowide_dist.recipe import Recipe, load_recipe
-from gowide_dist.schema import nearest
+from gowide_dist.schema import nearest, read_yaml
 
 LOCK_WAIT_S = 150  # a file server frees a dead node's locks late
 
@@ -117,6 +119,8 @@ class StageDir:
         stage, _, network = self.key.partition("/")
         if key == "format":
             return f"it was trained by another version of gowide_dist, whose format is {was}, not {now}"
+        if key == "network.networks.py":
+            return "--networks: the file is another"
         if key in ("data.train", "data.val"):
             return f"{key}: the file is another"
         if key in ("init", "init.file", "teacher"):
@@ -185,6 +189,20 @@ class StageDir:
             yield
 
 
+def load_job(job: Path, overrides: Sequence[str], networks: Path | None, runs: Path) -> Recipe:
+    """The recipe of a command. Without `networks`, its run's copy serves, as the same command continues a run.
+
+    Raises RecipeError as `load_recipe` does.
+    """
+    if networks is None:
+        copy = Run(runs / str(read_yaml(job, overrides).get("name"))).networks
+        return load_recipe(job, overrides, copy if copy.is_file() else None)
+    recipe = load_recipe(job, overrides, networks)
+    if recipe.code is None:
+        say(f"note: --networks {networks} has no effect: no network of {job} is `own`")
+    return recipe
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory, `runs/<name>`."""
@@ -202,7 +220,12 @@ class Run:
         """The recipe that the run was written for. Raises RunError if this is no run, RecipeError if it is damaged."""
         if not self.recipe_path.exists():
             raise RunError(f"{self.path}: not a run directory: it has no {self.recipe_path.name}")
-        return load_recipe(self.recipe_path)
+        return load_recipe(self.recipe_path, networks=self.networks if self.networks.exists() else None)
+
+    @property
+    def networks(self) -> Path:
+        """The file of the user's own networks, where the recipe has some."""
+        return self.path / NETWORKS
 
     @property
     def teacher_logits(self) -> Path:
@@ -240,6 +263,8 @@ class Run:
         """Create the folder, with every default written out in its recipe. Raises RunError if it cannot be written."""
         with writing_to(self.path, "--runs"):
             self.path.mkdir(parents=True, exist_ok=True)
+            if recipe.code:
+                write_atomically(self.networks, recipe.code.source)
             write_atomically(self.recipe_path, recipe.to_yaml())
 
     def write_environment(self, devices: list[str], world_size: int) -> None:

@@ -137,13 +137,15 @@ Model = TypeVar("Model", bound=BaseModel)
 Keys = list[int | str]
 
 
-def validate(model: type[Model], values: object, where: str, keys: Callable[[Keys], Keys] = list) -> Model:
+def validate(
+    model: type[Model], values: object, where: str, keys: Callable[[Keys], Keys] = list, context: object = None
+) -> Model:
     """A checked model. Raises RecipeError `where: key: what is wrong` for the first fault found.
 
-    `keys` turns pydantic's location of a fault into the keys that the user wrote.
+    `keys` turns pydantic's location of a fault into the keys that the user wrote. context: for validators that ask.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=context)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""

@@ -23,8 +23,9 @@ from gowide_dist.errors import UserError
 from gowide_dist.files import write_atomically
 from gowide_dist.identity import identities
 from gowide_dist.launch.local import leave, num_gpus, torchrun
+from gowide_dist.networks.foreign import Own
 from gowide_dist.pipeline import open_data, work
-from gowide_dist.prepare import check_data, check_group
+from gowide_dist.prepare import check_data, check_foreign, check_group
 from gowide_dist.recipe import Checkpoints, Instance, Recipe
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.stages import Schedule
@@ -56,7 +57,8 @@ def run_steps(recipe: Recipe, keys: Sequence[str], num_processes: int) -> StepTi
     Raises UserError as training does, and if there is no step within LIMIT_S.
     """
     check_group(recipe, num_processes, on_gpus=num_gpus() > 0)
-    check_data(recipe)
+    recipe, _ = check_data(recipe)
+    check_foreign(recipe, [recipe.instances[key] for key in keys])
     num_steps, short = _shortened(recipe, recipe.instances[keys[0]])
     with tempfile.TemporaryDirectory(prefix="gowide-steps-") as folder:
         run = Run(Path(folder) / "run")
@@ -80,11 +82,22 @@ def memory_bytes(key: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
+def _num_blocks(recipe: Recipe, instance: Instance) -> int:
+    """Of the instance's network; one of the user's own that is walked block by block is asked."""
+    settings, classes = instance.architecture, recipe.data.classes
+    if not isinstance(settings, Own) or instance.stage.objective != "blocks":
+        return settings.num_blocks
+    from gowide_dist.networks.build import build_on_meta
+
+    assert classes is not None, "checked data fills it in"
+    return build_on_meta(settings, classes).num_blocks
+
+
 def _shortened(recipe: Recipe, instance: Instance) -> tuple[int, Recipe]:
     """The steps of one short epoch, equally many in each phase, and the recipe that records two lines for a phase."""
     stage, possible = instance.stage, check_split(recipe.data.train).samples // recipe.batch_size
     assert stage.optim is not None, "a stage that trains has an optim"
-    num_phases = stage.num_phases(instance.architecture.num_blocks)
+    num_phases = stage.num_phases(_num_blocks(recipe, instance))
     every = max(1, min(NUM_STEPS, possible) // (2 * num_phases))
     optim = stage.optim.model_copy(update={"lr": 1e-6})
     short = {"epochs": 1, "init": None, "ramp": None, "optim": optim, "schedule": Schedule(decay="constant")}
@@ -105,7 +118,7 @@ def _train(run: Run, keys: Sequence[str], num_steps: int, limit_s: float) -> Non
     import torch
 
     from gowide_dist import world as worlds
-    from gowide_dist.networks.resnet import build_network
+    from gowide_dist.networks.build import build_network
     from gowide_dist.networks.weights import save_weights
     from gowide_dist.train.context import TrainContext
     from gowide_dist.train.loop import train_together

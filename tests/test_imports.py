@@ -65,7 +65,7 @@ def test_every_room_has_its_floor():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "pipeline", "bench", "prepare", "recipe", "run", "identity", "networks.architecture", "launch.local", "launch.slurm", "launch.chain", "launch.queue", "launch.profile", "insight.status", "data.info", "data.preprocessing", "networks.normalise"]
+    "module", ["cli", "pipeline", "bench", "prepare", "recipe", "run", "identity", "networks.architecture", "networks.foreign", "launch.local", "launch.slurm", "launch.chain", "launch.queue", "launch.profile", "insight.status", "data.info", "data.preprocessing", "networks.normalise"]
 )  # fmt: skip
 def test_login_nodes_import_no_torch(module):
     code = (

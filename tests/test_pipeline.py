@@ -14,6 +14,7 @@ from contextlib import closing
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file
 
 from gowide_dist import load_model, load_recipe
@@ -166,6 +167,43 @@ def test_the_options_of_this_decade_are_continued_exactly_too(data, tmp_path):
     assert len(keys) == 5
     shas = [[run.stage(key).done.model_sha256 for key in keys] for run in (undisturbed, killed)]
     assert shas[0] == shas[1]
+
+
+def of_mobile_networks(data):
+    """A wide MobileNetV2, a thin one by all stages, and one that is thin in all channels."""
+    mobile = {"arch": "mobilenet_v2", "channels": 0.35, "width": 0.5, "stem": "strided"}
+    recipe = chain(
+        data, networks={"thin": mobile, "wide": {"widen": "thin", "by": 4}, "thinner": mobile | {"channels": 0.1}}
+    )
+    stages = recipe["stages"]
+    for stage in stages.values():
+        stage["epochs"] = 1
+    whole = {"order": "joint", "prefix": "trained", "start": "pruned"}
+    last = {"finetune": stages.pop("finetune"), "channels": stages["imitate"] | {"train": "thinner"}}
+    stages["imitate"] |= whole
+    return recipe | {"stages": stages | last}
+
+
+def test_a_mobile_chain_is_continued_exactly_too(data, tmp_path):
+    """Two processes, SIGKILL in the distillation and between phases of an imitation: the same bits in the end."""
+    job = write_job(tmp_path, of_mobile_networks(data))
+    for name in ("undisturbed", "killed"):
+        command = ("run", job, "--nproc", 2, "--runs", tmp_path / name)
+        for key, step in (("distill/thin", 6), ("channels/thinner", 6)) if name == "killed" else ():
+            folder = tmp_path / name / "chain" / "stages" / key
+            killed_when(lambda folder=folder, step=step: reached(folder, step), *command)
+        result = gowide(*command)
+        assert result.returncode == 0, result.stderr
+    undisturbed, killed = (Run(tmp_path / name / "chain") for name in ("undisturbed", "killed"))
+    keys = [*undisturbed.recipe().instances]
+    assert len(keys) == 5
+    shas = [[run.stage(key).done.model_sha256 for key in keys] for run in (undisturbed, killed)]
+    assert shas[0] == shas[1]
+    network = torchvision.models.mobilenet_v2(
+        num_classes=10, width_mult=0.1
+    )  # the transforms are merged: names, shapes
+    weights = load_file(killed.stage("channels/thinner").model)
+    assert weights.keys() == network.state_dict().keys()
 
 
 def test_three_processes_continue_exactly_too(finished, job, tmp_path):

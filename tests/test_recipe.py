@@ -309,6 +309,19 @@ def test_terms_of_a_distillation_that_exclude_each_other(job, overrides, message
         load_recipe(job, [f"stages.distill.{override}" for override in overrides])
 
 
+def test_a_head_that_computes_channels_is_the_teachers_or_ones_own(job):
+    """MobileNets have a convolution behind the blocks, whose channels grow above `channels: 1`."""
+    mobile = ["networks.half={arch: mobilenet_v2}", "networks.quarter={arch: mobilenet_v2, channels: 0.35}"]
+    load_recipe(job, mobile)
+    wide = [*mobile, "networks.wide={arch: mobilenet_v2, channels: 1.4, width: 2}"]
+    with pytest.raises(
+        RecipeError, match=r"imitate\.classifier: the 1x1 convolution behind the blocks of teacher/wide \(1792 channels\) "
+        r"does not fit network 'half' \(1280 channels\); take classifier: fresh",
+    ):  # fmt: skip
+        load_recipe(job, wide)
+    load_recipe(job, [*wide, "stages.imitate.classifier=fresh"])
+
+
 def test_blocks_beside_the_logits_need_equal_channels(job):
     weight = "stages.distill.blocks_weight=1"
     load_recipe(job, [weight])
@@ -334,6 +347,18 @@ def test_a_correlation_over_a_batch_needs_more_than_one_image(job):
         (
             ["networks.quarter.arch=resnet18"],
             "has bottleneck units and network 'quarter' basic units, .* start: teacher",
+        ),
+        (
+            [
+                "networks.quarter={arch: mobilenet_v2}",
+                "stages.imitate.classifier=fresh",
+                "networks.half={block: bottleneck, depths: [1, 1, 1, 1, 1], stem: strided}",
+            ],
+            "has bottleneck units and network 'quarter' inverted units, .* take start: fresh",
+        ),
+        (
+            ["networks.quarter.channels=0.5", "networks.quarter.stem_channels=64"],
+            r"the blocks of teacher/wide pass on \[256, .* and those of network 'quarter' \[128, .* no pruning changes",
         ),
         (
             ["networks.quarter.width=8"],

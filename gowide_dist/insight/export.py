@@ -25,7 +25,8 @@ from gowide_dist.files import PARTIAL, replacing, sha256, writing_to
 from gowide_dist.insight import text
 from gowide_dist.insight.latency import latency_ms
 from gowide_dist.insight.trained import BATCH_SIZE, Classifier, Images, Trained, predict
-from gowide_dist.networks.architecture import ARCHITECTURES, Architecture
+from gowide_dist.networks.architecture import ARCHITECTURES, Architecture, MobileArchitecture
+from gowide_dist.networks.foreign import Foreign, Settings, Timm, Torchvision
 from gowide_dist.networks.normalise import DATASET
 from gowide_dist.networks.teacher import fold_batch_norms
 from gowide_dist.progress import say
@@ -159,6 +160,7 @@ def config(trained: Trained) -> dict[str, Any]:
         **trained.done.model_dump(include={"stage", "network", "top1", "top5", "fingerprint", "model_sha256"}),
         "architecture": architecture.model_dump(mode="json", exclude={"normalise"}),
         "torchvision": _in_torchvision(architecture, num_classes),
+        **_in_timm(architecture, num_classes),
         "classes": preprocessing.classes,
         "resolution": side,
         "input": {"name": "images", "dtype": "uint8", "layout": "NHWC", "shape": shape, "channels": "RGB"},
@@ -172,8 +174,23 @@ def config(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _in_torchvision(architecture: Architecture, num_classes: int) -> dict[str, Any] | None:
+def _in_timm(architecture: Settings, num_classes: int) -> dict[str, Any]:
+    """Of a model of timm's: the arguments of timm.create_model."""
+    if not isinstance(architecture, Timm):
+        return {}
+    return {"timm": {"model": architecture.name, "arguments": {"num_classes": num_classes, **architecture.options}}}
+
+
+def _in_torchvision(architecture: Settings, num_classes: int) -> dict[str, Any] | None:
     """The function of torchvision.models that builds the network, and its arguments, if there is one."""
+    if isinstance(architecture, Torchvision):
+        return {"model": architecture.name, "arguments": {"num_classes": num_classes, **architecture.options}}
+    if isinstance(architecture, MobileArchitecture):
+        is_plain = architecture.stem == "imagenet" and architecture.width == 1
+        arguments = {"num_classes": num_classes, "width_mult": architecture.channels}
+        return {"model": architecture.arch, "arguments": arguments} if is_plain else None
+    if not isinstance(architecture, Architecture):
+        return None
     width = 64 * architecture.width
     plain = architecture.model_copy(update={"width": 1.0, "zero_init_residual": False, "normalise": DATASET})
     if width == 64 or (width.is_integer() and architecture.block == "bottleneck"):
@@ -186,7 +203,13 @@ def _in_torchvision(architecture: Architecture, num_classes: int) -> dict[str, A
 def _program(classifier: Classifier, resolution: int) -> ExportedProgram:
     """The graph of a classifier for any number of images."""
     example = torch.zeros(2, resolution, resolution, 3, dtype=torch.uint8)  # a batch of 1 would become a constant
-    program = torch.export.export(classifier, (example,), dynamic_shapes=_DYNAMIC_BATCH)
+    try:
+        program = torch.export.export(classifier, (example,), dynamic_shapes=_DYNAMIC_BATCH)
+    except Exception as error:
+        settings: object = classifier.network.architecture
+        if isinstance(settings, Foreign):  # whose code may do what no graph can say
+            raise InternalError(f"{settings}: torch.export: {' '.join(str(error).split())[:200]}") from error
+        raise
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds paths of this machine
     return program

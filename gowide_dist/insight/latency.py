@@ -82,14 +82,15 @@ def _predict(run: Run, key: str) -> tuple[Tensor, list[int]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = open_trained(run.path, key)
     classifier = Classifier(trained.network(), trained.preprocessing).to(device).to(memory_format=torch.channels_last)
-    peaks = [torch.zeros(channels, device=device) for channels in trained.instance.architecture.block_channels]
+    peaks: dict[int, Tensor] = {}
 
     def forward(images: Tensor) -> Tensor:
-        blocks = classifier.blocks(images.to(device))
-        for peak, x in zip(peaks, blocks, strict=True):
-            torch.maximum(peak, x.amax((0, 2, 3)), out=peak)
-        return classifier.network.head(blocks[-1])
+        logits, blocks = classifier.outputs(images.to(device))
+        for index, x in enumerate(blocks):
+            peak = x.abs().amax((0, 2, 3))
+            peaks[index] = torch.maximum(peaks.get(index, peak), peak)
+        return logits
 
     with closing(trained.validation_images(trained.recipe.data.val)) as images:
         logits, _ = predict(forward, images, f"{key} on the validation images")
-    return logits.argmax(dim=1), [int((peak == 0).sum()) for peak in peaks]
+    return logits.argmax(dim=1), [int((peak == 0).sum()) for peak in peaks.values()]

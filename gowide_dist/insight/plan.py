@@ -24,7 +24,7 @@ from gowide_dist.insight.assumed import (
 )
 from gowide_dist.insight.text import duration, gigabytes, listed, table
 from gowide_dist.launch.profile import Device, Profile, Resources
-from gowide_dist.prepare import Prepared, check_data, check_files
+from gowide_dist.prepare import Prepared, check_data, check_files, check_foreign
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching, Timeline
@@ -87,6 +87,7 @@ def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None 
     """
     if size.train < recipe.batch_size:
         raise DataError(f"batch_size: {recipe.batch_size} is more than the {size.train:,} training images")
+    _check_foreign(recipe, size)
     progress = _progress(recipe, runs) if runs else {}
     done = {key for key, state in progress.items() if isinstance(state, str)}
     known = known_outputs(recipe, done, together=is_this_machine(profile))
@@ -121,6 +122,12 @@ def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None 
         warnings=warnings,
         notes=notes,
     )
+
+
+def _check_foreign(recipe: Recipe, size: DataSize) -> None:
+    """Raises UserError if a network of others cannot be built or does not fit."""
+    data = recipe.data.model_copy(update={"classes": size.classes})
+    check_foreign(recipe.model_copy(update={"data": data}), [*recipe.instances.values()])
 
 
 def restarts(work_s: float, timeout_s: float, lost_s: float) -> float:

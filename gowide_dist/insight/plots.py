@@ -50,7 +50,8 @@ def _losses(results: RunResults, name: str, ax: Axes) -> None:
             continue
         labels = {"loss": instance.network_name}
         if stage.objective == "blocks":
-            blocks = range(1, instance.architecture.num_blocks + 1)
+            lines = results.metrics[instance.key]
+            blocks = sorted({int(name[9:]) for line in lines for name in line if name.startswith("mse_block")})
             labels = {f"mse_block{block}": f"{instance.network_name}, block {block}" for block in blocks}
         for metric, label in labels.items():
             [line] = ax.plot(*results.curve(instance.key, "train", metric), label=label)

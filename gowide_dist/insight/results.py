@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from gowide_dist.errors import RunError
+from gowide_dist.networks.architecture import Structure
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run, flat, read_metrics
 
@@ -72,8 +73,10 @@ class RunResults:
         notes = [f"{key}: {progress}" for key, progress in data["unfinished"].items()]
         notes += [f"{key}: not measured: {error}" for key, error in data["not_measured"].items()]
         for key, counts in data["dead_channels"].items():
-            blocks = enumerate(zip(counts, self.recipe.instances[key].architecture.block_channels, strict=True), 1)
-            if dead := [f"{count} of {channels} channels of block {i}" for i, (count, channels) in blocks if count]:
+            settings = self.recipe.instances[key].architecture
+            channels = settings.block_channels if isinstance(settings, Structure) else ()
+            blocks = enumerate(zip(counts, channels, strict=True), 1)
+            if dead := [f"{count} of {total} channels of block {i}" for i, (count, total) in blocks if count]:
                 notes.append(f"{key}: {', '.join(dead)} are zero for all validation images")
         return notes
 

@@ -20,7 +20,7 @@ from gowide_dist.data.loader import Batch, Loader, geometry_of
 from gowide_dist.data.preprocessing import Preprocessing
 from gowide_dist.errors import DataError
 from gowide_dist.machine import num_cores
-from gowide_dist.networks.resnet import ResNet
+from gowide_dist.networks.network import Network
 from gowide_dist.pipeline import find_finished, preprocessing_of
 from gowide_dist.progress import track
 from gowide_dist.recipe import Instance, Recipe
@@ -45,20 +45,19 @@ class Classifier(nn.Module):
     mean: Tensor  # [3, 1, 1], of pixels 0 to 255
     std: Tensor
 
-    def __init__(self, network: ResNet, preprocessing: Preprocessing) -> None:
+    def __init__(self, network: Network, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None] * 255)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Not network.head: exported, its pooling would leave a branch on the strides of its input in the graph.
-        return cast(Tensor, self.network.fc(self.blocks(images)[-1].mean((2, 3))))
+        return self.outputs(images)[0]
 
-    def blocks(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Output of every block, [B, C_i, H_i, H_i]."""
+    def outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits, and the output of every block, [B, C_i, H_i, H_i], of a network of ours."""
         pixels = images.permute(0, 3, 1, 2).float()
-        return self.network.blocks((pixels - self.mean) / self.std)
+        return cast(tuple[Tensor, tuple[Tensor, ...]], self.network((pixels - self.mean) / self.std))
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Trained:
     preprocessing: Preprocessing
     val_checksum: str  # of the validation images whose accuracies `done` holds
 
-    def network(self) -> ResNet:
+    def network(self) -> Network:
         """The network on the CPU, in eval mode. Raises RunError if its weights have changed."""
         return load_trained(self.instance, self.run, len(self.preprocessing.classes)).eval()
 

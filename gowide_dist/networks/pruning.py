@@ -1,4 +1,4 @@
-"""A pruned start: a thin network takes over a wide one's weights and, inside its units, the strongest channels.
+"""A start from the teacher: weights that fit, and of what is too wide inside the units the strongest channels.
 
 Inner channels are those between the convolutions of a unit, where networks that differ in `width` differ. A channel's
 importance is |scale of its norm| times the norm of the weights that read it: the scale alone, as in network slimming
@@ -7,42 +7,53 @@ importance is |scale of its norm| times the norm of the weights that read it: th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.networks.resnet import BasicUnit, BottleneckUnit, ResNet, take_over
+from gowide_dist.networks.network import InnerLayer, Network
 
 
 @torch.no_grad()
-def take_over_strongest(student: ResNet, teacher: ResNet) -> None:
+def take_over(student: Network, teacher: Network) -> None:
+    """Copy every weight and statistic of the teacher that has the same name and shape into the student.
+
+    Where networks differ in `width` alone these are the stem, the shortcuts, the last norm of every unit and the
+    classifier: all but the convolutions inside the units and the norms between them.
+    """
+    _copy_what_fits(student.state_dict(), teacher.state_dict())
+
+
+@torch.no_grad()
+def take_over_strongest(student: Network, teacher: Network) -> None:
     """`take_over`, and for the inner channels of every unit the teacher's most important ones, in their order.
 
     Units are matched by name; those that the teacher lacks stay as they are. A student as wide as its teacher becomes
-    the teacher. Both have the same kind of unit, and no unit of the student has more inner channels.
+    the teacher. Both have the same kind of unit, pass on the same channels, and no unit of the student has more inner
+    channels.
     """
     take_over(student, teacher)
     wide_units = dict(teacher.named_modules())
     for name, unit in student.named_modules():
-        if isinstance(unit, BasicUnit | BottleneckUnit) and name in wide_units:
-            _take_strongest(unit, wide_units[name])
+        if name in wide_units:
+            _take_strongest(unit, wide_units[name], getattr(unit, "inner_layers", ()))
 
 
-def _take_strongest(unit: nn.Module, wide: nn.Module) -> None:
-    """The same channels in the rows that write them, their norm, and the columns that read them."""
-    numbers = (1, 2, 3) if isinstance(unit, BottleneckUnit) else (1, 2)
-    inputs = torch.arange(wide.get_parameter("conv1.weight").shape[1])
-    for number in numbers:
-        weight = wide.get_parameter(f"conv{number}.weight")  # [C_out, C_in, kernel, kernel]
-        outputs = torch.arange(len(weight))
-        if number < numbers[-1]:
-            count = len(unit.get_parameter(f"conv{number}.weight"))
-            readers = wide.get_parameter(f"conv{number + 1}.weight")
-            outputs = _strongest(wide.get_parameter(f"bn{number}.weight"), readers, count)
-        _copy_if_fits(unit.get_parameter(f"conv{number}.weight"), weight[outputs][:, inputs])
-        norm, wide_norm = (each.get_submodule(f"bn{number}").state_dict() for each in (unit, wide))
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            _copy_if_fits(norm[name], wide_norm[name][outputs])
-        inputs = outputs
+def _take_strongest(unit: nn.Module, wide: nn.Module, inner_layers: Sequence[InnerLayer]) -> None:
+    """The same channels in the rows that write them, their norms, and the columns that read them."""
+    if not inner_layers:
+        return
+    state = {name: value for name, value in wide.state_dict().items() if value.ndim}
+    for rows, norm, reader in inner_layers:
+        weight = f"{reader}.weight"  # [C_out, C, kernel, kernel]
+        count = unit.get_parameter(weight).shape[1]
+        kept = _strongest(wide.get_parameter(f"{norm}.weight"), wide.get_parameter(weight), count)
+        for name in state:
+            if name.rpartition(".")[0] in rows:
+                state[name] = state[name][kept]
+        state[weight] = state[weight][:, kept]
+    _copy_what_fits(unit.state_dict(), state)
 
 
 def _strongest(scale: Tensor, readers: Tensor, count: int) -> Tensor:
@@ -51,6 +62,7 @@ def _strongest(scale: Tensor, readers: Tensor, count: int) -> Tensor:
     return importance.argsort(descending=True, stable=True)[:count].cpu().sort()[0]
 
 
-def _copy_if_fits(to: Tensor, values: Tensor) -> None:
-    if to.shape == values.shape:  # not where what the units pass on differs
-        to.copy_(values)
+def _copy_what_fits(to: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    for name, value in to.items():
+        if value.ndim and name in weights and weights[name].shape == value.shape:  # batch norms' counters are scalars
+            value.copy_(weights[name])

@@ -16,38 +16,37 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gowide_dist.errors import RunError
 from gowide_dist.files import is_safetensors, no_weights
+from gowide_dist.networks.network import Network
 
-CLASSIFIER = "fc."  # before the names of a classifier's weights
-_HEADS = (CLASSIFIER, "classifier.", "head.", "last_linear.")  # what others call it
+_HEADS = ("fc.", "classifier.", "head.", "last_linear.")  # before the names of a classifier's weights, elsewhere
 _COUNTER = "num_batches_tracked"  # of a batch norm: changes nothing, as momentums are fixed
 _WRAPPERS = {"module", "_orig_mod"}
 Shapes = dict[str, tuple[int, ...]]
 
 
 def find_weights(
-    path: Path, network: nn.Module, fresh_classifier: bool = False, prefix: str | None = None
+    path: Path, network: Network, fresh_classifier: bool = False, prefix: str | None = None
 ) -> tuple[dict[str, Tensor], str]:
     """A network's weights in a file, by the network's names, and the prefix that these have there.
 
     Batch norms' counters may be missing. fresh_classifier: without the classifier's weights. Raises RunError if the
     file holds no weights, several networks and no `prefix` says which, or another network.
     """
-
-    def is_wanted(name: str) -> bool:
-        return not (fresh_classifier and name.startswith(_HEADS))
-
-    own = {_unwrapped(name): name for name in network.state_dict() if is_wanted(name)}
+    classifier = f"{network.classifier_name}."
+    drawn = (classifier,) if fresh_classifier else ()
+    own = {_unwrapped(name): name for name in network.state_dict() if not _unwrapped(name).startswith(drawn)}
     tensors = dict(_tensors(_read(path)))
     counted = {name: None for name in own if not name.endswith(_COUNTER)}  # else they would decide between two networks
     prefix = _choose_prefix(path, tensors, counted, prefix)
     found = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
-    found = {name: each for name, each in found.items() if name in own or (each.ndim and is_wanted(name))}
+    heads = (*drawn, *_HEADS) if fresh_classifier else ()
+    found = {name: each for name, each in found.items() if name in own or (each.ndim and not name.startswith(heads))}
     expected = {name: tuple(network.state_dict()[own_name].shape) for name, own_name in own.items()}
-    if cause := _mismatch(expected, {name: tuple(each.shape) for name, each in found.items()}):
+    if cause := _mismatch(expected, {name: tuple(each.shape) for name, each in found.items()}, classifier):
         raise RunError(f"{path}: {cause}")
     if broken := next((name for name, each in found.items() if not each.to_dense().isfinite().all()), None):
         raise RunError(f"{path}: {broken} is not finite; take another checkpoint")
@@ -126,8 +125,11 @@ def _choose_prefix(path: Path, tensors: Mapping[str, Tensor], own: Collection[st
     return (averages or best or [""])[0]
 
 
-def _mismatch(own: Shapes, theirs: Shapes) -> str:
-    """Why weights of these shapes are not the network's, by the first cause that explains it; empty if they are."""
+def _mismatch(own: Shapes, theirs: Shapes, classifier: str) -> str:
+    """Why weights of these shapes are not the network's, by the first cause that explains it; empty if they are.
+
+    classifier: before the names of its weights.
+    """
     missing = [name for name in own if name not in theirs and not name.endswith(_COUNTER)]
     unknown = [name for name in theirs if name not in own]
     differing = [name for name in own if name in theirs and own[name] != theirs[name]]
@@ -142,7 +144,9 @@ def _mismatch(own: Shapes, theirs: Shapes) -> str:
         )
         if there != here:
             return f"of another depth: {layer} has {there} units there, {here} here"
-    others = [name for name in (*missing, *unknown, *differing) if not name.startswith(_HEADS)]
+    heads = [name for name in (*missing, *unknown, *differing) if name.startswith(classifier)]
+    heads += [name for name in unknown if name.startswith(_HEADS)]
+    others = [name for name in (*missing, *unknown, *differing) if name not in heads]
     if others and others[0] in differing:
         name = others[0]
         kind = "stem" if own[name][1:] != theirs[name][1:] and name == "conv1.weight" else "width"
@@ -152,7 +156,7 @@ def _mismatch(own: Shapes, theirs: Shapes) -> str:
         told = {verb: ", ".join([name for name in names if name in others][:3]) for verb, names in verbs.items()}
         return f"of another network: it {', '.join(f'{verb} {names}' for verb, names in told.items() if names)}"
     fresh = "init: {file: ..., classifier: fresh} draws a new classifier"
-    weight = f"{CLASSIFIER}weight"
+    weight = next((name for name in own if name.startswith(classifier) and name.endswith("weight")), "")
     if weight in differing and own[weight][1] == theirs[weight][1]:
         return f"of {theirs[weight][0]:,} classes, here are {own[weight][0]:,}; {fresh}"
     return f"without this network's classifier ({', '.join([*missing, *differing])}); {fresh}"

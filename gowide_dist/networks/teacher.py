@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from gowide_dist.networks.resnet import ResNet
+from gowide_dist.networks.network import Network
 
 Output = TypeVar("Output")
 
@@ -23,11 +24,13 @@ class Teacher:
     it would else cast the weights of a network without gradients anew in every step.
     """
 
-    def __init__(self, network: ResNet, *, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        self.block_channels = network.architecture.block_channels
-        self.normalise = network.architecture.normalise
-        self._classifier = network.fc
-        self._network = fold_batch_norms(network).requires_grad_(False).to(dtype)
+    def __init__(self, network: Network, *, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        self.block_channels = network.block_channels
+        self.normalise = network.normalise
+        self._head = network.head_layers
+        self._network = fold_batch_norms(network).requires_grad_(False)
+        if network.merges:  # batch norms that are left in another's network need float32 statistics
+            self._network.to(dtype)
         if compiled:
             self._network.compile_blocks()
         self._cache: dict[tuple[int, int | str], tuple[Tensor, Any]] | None = None
@@ -41,7 +44,7 @@ class Teacher:
     @torch.no_grad()
     def outputs(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Images [B, 3, H, H] -> logits [B, K] and outputs [B, C_i, H_i, H_i] of all blocks, from one pass."""
-        return self._cached(images, "outputs", lambda own: cast(tuple[Tensor, tuple[Tensor, ...]], self._network(own)))
+        return self._cached(images, "outputs", self._network.outputs)
 
     @torch.no_grad()
     def blocks(self, images: Tensor, num_blocks: int) -> tuple[Tensor, ...]:
@@ -70,22 +73,33 @@ class Teacher:
             self._cache[key] = images, compute(images)  # holds the images too: no other tensor can get their id
         return cast(Output, self._cache[key][1])
 
-    def copy_of_classifier(self) -> nn.Linear:
-        return copy.deepcopy(self._classifier).requires_grad_(False)
+    def copy_of_head(self) -> list[nn.Module]:
+        """The layers behind the last block, their batch norms not folded; the classifier is the last."""
+        return [copy.deepcopy(layer).requires_grad_(False) for layer in self._head]
 
 
-def fold_batch_norms(network: ResNet) -> ResNet:
+def fold_batch_norms(network: Network) -> Network:
     """A copy in eval mode whose convolutions, with a bias each, do the scaling and shifting of their batch norms.
 
-    Works on any device, the meta device too.
+    Another's network is only copied, for torch does not tell which norm reads which convolution. Works on any device,
+    the meta device too.
     """
     network = copy.deepcopy(network).eval()
-    for module in network.modules():
-        # The stem and the units name them conv1 and bn1 ..., the shortcuts by position: see `resnet._shortcut`.
-        names = [("0", "1")] if isinstance(module, nn.Sequential) else [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
-        for conv_name, norm_name in names:
-            conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, nn.Identity())
+    for module in network.modules() if network.merges else ():
+        for conv_name, norm_name in _foldable(module):
+            conv, norm = getattr(module, conv_name), getattr(module, norm_name)
+            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, nn.Identity())
     return network
+
+
+def _foldable(module: nn.Module) -> list[tuple[str, str]]:
+    """The names of a module's convolutions and of the batch norms that read them alone."""
+    if type(module).forward is not nn.Sequential.forward:
+        return list(getattr(module, "foldable", ()))
+    pairs = pairwise(module.named_children())
+    return [
+        (conv_name, norm_name)
+        for (conv_name, conv), (norm_name, norm) in pairs
+        if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d  # not one that activates too, as timm's
+    ]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.networks.resnet import ResNet
+from gowide_dist.networks.network import Network
 
 
 def linear_transform(in_channels: int, out_channels: int) -> nn.Module:
@@ -25,36 +25,51 @@ def linear_transform(in_channels: int, out_channels: int) -> nn.Module:
     return transform
 
 
-def merged(student: ResNet, up: Sequence[nn.Module], down: Sequence[nn.Module], classifier: nn.Linear | None) -> ResNet:
+def merged(
+    student: Network, up: Sequence[nn.Module], down: Sequence[nn.Module], head: Sequence[nn.Module] | None
+) -> Network:
     """A plain network of the student's architecture with the same outputs as the student with its transforms.
 
-    `up[i]` follows block i, `down[i]` follows `up[i]`, before block i + 1. `classifier`, if given, follows the last
-    `up` in place of the student's own.
+    `up[i]` follows block i, `down[i]` follows `up[i]`, before block i + 1. `head`, if given, follows the last `up` in
+    place of the student's own layers.
     """
-    network = ResNet(student.architecture, student.num_classes).to(student.fc.weight)
+    network = type(student)(student.architecture, student.num_classes).to(next(student.parameters()))
     network.load_state_dict(student.state_dict())
     network.train(student.training)
     with torch.no_grad():
         for index in range(student.num_blocks - 1):
             if isinstance(up[index], nn.Conv2d):  # where channels differ: then `down` is a convolution too
                 product = _matrix(down[index]) @ _matrix(up[index])
-                unit = network.layer(index + 1)[0]  # its first convolution and its shortcut read the block's output
-                for name in ("conv1", "downsample.0"):
-                    _merge_into(unit.get_submodule(name), product)
-        if classifier is not None:
-            is_wider = isinstance(up[-1], nn.Conv2d)
-            network.fc.weight.copy_(classifier.weight @ _matrix(up[-1]) if is_wider else classifier.weight)
-            network.fc.bias.copy_(classifier.bias)
+                for reader in network.readers(index + 1):
+                    weight = reader.get_parameter("weight")
+                    weight.copy_(_merged_weight(weight, product))
+        if head is not None:
+            for own, given in zip(network.head_layers, head, strict=True):
+                _copy_what_fits(own, given)
+            if isinstance(up[-1], nn.Conv2d):
+                own_weight, given_weight = (_first_weight(layers[0]) for layers in (network.head_layers, head))
+                own_weight.copy_(_merged_weight(given_weight, _matrix(up[-1])))
     return network
 
 
-def _merge_into(conv: nn.Module, matrix: Tensor) -> None:
-    """conv(matrix @ x) -> conv(x), in place; matrix: [C_out, C_in] of the channels of x.
+def _merged_weight(weight: Tensor, matrix: Tensor) -> Tensor:
+    """The weight of x -> layer(matrix @ x); matrix: [C_out, C_in] of the channels of x.
 
     Exact for 3x3 convolutions too, because a linear map leaves zero padding zero.
     """
-    assert isinstance(conv, nn.Conv2d)
-    conv.weight.copy_(torch.einsum("omhw,mi->oihw", conv.weight, matrix))
+    return weight @ matrix if weight.ndim == 2 else torch.einsum("omhw,mi->oihw", weight, matrix)
+
+
+def _first_weight(layer: nn.Module) -> Tensor:
+    """Of the convolution, or of the classifier, that a layer begins with."""
+    return next(layer.parameters())
+
+
+def _copy_what_fits(layer: nn.Module, given: nn.Module) -> None:
+    state = given.state_dict()
+    for name, value in layer.state_dict().items():
+        if value.shape == state[name].shape:
+            value.copy_(state[name])
 
 
 def _matrix(transform: nn.Module) -> Tensor:

@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
-from torch import nn
 
 from gowide_dist.files import write_atomically
-from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.build import build_on_meta
+from gowide_dist.networks.foreign import Settings
+from gowide_dist.networks.network import Network
 from gowide_dist.networks.published import find_weights
-from gowide_dist.networks.resnet import build_network
 
 
-def save_weights(path: Path, network: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
+def save_weights(path: Path, network: Network, metadata: Mapping[str, str] | None = None) -> None:
     """Write parameters and statistics as safetensors, atomically. Equal weights give equal bytes.
 
     metadata: of the file, with one key at most; safetensors writes several in any order.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.plain.state_dict().items()}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors takes no weights that two modules share
+        if tensor.data_ptr() in seen and tensor.numel():
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
     write_atomically(path, save(tensors, dict(metadata) if metadata else None))
 
 
-def load_weights(path: Path, network: nn.Module, *, fresh_classifier: bool = False, prefix: str | None = None) -> None:
+def load_weights(path: Path, network: Network, *, fresh_classifier: bool = False, prefix: str | None = None) -> None:
     """Read weights from a .safetensors file or a checkpoint of PyTorch's, whose code does not run.
 
     fresh_classifier: leave the network's classifier as it is. prefix: of the names in the file, if it holds several
@@ -35,9 +39,8 @@ def load_weights(path: Path, network: nn.Module, *, fresh_classifier: bool = Fal
 
 
 def check_weights(
-    path: Path, architecture: Architecture, num_classes: int, *, fresh_classifier: bool, prefix: str | None
+    path: Path, architecture: Settings, num_classes: int, *, fresh_classifier: bool, prefix: str | None
 ) -> str:
     """What stands before the names of a network's weights in a file. Raises RunError as `load_weights` does."""
-    with torch.device("meta"):
-        network = build_network(architecture, num_classes)
+    network = build_on_meta(architecture, num_classes)
     return find_weights(path, network, fresh_classifier, prefix)[1]

@@ -13,8 +13,8 @@ from torch import Tensor
 from gowide_dist.data.info import DatasetInfo
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.identity import fingerprint
+from gowide_dist.networks.network import Network
 from gowide_dist.networks.normalise import DATASET, Channels, Normalise
-from gowide_dist.networks.resnet import ResNet
 from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run
 from gowide_dist.stages import Stage
@@ -102,7 +102,7 @@ class TrainContext:
     def is_done(self, key: str) -> bool:
         return self.run.stage(key).is_done(self.fingerprint(key))
 
-    def place(self, network: ResNet) -> ResNet:
+    def place(self, network: Network) -> Network:
         """A network on the device, its convolutions in channels_last."""
         return network.to(self.world.device).to(memory_format=torch.channels_last)
 

@@ -6,9 +6,10 @@ counted: linear transforms, frozen blocks, the teacher. Multiply-adds are counte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import cache
+from math import prod
 from statistics import fmean
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gowide_dist.networks.architecture import Architecture
-from gowide_dist.networks.resnet import ResNet, build_network
+from gowide_dist.networks.build import build_on_meta
+from gowide_dist.networks.foreign import Foreign, Settings
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import Stage
@@ -72,9 +73,9 @@ class StageCost(NamedTuple):
 
 
 @cache
-def network_cost(architecture: Architecture, num_classes: int, resolution: int) -> NetworkCost:
+def network_cost(architecture: Settings, num_classes: int, resolution: int) -> NetworkCost:
     """Parameters and multiply-adds of a network for square images of side `resolution` px."""
-    network = _on_meta(architecture, num_classes).eval()
+    network = build_on_meta(architecture, num_classes).eval()
     images, _ = _batch(1, resolution)
     return NetworkCost(_num_parameters(network), _flops(lambda: network(images)) / 2)
 
@@ -103,12 +104,17 @@ def training_macs(
 
 @cache
 def _count(
-    stage: Stage, student: Architecture, taught_by: Architecture | None, num_classes: int, side: int, num_images: int
+    stage: Stage, student: Settings, taught_by: Settings | None, num_classes: int, side: int, num_images: int
 ) -> StageCost:
-    network = _on_meta(taught_by, num_classes) if taught_by else None
+    network = build_on_meta(taught_by, num_classes) if taught_by else None
+    learner = build_on_meta(student, num_classes)
+    for each in (network, learner):
+        if each:
+            each.settle(side)
+    learner.freeze_unused(side)
     with torch.device("meta"):
         teacher = Teacher(network) if network else None
-        objective = build_objective(stage, _on_meta(student, num_classes), teacher)
+        objective = build_objective(stage, learner, teacher)
     images, labels = _batch(num_images, side)
     phases = [_count_phase(objective, teacher, phase, images, labels) for phase in range(objective.num_phases)]
     macs, trained, _, _ = zip(*phases, strict=True)
@@ -138,7 +144,7 @@ def _count_phase(
     for parameter in trained:  # counted by itself: here only what a step takes beside it
         parameter.grad = torch.empty_like(parameter)
     with teacher.cached() if teacher else nullcontext():
-        with FlopCounterMode(display=False) as step, _LiveBytes() as live:
+        with _flop_counter() as step, _LiveBytes() as live:
             loss = objective(images, labels)["loss"]
             forward, activations = step.get_total_flops(), live.bytes
             loss.backward()
@@ -172,19 +178,30 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
 
-def _on_meta(architecture: Architecture, num_classes: int) -> ResNet:
-    with torch.device("meta"):
-        return build_network(architecture, num_classes)
-
-
 def _batch(num_images: int, side: int) -> tuple[Tensor, Tensor]:
     images = torch.empty(num_images, 3, side, side, device="meta").to(memory_format=torch.channels_last)
     return images, torch.zeros(num_images, dtype=torch.long, device="meta")
 
 
+def _conv_backward_flops(
+    gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *options: Any, **_: Any
+) -> int:
+    """Operations of a convolution's gradients. PyTorch's own formula counts those of grouped weights for all groups.
+
+    Each of the two gradients, of x and of the weight, takes as many as the forward pass.
+    """
+    of_x, of_weight, _ = options[-1]
+    return 2 * int(of_x + of_weight) * prod(weight) * gradient[0] * prod(gradient[2:])
+
+
+def _flop_counter() -> FlopCounterMode:
+    mapping = {torch.ops.aten.convolution_backward: _conv_backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
 def _flops(forward: Callable[[], Any]) -> float:
     """Operations: a multiply and an add are two."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _flop_counter() as counter, torch.no_grad():
         forward()
     return float(counter.get_total_flops())
 
@@ -217,8 +234,9 @@ def memory_per_process(
     cost = stage_cost(instance, recipe, num_classes, num_images=batching.micro_batch)
     pixels = batching.local_batch * 3 * recipe.data.resolution**2
     itemsize = COMPUTE_DTYPES[recipe.precision].itemsize
-    teacher = recipe.instances[instance.teacher].architecture if instance.teacher and teacher_runs else None
-    num_views = 2 if teacher and teacher.normalise != instance.architecture.normalise else 1
+    teacher = recipe.instances[instance.teacher] if instance.teacher and teacher_runs else None
+    num_views = 2 if teacher and teacher.normalise != instance.normalise else 1
+    is_ours = not (teacher and isinstance(teacher.architecture, Foreign))  # see `Teacher`
     activations, transient = (itemsize * (stage.epochs and n) // 4 for n in (cost.activations, cost.transient))
     weights, gradients = 4 * cost.weights, 4 * cost.trained if stage.epochs else 0
     optimizer = (gradients if optim and optim.momentum else 0) + (weights if optim and optim.ema else 0)
@@ -228,7 +246,7 @@ def memory_per_process(
         "optimizer": optimizer,  # momentum, and the moving average of the weights
         "activations": activations,  # of the images that a process takes at a time
         "transient": transient,
-        "teacher": itemsize * cost.teacher_weights if teacher_runs else 0,
+        "teacher": (itemsize if is_ours else 4) * cost.teacher_weights if teacher_runs else 0,
         "images": pixels * (1 + 4 * num_views),  # as bytes, and as input of student and teacher
         "loader": 2 * (num_threads + 3) * pixels,  # decoded batches that wait, of training and of validation
         "checkpoint": 3 * (weights + optimizer) // 2 if saves else 0,  # the copy, and its file in free blocks

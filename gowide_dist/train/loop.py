@@ -153,7 +153,7 @@ class StageTraining:
         for index, part in enumerate(chunk(batch, num_passes)):
             with _shared(self.teacher, part):
                 for student in self.students:
-                    student.forward_backward(part, index, num_passes)
+                    student.forward_backward(part, self.step, index, num_passes)
         for student in self.students:
             student.update(self.step, lr)
 

@@ -20,7 +20,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from gowide_dist.networks.resnet import ResNet
+from gowide_dist.networks.network import Network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.transforms import linear_transform, merged
 from gowide_dist.stages import BlocksStage, KlStage, LabelsStage
@@ -45,7 +45,7 @@ class Objective(nn.Module, ABC):
 
     num_phases = 1
 
-    def __init__(self, student: ResNet) -> None:
+    def __init__(self, student: Network) -> None:
         super().__init__()
         self.student = student
 
@@ -67,7 +67,7 @@ class Objective(nn.Module, ABC):
         losses, logits = self.losses(images, labels, stored)
         return {**losses, **accuracy(logits, labels)}
 
-    def finished(self) -> ResNet:
+    def finished(self) -> Network:
         """The network that the stage leaves behind."""
         return self.student
 
@@ -75,7 +75,7 @@ class Objective(nn.Module, ABC):
 class Labels(Objective):
     """Cross-entropy on the labels, in training with label smoothing and weights of the classes [K]."""
 
-    def __init__(self, student: ResNet, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
+    def __init__(self, student: Network, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
         super().__init__(student)
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
@@ -97,7 +97,7 @@ class Kl(Objective):
     """
 
     def __init__(
-        self, student: ResNet, teacher: Teacher | None, stage: KlStage, class_weights: Tensor | None = None
+        self, student: Network, teacher: Teacher | None, stage: KlStage, class_weights: Tensor | None = None
     ) -> None:
         super().__init__(student)
         self.teacher, self.stage, self.class_weights = teacher, stage, class_weights
@@ -153,23 +153,27 @@ class Blocks(Objective):
 
     A block's input is the output of the student's block below it, whose gradient stops there unless the prefix is
     trained; or with `inputs: teacher` the teacher's output, so that no block waits for another. Where the channels
-    differ, linear transforms stand between the networks (see `networks.transforms`).
+    differ, linear transforms stand between the networks (see `networks.transforms`). Into another's student nothing can
+    be merged: its blocks read each other's outputs as always, and transforms, used for the comparison, are thrown away.
 
     The classifier is the teacher's, unless `classifier: fresh`, so that the student can be evaluated right after.
     """
 
-    def __init__(self, student: ResNet, teacher: Teacher, stage: BlocksStage) -> None:
+    def __init__(self, student: Network, teacher: Teacher, stage: BlocksStage) -> None:
         super().__init__(student)
         self.teacher = teacher
         self.teacher_inputs, self.trained_prefix = stage.inputs == "teacher", stage.prefix == "trained"
         self.phases = stage.phases(student.num_blocks)
         self.weights = stage.block_weights or [1.0] * student.num_blocks
         self.num_phases = len(self.phases)
-        channels = list(zip(student.architecture.block_channels, teacher.block_channels, strict=True))
+        channels = list(zip(student.block_channels, teacher.block_channels, strict=True))
         self.up = nn.ModuleList(linear_transform(thin, wide) for thin, wide in channels)
-        self.down = nn.ModuleList(linear_transform(wide, thin) for thin, wide in channels[:-1])
-        self.to(student.fc.weight)
-        self.classifier = None if stage.classifier == "fresh" else teacher.copy_of_classifier()
+        below = [(wide, thin) if student.merges else (thin, thin) for thin, wide in channels[:-1]]
+        self.down = nn.ModuleList(linear_transform(*each) for each in below)
+        self.to(next(student.parameters()))
+        head = teacher.copy_of_head() if stage.classifier == "teacher" else []
+        self.layers_before_classifier = nn.ModuleList(head[:-1])
+        self.classifier = head[-1] if head else None
         self.begin_phase(0)
 
     def begin_phase(self, phase: int) -> None:
@@ -178,7 +182,8 @@ class Blocks(Objective):
         self._trained: list[nn.Module] = []
         for index in self._phase.trains:  # each block with the transforms around it
             down = [self.down[index - 1]] if index else []
-            self._trained += [*down, *self.student.block_modules(index), self.up[index]]
+            up = [self.up[index]] if self.student.merges or index in self._phase.targets else []
+            self._trained += [*down, *self.student.block_modules(index), *up]
         self.requires_grad_(False)
         for module in self._trained:
             module.requires_grad_(True)
@@ -198,15 +203,15 @@ class Blocks(Objective):
         errors = {}
         x, runs = images, self._phase.runs
         in_half = torch.amp.is_autocast_available(device := images.device.type) and torch.is_autocast_enabled(device)
-        if in_half and self._phase.has_frozen_prefix:
+        if in_half and self._phase.has_frozen_prefix and self.student.merges:
             x, runs = self._frozen_prefix(images), self._phase.trains
         for index in runs:
             if self.teacher_inputs and index > 0:
                 x = targets[index - 1]
             with torch.set_grad_enabled(index in self._phase.trains):
-                x = self._block(index, x if self.trained_prefix else x.detach())
+                x, compared = self._block(index, x if self.trained_prefix else x.detach())
             if index in self._phase.targets:
-                errors[f"mse_block{index + 1}"] = block_mse(x, targets[index])
+                errors[f"mse_block{index + 1}"] = block_mse(compared, targets[index])
         return _means(self._with_sum(errors, self._phase.targets))
 
     def losses(self, images: Tensor, labels: Targets, stored: TeacherOutput | None = None) -> tuple[Losses, Tensor]:
@@ -215,14 +220,22 @@ class Blocks(Objective):
         x = images
         for index, target in enumerate(self.teacher.blocks(images, self.student.num_blocks)):
             last = self.student.block(index, x if index == 0 else self.down[index - 1](x))
-            x = self.up[index](last)
-            errors[f"mse_block{index + 1}"] = block_mse(x, target)
-        logits = self.student.head(last) if self.classifier is None else self.classifier(self.student.pool(x))
+            compared = self.up[index](last)
+            x = compared if self.student.merges else last
+            errors[f"mse_block{index + 1}"] = block_mse(compared, target)
+        head = self._head()
+        logits = self.student.head(last) if head is None else self.student.head(x, head)
         return self._with_sum(errors, range(self.student.num_blocks)), logits
 
-    def finished(self) -> ResNet:
-        """The plain student, its transforms and classifier merged into it."""
-        return merged(self.student, list(self.up), list(self.down), self.classifier)
+    def finished(self) -> Network:
+        """The plain student, its transforms and the teacher's head merged into it."""
+        if not self.student.merges:
+            return self.student
+        return merged(self.student, list(self.up), list(self.down), self._head())
+
+    def _head(self) -> list[nn.Module] | None:
+        """The teacher's layers behind its blocks, unless the student keeps its own."""
+        return None if self.classifier is None else [*self.layers_before_classifier, self.classifier]
 
     def _frozen_prefix(self, images: Tensor) -> Tensor:
         """Output of the blocks below those that train, in the teacher's channels.
@@ -239,14 +252,17 @@ class Blocks(Objective):
         weighted = [self.weights[index] * error for index, error in zip(blocks, errors.values(), strict=True)]
         return {"loss": torch.stack(weighted).sum(dim=0), **errors}
 
-    def _block(self, index: int, x: Tensor) -> Tensor:
-        """Output of student block `index` in the teacher's channels, for an input in the teacher's channels."""
+    def _block(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What student block `index` passes on, and what is compared: both are its output in the teacher's channels,
+        as the input is. A student into which nothing can be merged passes on its output as it is.
+        """
         x = self.student.block(index, x if index == 0 else self.down[index - 1](x))
-        return cast(Tensor, self.up[index](x))
+        compared = self.up[index](x)
+        return (compared if self.student.merges else x), compared
 
 
 def build_objective(
-    stage: LabelsStage | BlocksStage | KlStage, student: ResNet, teacher: Teacher | None,
+    stage: LabelsStage | BlocksStage | KlStage, student: Network, teacher: Teacher | None,
     class_weights: Tensor | None = None,
 ) -> Objective:  # fmt: skip
     """The objective that a stage of a recipe describes, over `student`. Without a teacher, its logits are stored."""

@@ -102,7 +102,8 @@ class MovingAverage:
     """Exponential moving average of a module's parameters and statistics, updated after every step."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._live = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+        tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}  # shared ones once
+        self._live = [tensor.detach() for tensor in tensors.values() if tensor.is_floating_point()]
         self._average = [tensor.clone() for tensor in self._live]
 
     def update(self, decay: float) -> None:

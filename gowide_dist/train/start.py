@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gowide_dist.networks.pruning import take_over_strongest
-from gowide_dist.networks.resnet import ResNet, build_network, take_over
+from gowide_dist.networks.build import build_network, build_unseeded
+from gowide_dist.networks.network import Network
+from gowide_dist.networks.pruning import take_over, take_over_strongest
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
+from gowide_dist.networks.wrapped import synchronised
 from gowide_dist.recipe import Instance
 from gowide_dist.run import Run
 from gowide_dist.stages import KlStage, MixedStage, Stage, TaughtStage
@@ -78,7 +80,7 @@ def build_students(
 
 
 def _initial_objective(
-    instance: Instance, stream: Stream, ctx: TrainContext, teacher_network: ResNet | None, teacher: Teacher | None
+    instance: Instance, stream: Stream, ctx: TrainContext, teacher_network: Network | None, teacher: Teacher | None
 ) -> Objective:
     """The objective of a stage before its first step, on the device. The student's weights are, in this order:
 
@@ -91,6 +93,7 @@ def _initial_objective(
     """
     torch.manual_seed(instance.seed)
     network = build_network(instance.architecture, ctx.data.num_classes)
+    network.settle(ctx.recipe.data.resolution)
     if init := instance.init_file:
         load_weights(init.file, network, fresh_classifier=init.classifier == "fresh", prefix=init.prefix)
     elif instance.init:
@@ -100,11 +103,13 @@ def _initial_objective(
         copy(network, teacher_network)
     is_weighted = isinstance(instance.stage, MixedStage) and instance.stage.class_weights
     class_weights = stream.class_weights() if is_weighted else None
-    objective = build_objective(instance.stage, ctx.place(network), teacher, class_weights)
+    network = ctx.place(network)
+    network.freeze_unused(ctx.recipe.data.resolution)
+    objective = build_objective(instance.stage, network, teacher, class_weights)
     if ctx.recipe.compile:
         network.compile_blocks()
     if ctx.recipe.sync_batch_norm:
-        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
+        objective = synchronised(objective)
     return objective
 
 
@@ -112,13 +117,12 @@ def _start(stage: Stage) -> str:
     return stage.start if isinstance(stage, TaughtStage) else "fresh"
 
 
-def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
+def load_trained(instance: Instance, run: Run, num_classes: int) -> Network:
     """The finished network of a stage instance, on the CPU. Raises RunError if the weights are not those trained.
 
     Draws no random numbers: what is drawn afterwards does not depend on the size of a teacher.
     """
-    with torch.device("meta"):
-        network = build_network(instance.architecture, num_classes)
+    network = build_unseeded(instance.architecture, num_classes)
     stage_dir = run.stage(instance.key)
     if stage_dir.done:
         stage_dir.check_weights()
@@ -126,13 +130,15 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> ResNet:
     return network
 
 
-def _load_teacher(instance: Instance, ctx: TrainContext) -> ResNet:
+def _load_teacher(instance: Instance, ctx: TrainContext) -> Network:
     assert instance.teacher is not None
     return load_trained(ctx.recipe.instances[instance.teacher], ctx.run, ctx.data.num_classes)
 
 
-def _build_teacher(network: ResNet, ctx: TrainContext) -> Teacher:
-    return Teacher(ctx.place(network), compiled=ctx.recipe.compile, dtype=COMPUTE_DTYPES[ctx.recipe.precision])
+def _build_teacher(network: Network, ctx: TrainContext) -> Teacher:
+    network = ctx.place(network)
+    network.settle(ctx.recipe.data.resolution)
+    return Teacher(network, compiled=ctx.recipe.compile, dtype=COMPUTE_DTYPES[ctx.recipe.precision])
 
 
 def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: TrainContext, name: str) -> TeacherLogits:

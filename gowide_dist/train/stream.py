@@ -30,8 +30,8 @@ class Stream:
     def __init__(self, loader: Loader, instances: Sequence[Instance], ctx: TrainContext) -> None:
         """Instances: the students; they have the same stage and the same seed of the data."""
         instance, stage = instances[0], instances[0].stage
-        self._views = list(dict.fromkeys(each.architecture.normalise for each in instances))
-        teacher = ctx.recipe.instances[instance.teacher].architecture if instance.teacher else instance.architecture
+        self._views = list(dict.fromkeys(each.normalise for each in instances))
+        teacher = ctx.recipe.instances[instance.teacher] if instance.teacher else instance
         self._views_with_teacher = list(dict.fromkeys([*self._views, teacher.normalise]))
         self._loader, self._ramp, self._ctx = loader, stage.ramp, ctx
         self._mixing: Mixing | None = None

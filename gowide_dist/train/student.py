@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gowide_dist.data.preprocessing import METADATA, Preprocessing
 from gowide_dist.errors import UserError
@@ -36,7 +39,7 @@ class Student:
     ) -> None:
         self.instance, self.objective, self.ctx = instance, objective, ctx
         self.timeline, self.writer = timeline, writer
-        self.normalise = instance.architecture.normalise
+        self.normalise = instance.normalise
         self.stage_dir = ctx.run.stage(instance.key)
         self.fingerprint = ctx.fingerprint(instance.key)
         optim = instance.stage.optim
@@ -68,8 +71,9 @@ class Student:
         self._settle_gradient_buckets(blank[self.normalise])
         self.objective.train()
 
-    def forward_backward(self, batch: Views, index: int = 0, num_passes: int = 1) -> None:
-        """Add the gradient of pass `index` of the `num_passes` equal ones that a step's batch is taken in."""
+    def forward_backward(self, batch: Views, step: int, index: int = 0, num_passes: int = 1) -> None:
+        """Add the gradient of pass `index` of the `num_passes` equal ones that the batch of `step` is taken in."""
+        _seed(self.instance.seed, step, index, self.ctx.world.rank)
         with self.ctx.world.no_sync(self.wrapped, skip=index + 1 < num_passes):
             with self.ctx.autocast():
                 losses = self.wrapped(*batch[self.normalise])
@@ -176,3 +180,8 @@ class Student:
             f"{self.instance.key}: the loss is not finite at step {step:,} (learning rate {lr:g}); "
             f"lower stages.{self.instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
         )
+
+
+def _seed(*of: int) -> None:
+    """Make what networks draw at random, as dropout does, a function of these: the same after a restart."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(str(of).encode()).digest()[:8]))

@@ -21,7 +21,8 @@ from torch import Tensor
 from gowide_dist.data.loader import Batch
 from gowide_dist.identity import identities
 from gowide_dist.networks.architecture import Architecture
-from gowide_dist.networks.resnet import ResNet, build_network
+from gowide_dist.networks.build import build_network
+from gowide_dist.networks.network import Network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.pipeline import open_data
 from gowide_dist.prepare import check_data
@@ -88,14 +89,14 @@ class Subject:
     def autocast(self) -> torch.autocast:
         return autocast(self.recipe.precision, self.world.device)
 
-    def network(self, architecture: Architecture) -> ResNet:
+    def network(self, architecture: Architecture) -> Network:
         """A network as the training loop has it."""
         network = self.plain_network(architecture).to(memory_format=torch.channels_last)
         if self.recipe.compile:
             network.compile_blocks()
         return network
 
-    def plain_network(self, architecture: Architecture) -> ResNet:
+    def plain_network(self, architecture: Architecture) -> Network:
         """A network as PyTorch makes it: eager, NCHW."""
         return build_network(architecture, self.data.num_classes).to(self.world.device)
 
@@ -163,7 +164,7 @@ class Subject:
                 if thread.name.startswith("writer"):
                     thread.join()
 
-    def save(self, network: ResNet, step: int) -> None:
+    def save(self, network: Network, step: int) -> None:
         """Write a training state: weights, statistics, and momentum in the parameters' shapes."""
         folder = self.folder / "checkpoints"
         folder.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from gowide_dist.errors import DataError, RunError, UserError
 from gowide_dist.files import sha256
 from gowide_dist.insight import export
 from gowide_dist.insight.trained import open_trained
-from gowide_dist.networks.architecture import Architecture
+from gowide_dist.networks.architecture import structure_of
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
 from gowide_dist.timeline import Batching
@@ -224,17 +224,22 @@ def test_a_public_network(finished_run, val, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("network", "model"),
+    ("network", "model", "argument"),
     [
-        ({"arch": "resnet50", "width": 2}, "resnet50"),
-        ({"arch": "resnet50", "width": 0.3}, None),  # 19.2 channels a group
-        ({"arch": "resnet18", "width": 2}, None),
-        ({"arch": "resnet50", "stem": "small"}, None),
+        ({"arch": "resnet50", "width": 2}, "resnet50", {"width_per_group": 128}),
+        ({"arch": "resnet50", "width": 0.3}, None, {}),  # 19.2 channels a group
+        ({"arch": "resnet18", "width": 2}, None, {}),
+        ({"arch": "resnet50", "stem": "small"}, None, {}),
+        ({"arch": "resnet50", "pre_activation": True}, None, {}),
+        ({"arch": "resnet50", "stem_channels": 32}, None, {}),
+        ({"arch": "mobilenet_v2", "channels": 0.35}, "mobilenet_v2", {"width_mult": 0.35}),
+        ({"arch": "mobilenet_v2", "width": 4}, None, {}),
+        ({"arch": "mobilenet_v2", "stem": "small"}, None, {}),
     ],
 )
-def test_networks_of_torchvision(network, model):
-    found = export._in_torchvision(Architecture.model_validate(network), 10)
-    assert found == (model and {"model": model, "arguments": {"num_classes": 10, "width_per_group": 128}})
+def test_networks_of_torchvision(network, model, argument):
+    found = export._in_torchvision(structure_of(network).model_validate(network), 10)
+    assert found == (model and {"model": model, "arguments": {"num_classes": 10, **argument}})
 
 
 def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatch, capsys):

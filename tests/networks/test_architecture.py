@@ -1,3 +1,5 @@
+from math import ceil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,8 @@ architectures = st.builds(
     width=st.sampled_from([0.25, 0.5, 1.0, 1.5, 4.0]),
     channels=st.sampled_from([0.5, 1.0, 1.3]),
     stem=st.sampled_from(["small", "strided", "imagenet"]),
+    stem_channels=st.sampled_from([None, 3]),
+    pre_activation=st.booleans(),
 )
 
 
@@ -37,7 +41,10 @@ def test_structure_is_that_of_the_built_network(architecture, resolution):
         logits, blocks = network(torch.zeros(1, 3, resolution, resolution))
     assert logits.shape == (1, 7)
     assert tuple(block.shape[1] for block in blocks) == architecture.block_channels
-    assert network.conv1.out_channels == architecture.stem_channels
+    assert tuple(block.shape[2] for block in blocks) == tuple(
+        ceil(resolution / each) for each in architecture.reductions
+    )
+    assert network.conv1.out_channels == architecture.first_channels
     middle = [network.layer(index)[0].conv1.out_channels for index in range(architecture.num_blocks)]
     assert tuple(middle) == architecture.inner_channels
 

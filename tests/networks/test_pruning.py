@@ -2,12 +2,16 @@ import pytest
 import torch
 
 from gowide_dist import build_network
-from gowide_dist.networks.pruning import take_over_strongest
-from gowide_dist.networks.resnet import BasicUnit, BottleneckUnit, take_over
+from gowide_dist.networks.mobilenet import InvertedResidual
+from gowide_dist.networks.preactivation import PreActivationUnit
+from gowide_dist.networks.pruning import take_over, take_over_strongest
+from gowide_dist.networks.resnet import BasicUnit, BottleneckUnit
 
 FAMILIES = {
     "basic": {"block": "basic", "depths": [1, 2], "base": 8, "stem": "strided"},
     "bottleneck": {"block": "bottleneck", "depths": [2, 1], "base": 8, "stem": "small"},
+    "pre-activation": {"block": "bottleneck", "depths": [2, 1], "base": 8, "stem": "small", "pre_activation": True},
+    "mobile": {"arch": "mobilenet_v2", "channels": 0.1, "stem": "small"},
 }
 
 
@@ -31,6 +35,10 @@ def inner_layers(network):
             yield unit.bn1, unit.conv2
         elif isinstance(unit, BottleneckUnit):
             yield from ((unit.bn1, unit.conv2), (unit.bn2, unit.conv3))
+        elif isinstance(unit, PreActivationUnit):
+            yield from ((unit.bn2, unit.conv2), (unit.bn3, unit.conv3))
+        elif isinstance(unit, InvertedResidual) and len(unit.conv) == 4:  # the first unit does not expand
+            yield unit.conv[1][1], unit.conv[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

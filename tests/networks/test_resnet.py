@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from gowide_dist import build_network
 from gowide_dist.errors import RecipeError
 from gowide_dist.networks.architecture import Architecture
-from gowide_dist.networks.resnet import take_over
+from gowide_dist.networks.pruning import take_over
 from gowide_dist.networks.teacher import Teacher
 
 

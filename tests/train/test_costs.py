@@ -45,10 +45,10 @@ def test_counts_of_the_papers_networks():
     assert network_cost(wide, 1000, 224) == (223_439_144, 37_113_823_232)  # the paper's WRN-50-4: 223.4 M, 37.1 GMACs
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2"])
 def test_counts_of_torchvisions_networks(arch):
     weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.meta
-    cost = network_cost(Architecture.model_validate({"arch": arch}), 1000, 224)
+    cost = network_cost(build_network({"arch": arch}, 1).architecture, 1000, 224)
     assert cost.parameters == weights["num_params"]
     assert cost.macs / 1e9 == pytest.approx(weights["_ops"], abs=6e-4)
 
@@ -60,6 +60,18 @@ def test_macs_by_hand():
     block1 = 2 * 3 * 9 * 16 * 2
     block2 = 2 * 6 * 9 * 4 + 6 * 4 * 9 * 4 + 2 * 4 * 4
     assert network_cost(tiny, num_classes=5, resolution=4).macs == stem + block1 + block2 + 4 * 5
+
+
+def test_gradients_of_grouped_convolutions_by_hand(recipe):
+    """Two for each convolution, as many multiply-adds as its forward pass: a channel's filters read that channel alone."""
+    mobile = {"arch": "mobilenet_v2", "channels": 0.1, "stem": "strided"}
+    plain = recipe({"thin": mobile, "wide": {"widen": "thin", "by": 4}}, start="pruned", order="joint")
+    wide, thin = (network_cost(plain.architectures[name], 10, 28).macs for name in ("wide", "thin"))
+    stem = 3 * 8 * 9 * 14 * 14
+    assert training_macs(plain.instances["teacher/wide"], plain, 10) == (wide, 2 * wide - stem, 0)
+    head = 32 * 1280 * 4 + 1280 * 10  # 2x2 px, which an imitation leaves out
+    assert training_macs(plain.instances["imitate/thin"], plain, 10).teacher == wide - head
+    assert training_macs(plain.instances["imitate/thin"], plain, 10).forward == thin - head
 
 
 def test_half_of_a_resnet50(tmp_path):

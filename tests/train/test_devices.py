@@ -6,7 +6,7 @@ An operation on the meta device raises if one of its tensors was left on the CPU
 import pytest
 import torch
 
-from gowide_dist.networks.resnet import build_network
+from gowide_dist.networks.build import build_network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.stages import BlocksStage, KlStage, LabelsStage, Optim
 from gowide_dist.train import optim
@@ -97,4 +97,4 @@ def test_a_frozen_teacher_answers_alike_in_the_precision_that_it_is_held_in(prec
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         cast_each_time, cast_once = (Teacher(network, dtype=d).logits(images) for d in (torch.float32, dtype))
     assert torch.equal(cast_each_time, cast_once)
-    assert Teacher(network, dtype=dtype).copy_of_classifier().weight.dtype == torch.float32
+    assert Teacher(network, dtype=dtype).copy_of_head()[-1].weight.dtype == torch.float32

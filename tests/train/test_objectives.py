@@ -448,8 +448,45 @@ def test_the_classifier_is_the_teachers_or_fresh(student, teacher, batch):
     fresh = student.fc.weight.clone()
     assert torch.equal(blocks(student, teacher, classifier="fresh").finished().fc.weight, fresh)
     finished = blocks(student, teacher).finished()
-    assert torch.equal(finished.fc.weight, teacher.copy_of_classifier().weight)
-    assert torch.equal(finished.fc.bias, teacher.copy_of_classifier().bias)
+    assert torch.equal(finished.fc.weight, teacher.copy_of_head()[-1].weight)
+    assert torch.equal(finished.fc.bias, teacher.copy_of_head()[-1].bias)
+
+
+OTHERS = {
+    "mobile": {"arch": "mobilenet_v2", "channels": 0.1, "stem": "small"},
+    "pre-activation": {**THIN, "stem_channels": 4, "pre_activation": True},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_walked_and_merged_too(family, batch):
+    """Each phase trains its block with the transforms around it; what is left behind answers as what was evaluated."""
+    channels = {"mobile": 0.35, "pre-activation": 2}[family]
+    teacher = Teacher(build_network({**OTHERS[family], "width": 2, "channels": channels}, 10))
+    student = build_network(OTHERS[family], 10)
+    objective = blocks(student, teacher)
+    trained = set()
+    for phase in range(student.num_blocks):
+        objective.begin_phase(phase)
+        objective.train().zero_grad()
+        objective(*batch)["loss"].backward()
+        learns = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
+        around = {f"up.{phase}.weight", f"down.{phase - 1}.weight"} & {*dict(objective.named_parameters())}
+        assert around < learns and not learns & trained
+        assert all(float(objective.get_parameter(name).grad.abs().max()) > 0 for name in learns)
+        trained |= learns
+    head = {f"student.{name}" for name in ("fc.weight", "fc.bias")}
+    if family == "mobile":
+        last = "student.features.18"
+        head = {f"{last}.{name}" for name in ("0.weight", "1.weight", "1.bias")}
+        head |= {f"student.classifier.1.{name}" for name in ("weight", "bias")}
+    own = {name for name, _ in objective.named_parameters() if name.startswith("student.")}
+    assert {name for name in trained if name.startswith("student.")} == own - head
+    _, logits = objective.eval().losses(*batch)
+    finished = objective.finished()
+    assert finished.state_dict().keys() == student.state_dict().keys()
+    assert torch.allclose(finished(batch[0])[0], logits, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(student.eval()(batch[0])[0], logits, rtol=1e-2)
 
 
 @pytest.mark.parametrize("options", [{}, {"classifier": "fresh"}])

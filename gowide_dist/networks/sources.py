@@ -1,0 +1,133 @@
+"""Where networks of others come from: timm, torchvision, and a Python file of the user's. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from gowide_dist.errors import RecipeError
+from gowide_dist.networks.foreign import INSTALL, Code, Foreign, Own, Timm, Torchvision
+from gowide_dist.networks.wrapped import Wrapped
+from gowide_dist.schema import nearest
+
+
+def build_foreign(settings: Foreign, num_classes: int) -> Wrapped:
+    """Another's network with fresh weights. Raises RecipeError if there is none of this name, or it cannot be built."""
+    build = _function(settings)
+    try:
+        module = build(num_classes=num_classes, **settings.options)
+    except Exception as error:  # whatever it raises
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RecipeError(f"{settings}: cannot be built: {reason}") from error
+    if not isinstance(module, nn.Module):
+        raise RecipeError(f"{settings}: gives {type(module).__name__}, not a torch.nn.Module")
+    names, classifier = settings.blocks, None
+    if isinstance(settings, Timm):
+        config: Any = getattr(module, "pretrained_cfg", {})
+        names, classifier = names or _features(module), config.get("classifier")
+    _check_names(settings, names, module)
+    return Wrapped(module, settings, num_classes, names, classifier if isinstance(classifier, str) else None)
+
+
+def _function(settings: Foreign) -> Callable[..., object]:
+    match settings:
+        case Timm():
+            return _timms(settings)
+        case Torchvision():
+            return _torchvisions(settings)
+        case Own():
+            return _owns(settings)
+        case _:
+            raise AssertionError(settings)
+
+
+def _timms(settings: Timm) -> Callable[..., object]:
+    try:
+        import timm
+    except ImportError as error:
+        raise RecipeError(f"{settings}: timm is missing; {INSTALL}") from error
+    model, _, tag = settings.timm.partition(".")
+    if not timm.is_model(model):
+        raise RecipeError(f"{settings}: timm has no such model, {_near(model, timm.list_models())}")
+    if tag and settings.timm not in (tagged := timm.list_models(f"{model}.*", pretrained=True)):
+        raise RecipeError(f"{settings}: timm has no such weights, {_near(settings.timm, tagged)}")
+    return partial(timm.create_model, settings.timm, pretrained=False)
+
+
+def _features(module: nn.Module) -> tuple[str, ...]:
+    """The submodules whose outputs timm calls features, as far as forward hooks see them."""
+    features: Any = getattr(module, "feature_info", [])
+    return tuple(feature["module"] for feature in features if isinstance(feature, dict) and feature.get("module"))
+
+
+def _torchvisions(settings: Torchvision) -> Callable[..., object]:
+    from torchvision import models
+
+    names = models.list_models(module=models)  # not those that find or segment
+    if settings.torchvision not in names:
+        raise RecipeError(
+            f"{settings}: torchvision.models has no such classifier, {_near(settings.torchvision, names)}"
+        )
+    return partial(models.get_model, settings.torchvision, weights=None)
+
+
+def _owns(settings: Own) -> Callable[..., object]:
+    """What the file defines under a name: nothing that it imports, which would let a recipe call any function."""
+    code = settings.code
+    module = _module(code)
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, FunctionType | type) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+    if settings.own not in own:
+        hint = nearest(settings.own, own) if own else "it defines neither function nor class"
+        raise RecipeError(f"{settings}: {code.path} defines no such function or class, {hint}")
+    return own[settings.own]
+
+
+@cache
+def _module(code: Code) -> ModuleType:
+    """The file of networks as a module. Raises RecipeError if its code fails."""
+    module = ModuleType(f"gowide_networks_{code.sha256[:16]}")
+    module.__file__ = str(code.path)
+    sys.modules[module.__name__] = module  # dataclasses and pickling look there
+    try:
+        exec(compile(code.source, str(code.path), "exec", dont_inherit=True), vars(module))
+    except Exception as error:  # whatever it raises
+        lineno = getattr(error, "lineno", None) or _line(error, str(code.path))
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RecipeError(
+            f"--networks: {code.path}, line {lineno}: {reason}; the file must stand alone, beside installed packages"
+        ) from error
+    return module
+
+
+def _line(error: BaseException, path: str) -> int:
+    """The last line of a file that an error came through."""
+    line, traceback = 0, error.__traceback__
+    while traceback:
+        if traceback.tb_frame.f_code.co_filename == path:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
+def _check_names(settings: Foreign, names: Sequence[str], module: nn.Module) -> None:
+    """Raises RecipeError unless all are names of submodules."""
+    known = [name for name, _ in module.named_modules() if name]
+    for name in names:
+        if name not in known:
+            parts = [each for each, _ in module.named_children()]
+            raise RecipeError(f"{settings}: blocks: no submodule '{name}', {_near(name, known, parts)}")
+
+
+def _near(name: str, valid: Sequence[str], instead: Sequence[str] = ()) -> str:
+    """`nearest`, and where none is near, not all of many."""
+    hint = nearest(name, valid)
+    return hint if len(hint) < 200 else f"valid: {', '.join([*(instead or valid)][:8])}, ..."

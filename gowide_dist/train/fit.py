@@ -1,0 +1,105 @@
+"""Do networks of others fit the data, and the networks that they teach or learn from? Asked on the meta device.
+
+Networks of ours answer this from the recipe alone (`recipe`), which a login node can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+
+from gowide_dist.errors import RecipeError, RunError
+from gowide_dist.networks.build import build_on_meta
+from gowide_dist.networks.foreign import Foreign, Settings
+from gowide_dist.networks.weights import check_weights
+from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.stages import BlocksStage, KlStage
+
+Shape = tuple[int, ...]
+
+
+def check_fit(recipe: Recipe, instances: Iterable[Instance], num_classes: int) -> None:
+    """Raises UserError, naming the network, if one of others cannot be built or does not fit."""
+    for instance in instances:
+        teacher = recipe.instances[instance.teacher] if instance.teacher else None
+        for each in filter(None, (instance, teacher)):
+            if isinstance(each.architecture, Foreign):
+                _check_network(each, instance, recipe, num_classes)
+        if teacher and any(isinstance(each.architecture, Foreign) for each in (instance, teacher)):
+            _check_blocks(instance, teacher, recipe, num_classes)
+        if isinstance(instance.architecture, Foreign):
+            _check_file(instance, num_classes)
+
+
+def _check_network(each: Instance, instance: Instance, recipe: Recipe, num_classes: int) -> None:
+    """Raises RecipeError unless a network can be built, and takes images of all sizes that the stage has."""
+    ramp, option = instance.stage.ramp, f"networks.{each.network_name}"
+    for side in {recipe.data.resolution, *([ramp.start_px, ramp.end_px or recipe.data.resolution] if ramp else [])}:
+        try:
+            _shapes(each.architecture, num_classes, side)
+        except RecipeError as error:
+            raise RecipeError(f"{option}: {error}") from error
+
+
+def _check_blocks(instance: Instance, teacher: Instance, recipe: Recipe, num_classes: int) -> None:
+    """Raises RecipeError unless the outputs of blocks that a stage compares can be compared."""
+    stage, option = instance.stage, f"stages.{instance.stage_name}"
+    weighted = isinstance(stage, KlStage) and bool(stage.blocks_weight)
+    if not (weighted or isinstance(stage, BlocksStage)):
+        return
+    own, theirs = (_shapes(each.architecture, num_classes, recipe.data.resolution) for each in (instance, teacher))
+    if not own:
+        raise RecipeError(
+            f"{option}.train: {instance.architecture} cannot be walked block by block: it lacks num_blocks, "
+            "block_channels, block or head (docs/networks.md)"
+        )
+    needs_channels = weighted or (
+        isinstance(stage, BlocksStage) and stage.inputs == "teacher" and isinstance(instance.architecture, Foreign)
+    )
+    is_alike = len(own) == len(theirs) and all(
+        one[1:] == other[1:] and (one[0] == other[0] or not needs_channels)
+        for one, other in zip(own.values(), theirs.values(), strict=True)
+    )
+    if not is_alike:
+        raise RecipeError(
+            f"{option}.teacher: the blocks of {instance.teacher} ({_listed(theirs)}) do not match those of network "
+            f"'{instance.network_name}' ({_listed(own)}); choose by networks.{teacher.network_name}.blocks, or change "
+            f"the student's stem"
+        )
+    if isinstance(stage, BlocksStage) and len(stage.block_weights) not in (0, len(own)):
+        given = len(stage.block_weights)
+        raise RecipeError(f"{option}.block_weights: has {given} weights, but the student has {len(own)} blocks")
+
+
+@cache
+def _shapes(settings: Settings, num_classes: int, side: int) -> dict[str, Shape]:
+    """[C_i, H_i, H_i] of every block's output, by its name or number. Raises RecipeError if it cannot be built."""
+    network = build_on_meta(settings, num_classes).eval()
+    network.settle(side)
+    with torch.no_grad():
+        outputs = network.blocks(torch.empty(2, 3, side, side, device="meta"))
+    names = (
+        settings.blocks if isinstance(settings, Foreign) and settings.blocks else getattr(network, "block_names", ())
+    )
+    return {
+        name: tuple(x.shape[1:]) for name, x in zip(names or map(str, range(1, len(outputs) + 1)), outputs, strict=True)
+    }
+
+
+def _listed(shapes: dict[str, Shape]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items()) or "none named"
+
+
+def _check_file(instance: Instance, num_classes: int) -> None:
+    """Raises RunError unless the file that a network of others starts from, if there is one, holds its weights."""
+    if (init := instance.init_file) is None:
+        return
+    try:
+        check_weights(
+            init.file, instance.architecture, num_classes,
+            fresh_classifier=init.classifier == "fresh", prefix=init.prefix,
+        )  # fmt: skip
+    except RunError as error:
+        raise RunError(f"stages.{instance.stage_name}.init.file: {error}") from error
