@@ -29,7 +29,7 @@ from gowide_dist.launch.local import (
     leave_error,
     num_gpus,
 )
-from gowide_dist.prepare import check_data, check_group
+from gowide_dist.prepare import Prepared, adopt, check_data, check_group
 from gowide_dist.progress import write_text_only
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run, key_of
@@ -68,8 +68,11 @@ def walk(run: Run, keys: Sequence[str], *, sequential: bool = False) -> None:
 def _unfinished(keys: Sequence[str], ctx: TrainContext) -> list[str]:
     """Those of the instances that are to be trained: a job that was requeued at its very end finds its own done.
 
-    Raises RunError unless all that they build on is finished: Slurm starts jobs whose parents it has forgotten.
+    What they build on may have been trained by a job of a run beside this one, as that of another seed. Raises RunError
+    unless all of it is finished: Slurm starts jobs whose parents it has forgotten.
     """
+    parents = {parent: ctx.recipe.instances[parent] for key in keys for parent in ctx.recipe.instances[key].parents}
+    adopt(Prepared(ctx.recipe, ctx.run, parents, ctx.identities))
     for key in keys:
         for parent in ctx.recipe.instances[key].parents:
             if not ctx.is_done(parent):

@@ -21,7 +21,7 @@ from gowide_dist.errors import DataError, RecipeError, RunError
 from gowide_dist.files import write_atomically
 from gowide_dist.identity import fingerprint, identities
 from gowide_dist.networks.normalise import DATASET
-from gowide_dist.progress import say
+from gowide_dist.progress import say, say_once
 from gowide_dist.recipe import Data, Instance, Recipe
 from gowide_dist.run import Run, StageDir
 from gowide_dist.stages import KlStage
@@ -100,7 +100,7 @@ def check_run(
             stage_dir.check_identity(prepared.identities[instance.key])
         _check_file(instance, recipe)
     for line in without_effect(recipe, prepared.unfinished, check_split(recipe.data.train).samples):
-        say(f"warning: {line}")
+        say_once(f"warning: {line}")
     return prepared
 
 
@@ -121,7 +121,7 @@ def _check_file(instance: Instance, recipe: Recipe) -> None:
     if prefix:
         say(f"{instance.key}  takes the weights of {init.file} that are named {prefix}*")
     for note in notes_on_files(recipe, [instance]):
-        say(f"note: {note}")
+        say_once(f"note: {note}")
 
 
 def notes_on_files(recipe: Recipe, instances: Iterable[Instance]) -> Iterator[str]:
@@ -160,15 +160,22 @@ def write_run(prepared: Prepared, *, fresh: bool = False, in_jobs: Collection[st
     for instance in prepared.unfinished if fresh else ():
         run.stage(instance.key).clear()
     run.write_recipe(prepared.recipe)
+    adopt(prepared, in_jobs=in_jobs)
+
+
+def adopt(prepared: Prepared, *, in_jobs: Collection[str] = ()) -> None:
+    """Copy what runs beside this one have finished of its unfinished instances, unless a Slurm job writes them."""
     for instance in prepared.unfinished:
         if instance.key not in in_jobs and (finished := prepared.sibling(instance.key)):
-            _copy(finished, run.stage(instance.key), prepared.identities[instance.key])
+            _copy(finished, prepared.run.stage(instance.key), prepared.identities[instance.key])
 
 
 def _copy(finished: StageDir, to: StageDir, identity: Mapping[str, Any]) -> None:
     """Copy the results of a sibling run."""
     assert finished.done is not None
     with to.lock():
+        if StageDir(to.path, to.key).is_done(fingerprint(identity)):
+            return  # another job of this run was faster
         to.claim(identity)
         write_atomically(to.model, finished.model.read_bytes())
         if finished.metrics.exists():

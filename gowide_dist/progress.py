@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import sys
@@ -87,6 +88,12 @@ def _ignoring_a_closed_terminal() -> Iterator[None]:
 def say(text: str) -> None:
     """Print a line on stderr."""
     Track("", 0, "", stderr=True).line(text)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """`say`, unless it was said already: several seeds of a recipe have the same to say."""
+    say(text)
 
 
 def track(items: Iterable[Item], name: str, total: int, unit: str = "images") -> Iterator[Item]:

@@ -416,3 +416,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
     return recipe
+
+
+def load_seeds(path: str | Path, overrides: Sequence[str], seeds: Sequence[int]) -> list[Recipe]:
+    """A recipe for each seed; none: the recipe as it is. A run of another seed than the recipe's is `NAME-SEED`.
+
+    Stages that teach, and those that they start from, keep the recipe's seed unless they have one of their own, so that
+    all runs share the teacher.
+    """
+    recipe = load_recipe(path, overrides)
+    if not seeds:
+        return [recipe]
+    instances = recipe.instances
+    teachers = {instance.teacher for instance in instances.values() if instance.teacher}
+    shared = {instances[key].stage_name for key in (recipe.select(teachers) if teachers else {})}
+    keep = [f"stages.{name}.seed={recipe.seed}" for name in shared if recipe.stages[name].seed is None]
+    return [
+        load_recipe(path, [*overrides, *keep, f"seed={seed}", f"name={run_of_seed(recipe, seed)}"]) for seed in seeds
+    ]
+
+
+def run_of_seed(recipe: Recipe, seed: int) -> str:
+    """The name of the run of another seed."""
+    return recipe.name if seed == recipe.seed else f"{recipe.name}-{seed}"

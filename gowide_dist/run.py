@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from gowide_dist.environment import describe_environment
 from gowide_dist.errors import RunError, number_from
 from gowide_dist.files import flock, sha256, temporary_name, write_atomically, writing_to
 from gowide_dist.identity import fingerprint, recipe_identity
-from gowide_dist.recipe import Recipe, load_recipe
+from gowide_dist.recipe import Recipe, load_recipe, run_of_seed
 from gowide_dist.schema import nearest
 
 LOCK_WAIT_S = 150  # a file server frees a dead node's locks late
@@ -56,6 +56,13 @@ class StageDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint, by its description's name."""
+        return max(
+            (int(path.stem.removeprefix("step-")) for path in self.checkpoints.glob("step-*.json")), default=None
+        )
 
     @property
     def metrics(self) -> Path:
@@ -246,6 +253,12 @@ class Run:
         """Record code, packages, machine and command, to explain results later."""
         environment = json.dumps(describe_environment(devices, world_size), indent=2)
         write_atomically(self.path / "environment.json", f"{environment}\n")
+
+
+def runs_of_seeds(run: Run, seeds: Sequence[int]) -> list[Run]:
+    """The runs of `--seeds`, beside the run of the recipe's own seed; none: that run alone."""
+    recipe = run.recipe() if seeds else None
+    return [Run(run.path.with_name(run_of_seed(recipe, seed))) for seed in seeds] if recipe else [run]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -81,14 +81,44 @@ class Plan:
     notes: list[str]
 
 
-def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None = None) -> Plan:
+@dataclass(frozen=True)
+class SeedsPlan:
+    """A recipe with several seeds. A stage that they share counts for the first of them."""
+
+    plans: list[Plan]
+    hours: float  # one stage after the other
+    device_hours: float
+    longest_hours: float  # all seeds side by side
+
+
+def plan_seeds(recipes: Sequence[Recipe], size: DataSize, profile: Profile, *, runs: Path | None = None) -> SeedsPlan:
+    """Plan the recipes of several seeds, as `plan` does each."""
+    shared: dict[str, tuple[str, float]] = {}  # by fingerprint: the run that trains it, in so many hours
+    plans, longest = list[Plan](), list[float]()
+    for recipe in recipes:
+        fingerprints = {key: fingerprint(identity) for key, identity in identities(recipe, {}).items()}
+        known = {key: shared[of_key] for key, of_key in fingerprints.items() if of_key in shared}
+        plans.append(plan(recipe, size, profile, runs=runs, shared={key: run for key, (run, _) in known.items()}))
+        hours = {stage.stage: known.get(stage.stage, ("", stage.hours))[1] for stage in plans[-1].stages}
+        longest.append(longest_path(hours, {stage.stage: stage.parents for stage in plans[-1].stages})[1])
+        shared = {of_key: (recipe.name, hours[key]) for key, of_key in fingerprints.items()} | shared
+    return SeedsPlan(plans, sum(each.hours for each in plans), sum(each.device_hours for each in plans), max(longest))
+
+
+def plan(
+    recipe: Recipe, size: DataSize, profile: Profile, *,
+    runs: Path | None = None, shared: Mapping[str, str] | None = None,
+) -> Plan:  # fmt: skip
     """Plan a recipe on a cluster or `this_machines_cores`. runs: where stages may be done already.
 
-    Writes nothing. Raises UserError if recipe, data and profile do not fit.
+    shared: the runs that train instances which this one shares with them. Writes nothing. Raises UserError if recipe,
+    data and profile do not fit.
     """
     if size.train < recipe.batch_size:
         raise DataError(f"batch_size: {recipe.batch_size} is more than the {size.train:,} training images")
     progress = _progress(recipe, runs) if runs else {}
+    for key, run in (shared or {}).items():
+        progress.setdefault(key, f"shared with {run}")
     done = {key for key, state in progress.items() if isinstance(state, str)}
     known = known_outputs(recipe, done, together=is_this_machine(profile))
     stages: list[StagePlan] = []
@@ -316,3 +346,16 @@ def plan_table(plan: Plan) -> str:
         *(f"note: {line}" for line in plan.notes),
     ]
     return "\n".join(lines)
+
+
+def seeds_table(planned: SeedsPlan) -> str:
+    """The first seed's plan, and what each of them takes, as lines of text."""
+    rows = [(each.recipe, duration(each.hours), duration(each.device_hours)) for each in planned.plans]
+    return "\n".join(
+        [
+            plan_table(planned.plans[0]),
+            f"\n{table(('run', 'time', 'device time'), rows)}\n",
+            f"all {len(rows)} seeds: one stage after the other {duration(planned.hours)}; on all devices "
+            f"{duration(planned.device_hours)}; side by side {duration(planned.longest_hours)}",
+        ]
+    )

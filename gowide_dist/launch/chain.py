@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
 from gowide_dist.errors import DataError
 from gowide_dist.files import try_lock
+from gowide_dist.identity import fingerprint, identities
+from gowide_dist.launch.code import code_folder, copy_package
 from gowide_dist.launch.local import device_environment
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import (
@@ -35,6 +37,7 @@ class Action(Enum):
 
     SUBMIT = "it has none: submit one"
     WAIT_FOR = "Slurm has it, waiting or running: children depend on it"
+    SHARE = "Slurm has it, or has just got it, for a run of another seed: children depend on that one"
     FOLLOW = "its processes are being ended: submit one that starts afterwards"
     REPLACE = "it waits for a job that has failed: cancel it and submit another"
 
@@ -59,11 +62,13 @@ class Chain:
     """The jobs of a run, by stage instance, parents first.
 
     known: ids of the run's jobs when this was planned, to notice a command that submits jobs at the same time.
+    fingerprints: of the recipe's instances.
     """
 
     folder: Path
     planned: Mapping[str, Planned]
     known: Mapping[str, Sequence[str]] | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[Job]:
@@ -73,11 +78,16 @@ class Chain:
     @property
     def in_jobs(self) -> set[str]:
         """The instances whose folders a job of Slurm's may be writing."""
-        return {*self._slurm_ids(Action.WAIT_FOR), *self._slurm_ids(Action.FOLLOW)}
+        return {*self._awaited, *self._slurm_ids(Action.FOLLOW)}
+
+    @property
+    def rehearsed_ids(self) -> dict[str, str]:
+        """The jobs of a rehearsal, by instance; ids that are not known yet read `ID_OF_stage/network`."""
+        return self._awaited | {job.key: f"ID_OF_{job.key}" for job in self.jobs}
 
     def scripts(self) -> list[str]:
-        """The sbatch scripts as they would be submitted; ids that are not known yet read `ID_OF_stage/network`."""
-        ids = self._slurm_ids(Action.WAIT_FOR) | {job.key: f"ID_OF_{job.key}" for job in self.jobs}
+        """The sbatch scripts as they would be submitted, with `rehearsed_ids`."""
+        ids = self.rehearsed_ids
         return [f"{sbatch_script(job, self.folder, self._dependency(job, ids))}\n" for job in self.jobs]
 
     def try_out(self) -> list[str]:
@@ -104,7 +114,9 @@ class Chain:
                 raise SlurmError(f"{self.folder}: another command has just submitted jobs of this run; try again")
             if replaced := self._slurm_ids(Action.REPLACE):
                 cancel(replaced.values())
-            ids, submitted = self._slurm_ids(Action.WAIT_FOR), list[str]()
+            for code in {job.code for job in self.jobs if job.code}:
+                copy_package(code)
+            ids, submitted = self._awaited, list[str]()
             try:
                 for job in self.jobs:
                     ids[job.key] = submit_job(job, self.folder, self._dependency(job, ids))
@@ -117,6 +129,11 @@ class Chain:
                     raise SlurmError(f"{job.key}: {error}; nothing was submitted") from error
                 raise
             return ids
+
+    @property
+    def _awaited(self) -> dict[str, str]:
+        """The jobs that children depend on, by instance, of those that Slurm has."""
+        return self._slurm_ids(Action.WAIT_FOR) | self._slurm_ids(Action.SHARE)
 
     def _slurm_ids(self, action: Action) -> dict[str, str]:
         """The jobs that Slurm has, by instance, of the instances with this action."""
@@ -133,9 +150,13 @@ class Chain:
 
 
 def prepare_chain(
-    recipe: Recipe, runs: Path, profile: Profile, *, only: Sequence[str] = (), fresh: bool = False
-) -> tuple[Prepared, Chain]:
+    recipe: Recipe, runs: Path, profile: Profile, *,
+    only: Sequence[str] = (), fresh: bool = False, copy_code: bool = True, shared: Mapping[str, str] | None = None,
+) -> tuple[Prepared, Chain]:  # fmt: skip
     """A Slurm job for each instance that is neither finished nor in the queue; writes nothing.
+
+    copy_code: jobs import the package as it is now, which `submit` copies into the run. shared: jobs of runs of other
+    seeds, by fingerprint, which train what this run needs too.
 
     Raises UserError if the recipe does not fit the data, the profile or the run directory.
     """
@@ -146,39 +167,51 @@ def prepare_chain(
     known = read_jobs(run.slurm)
     states = {key: state for key, state in newest_jobs(run.slurm, recipe.name).items() if not state.is_over}
     prepared = check_run(recipe, run.path.parent, only=only, fresh=fresh, in_jobs=states.keys())
+    fingerprints = {key: fingerprint(identity) for key, identity in prepared.identities.items()}
     unfinished = {instance.key for instance in prepared.unfinished}
     left = {key: state for key, state in states.items() if key not in unfinished}
     planned = {key: Planned(action_for(state), state.job_id, None) for key, state in left.items()}
     for instance in prepared.unfinished:  # parents first
         state = states.get(instance.key)
-        queued = {key for key, each in planned.items() if each.action is Action.WAIT_FOR}
+        if state is None and shared and (job_id := shared.get(fingerprints[instance.key])):
+            planned[instance.key] = Planned(Action.SHARE, job_id, None)
+            continue
+        queued = {key for key, each in planned.items() if each.action in (Action.WAIT_FOR, Action.SHARE)}
         action = action_for(state, waits_in_vain=not unfinished.isdisjoint({*instance.parents} - queued))
         if action is Action.SUBMIT and prepared.sibling(instance.key):
             continue
-        job = None if action is Action.WAIT_FOR else _job(instance, recipe, run, profile)
+        job = None if action is Action.WAIT_FOR else _job(instance, recipe, run, profile, copy_code)
         planned[instance.key] = Planned(action, state.job_id if state else None, job)
-    return prepared, Chain(run.slurm, planned, known)
+    return prepared, Chain(run.slurm, planned, known, fingerprints)
 
 
 def rehearse_chain(
-    recipe: Recipe, runs: Path, profile: Profile, *, only: Sequence[str] = (), fresh: bool = False
-) -> Chain:
+    recipe: Recipe, runs: Path, profile: Profile, *,
+    only: Sequence[str] = (), fresh: bool = False, copy_code: bool = True, shared: Mapping[str, str] | None = None,
+) -> Chain:  # fmt: skip
     """What `prepare_chain` would submit. Without the data, which a dry run can do without: a job for each instance."""
     try:
-        return prepare_chain(recipe, runs, profile, only=only, fresh=fresh)[1]
+        return prepare_chain(recipe, runs, profile, only=only, fresh=fresh, copy_code=copy_code, shared=shared)[1]
     except DataError as error:
         sys.stderr.write(f"gowide: {error}; showing the jobs of a run that starts from scratch\n")
     run = Run(runs.absolute() / recipe.name)
-    selected = recipe.select(only) if only else recipe.instances
-    jobs = {key: _job(instance, recipe, run, profile) for key, instance in selected.items()}
-    return Chain(run.slurm, {key: Planned(Action.SUBMIT, None, job) for key, job in jobs.items()})
+    fingerprints = {key: fingerprint(identity) for key, identity in identities(recipe, {}).items()}
+    planned: dict[str, Planned] = {}
+    for key, instance in (recipe.select(only) if only else recipe.instances).items():
+        job_id = (shared or {}).get(fingerprints[key])
+        job = None if job_id else _job(instance, recipe, run, profile, copy_code)
+        planned[key] = Planned(Action.SHARE if job_id else Action.SUBMIT, job_id, job)
+    return Chain(run.slurm, planned, fingerprints=fingerprints)
 
 
-def _job(instance: Instance, recipe: Recipe, run: Run, profile: Profile) -> Job:
+def _job(instance: Instance, recipe: Recipe, run: Run, profile: Profile, copy_code: bool) -> Job:
     """An instance's job. Raises RecipeError if the global batch cannot be split over its processes."""
     resources = profile.resources(instance)
     for num_processes in resources.num_processes:
         check_group(recipe, num_processes, on_gpus=resources.gpus_per_node > 0)
     worker = Worker("gowide_dist.pipeline", (str(run.path), instance.key))
     environment = device_environment(resources.gpus_per_node)
-    return Job(instance.key, job_name(recipe.name, instance.key), worker, resources, instance.parents, environment)
+    code = code_folder(run.slurm) if copy_code else None
+    return Job(
+        instance.key, job_name(recipe.name, instance.key), worker, resources, instance.parents, environment, code
+    )

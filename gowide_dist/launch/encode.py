@@ -10,6 +10,7 @@ from pathlib import Path
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.errors import UserError, fixable
 from gowide_dist.launch.chain import Action, Chain, Planned, action_for
+from gowide_dist.launch.code import code_folder
 from gowide_dist.launch.local import leave_error
 from gowide_dist.launch.profile import Profile
 from gowide_dist.launch.queue import job_name, newest_jobs
@@ -36,7 +37,11 @@ def encode_job(
     options = replace(options, workers=options.workers or resources.cpus_per_task)
     worker = Worker(__name__, (dataset, str(out), str(root.absolute()) if root else "", json.dumps(asdict(options))))
     action = action_for(state)
-    job = None if action is Action.WAIT_FOR else Job(KEY, job_name(out.name, KEY), worker, resources)
+    job = (
+        None
+        if action is Action.WAIT_FOR
+        else Job(KEY, job_name(out.name, KEY), worker, resources, code=code_folder(folder))
+    )
     return Chain(folder, {KEY: Planned(action, state.job_id if state else None, job)})
 
 

@@ -100,7 +100,26 @@ def complaint(command: str, stderr: str) -> str:
 
 
 def read_jobs(folder: Path) -> dict[str, list[str]]:
-    """The ids of the jobs submitted for each stage instance, newest last."""
+    """The ids of the jobs submitted for each stage instance, newest last, with those that batch scripts submitted."""
+    return {key: [*ids, *_follow_ups(folder, ids[-1])] for key, ids in _read_submitted(folder).items()}
+
+
+def is_followed(folder: Path, job_id: str) -> bool:
+    """Whether a job's batch script has submitted another to go on."""
+    return _next(folder, job_id).exists()
+
+
+def _next(folder: Path, job_id: str) -> Path:
+    return folder / f"{job_id}_next"
+
+
+def _follow_ups(folder: Path, job_id: str) -> Iterator[str]:
+    """The job that a job's batch script submitted to go on, the one that that one submitted, and so on."""
+    while is_followed(folder, job_id) and (job_id := _next(folder, job_id).read_text().strip()):
+        yield job_id
+
+
+def _read_submitted(folder: Path) -> dict[str, list[str]]:
     path = folder / "jobs.json"
     try:
         return dict(json.loads(path.read_bytes()))
@@ -112,7 +131,7 @@ def read_jobs(folder: Path) -> dict[str, list[str]]:
 
 def write_job(folder: Path, key: str, job_id: str) -> None:
     """Record the newest job of a stage instance."""
-    jobs = read_jobs(folder)
+    jobs = _read_submitted(folder)
     jobs.setdefault(key, []).append(job_id)
     write_atomically(folder / "jobs.json", json.dumps(jobs, indent=2) + "\n")
 

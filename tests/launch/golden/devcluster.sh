@@ -19,6 +19,7 @@ export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -29,10 +30,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -65,6 +70,7 @@ export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -75,10 +81,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -111,6 +121,7 @@ export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -121,10 +132,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -157,6 +172,7 @@ export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -167,10 +183,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -202,6 +222,7 @@ export OMP_NUM_THREADS=1
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -212,10 +233,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation

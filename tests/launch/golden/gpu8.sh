@@ -22,6 +22,7 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -32,10 +33,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -71,6 +76,7 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -81,10 +87,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -120,6 +130,7 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -130,10 +141,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -169,6 +184,7 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -179,10 +195,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -217,6 +237,7 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -227,10 +248,14 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+refused() {
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
