@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -157,14 +158,15 @@ def encode(
     if dry_run and not cluster:
         raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
     if cluster:
-        from gowide_dist.launch.encode import KEY, encode_job
+        from gowide_dist.launch.encode import encode_job
+        from gowide_dist.launch.queue import ENCODE
         from gowide_dist.launch.slurm import log_file
 
         chain = encode_job(dataset, out, root, options, load_profile(cluster), rehearse=dry_run)
         if dry_run:
             print_line("\n".join(chain.scripts()))
             return
-        job_id = chain.submit()[KEY]
+        job_id = chain.submit()[ENCODE]
         print_line(f"{out}  job {job_id}{'' if chain.jobs else ' already'}  {log_file(chain.folder, job_id)}")
         return
     raise_on_sigterm()
@@ -236,6 +238,9 @@ def run(
     fresh: Fresh = False,
     seeds: Seeds = None,
     sequential: Annotated[bool, Option("--sequential", help="Train the networks one by one: less memory.")] = False,
+    write_only: Annotated[
+        bool, Option("--write-only", help="Write the run, and print what a torchrun of your own executes.")
+    ] = False,
 ) -> None:
     """Train the unfinished stages of a recipe on this machine, and print the table of results.
 
@@ -248,22 +253,24 @@ def run(
     from gowide_dist.prepare import check_run, prepare
 
     recipes = load_seeds(job, overrides or [], seeds_of(seeds))
-    num_processes = choose_num_processes(recipes[0], nproc)
+    num_processes = (nproc or 1) if write_only else choose_num_processes(recipes[0], nproc)
     for recipe in recipes[1:]:  # what does not fit is told before anything is trained
         check_run(recipe, runs, only=only or [], fresh=fresh)
     for recipe in recipes:
-        prepared = prepare(
-            recipe, runs, num_processes=num_processes, on_gpus=num_gpus() > 0, only=only or [], fresh=fresh
-        )
+        on_gpus = write_only or num_gpus() > 0
+        prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=on_gpus, only=only or [], fresh=fresh)
         total, left = len(prepared.selected), len(prepared.unfinished)
         processes = "one process" if num_processes == 1 else f"{num_processes} processes"
         to_train = f"{total - left} of {total} stages done, {left} to train in {processes}"
         print_line(f"{prepared.run.path}: {to_train if left else f'all {total} stages are done, nothing to train'}")
-        if left:
-            keys = [instance.key for instance in prepared.unfinished]
-            options = ["--sequential"] if sequential else []
-            torchrun("gowide_dist.pipeline", [str(prepared.run.path), *keys, *options], num_processes)
-    print_line(report([Run(runs / recipe.name) for recipe in recipes], measure=False)[0])
+        keys = [instance.key for instance in prepared.unfinished]
+        arguments = [str(prepared.run.path), *keys, *(["--sequential"] if sequential else [])]
+        if left and write_only:
+            print_line(f"-m gowide_dist.pipeline {shlex.join(arguments)}")
+        elif left:
+            torchrun("gowide_dist.pipeline", arguments, num_processes)
+    if not write_only:
+        print_line(report([Run(runs / recipe.name) for recipe in recipes], measure=False)[0])
 
 
 @command()

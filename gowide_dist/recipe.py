@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import gt
 from pathlib import Path
@@ -187,6 +187,16 @@ class Instance(NamedTuple):
     def parents(self) -> tuple[str, ...]:
         """The instances whose weights this one needs."""
         return tuple(dict.fromkeys(key for key in (self.init, self.teacher) if key))
+
+    @property
+    def teacher_stream(self) -> tuple[Hashable, ...]:
+        """Equal for instances that need the same outputs of the same teacher."""
+        stage = self.stage
+        stream = self.teacher, self.data_seed, stage.epochs, stage.ramp
+        if not isinstance(stage, KlStage):
+            return (stage.objective, *stream)
+        kept = stage.top_k, stage.temperature if stage.top_k else None
+        return (stage.objective, *stream, stage.mixup, stage.cutmix, *kept)
 
 
 class Recipe(Frozen):

@@ -6,6 +6,7 @@ maker states them, count the multiply and the add: a stage takes 2 x multiply-ad
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -100,7 +101,7 @@ def plan_seeds(recipes: Sequence[Recipe], size: DataSize, profile: Profile, *, r
         known = {key: shared[of_key] for key, of_key in fingerprints.items() if of_key in shared}
         plans.append(plan(recipe, size, profile, runs=runs, shared={key: run for key, (run, _) in known.items()}))
         hours = {stage.stage: known.get(stage.stage, ("", stage.hours))[1] for stage in plans[-1].stages}
-        longest.append(longest_path(hours, {stage.stage: stage.parents for stage in plans[-1].stages})[1])
+        longest.append(_longest_path(recipe, profile.jobs(recipe.instances.values()), hours)[1])
         shared = {of_key: (recipe.name, hours[key]) for key, of_key in fingerprints.items()} | shared
     return SeedsPlan(plans, sum(each.hours for each in plans), sum(each.device_hours for each in plans), max(longest))
 
@@ -120,7 +121,8 @@ def plan(
     for key, run in (shared or {}).items():
         progress.setdefault(key, f"shared with {run}")
     done = {key for key, state in progress.items() if isinstance(state, str)}
-    known = known_outputs(recipe, done, together=is_this_machine(profile))
+    jobs = profile.jobs(recipe.instances.values())
+    known = known_outputs(recipe, done, jobs)
     stages: list[StagePlan] = []
     warnings: list[str] = []
     for key, instance in recipe.instances.items():
@@ -129,8 +131,7 @@ def plan(
         warnings += _warnings(stages[-1], recipe, size, resources) if stages[-1].steps_left else []
     left = [recipe.instances[stage.stage] for stage in stages if not isinstance(progress.get(stage.stage), str)]
     warnings += without_effect(recipe, left, size.train)
-    parents = {key: instance.parents for key, instance in recipe.instances.items()}
-    path, hours = longest_path({stage.stage: stage.hours for stage in stages}, parents)
+    path, hours = _longest_path(recipe, jobs, {stage.stage: stage.hours for stage in stages})
     return Plan(
         recipe=recipe.name,
         data=size,
@@ -141,8 +142,49 @@ def plan(
         longest_path=path,
         longest_hours=hours,
         warnings=warnings,
-        notes=[*_notes_on_files(recipe), *notes_on_logits(recipe, size, profile)],
+        notes=[
+            *_notes_on_files(recipe),
+            *notes_on_logits(recipe, size, profile),
+            *([] if is_this_machine(profile) else _notes_on_jobs(recipe, size, profile, stages)),
+        ],
     )
+
+
+def _notes_on_jobs(recipe: Recipe, size: DataSize, profile: Profile, stages: Sequence[StagePlan]) -> Iterator[str]:
+    """What the networks of a stage take in one job, and what in jobs of their own."""
+    planned = {stage.stage: stage for stage in stages if stage.steps_left}
+    for job in profile.jobs([recipe.instances[key] for key in planned]):
+        if len(job) == 1:
+            continue
+        together = [planned[instance.key] for instance in job]
+        alone = [
+            _plan_stage(
+                instance, recipe, size, profile.resources(instance), stage.steps - stage.steps_left,
+                not instance.stage.has_stored_logits,
+            )
+            for instance, stage in zip(job, together, strict=True)
+        ]  # fmt: skip
+        networks = ", ".join(instance.network_name for instance in job)
+        yield (
+            f"{job[0].stage_name}: {networks} are one job of {duration(sum(stage.hours for stage in together))}, "
+            f"{duration(sum(stage.device_hours for stage in together))} on all devices; with together: false "
+            f"{len(job)} jobs, the longest of {duration(max(stage.hours for stage in alone))}, "
+            f"{duration(sum(stage.device_hours for stage in alone))} on all devices"
+        )
+
+
+def _longest_path(
+    recipe: Recipe, jobs: Sequence[Sequence[Instance]], hours: Mapping[str, float]
+) -> tuple[list[str], float]:
+    """The path of dependent jobs that takes longest: their instances, and its hours."""
+    job_of = {instance.key: str(number) for number, job in enumerate(jobs) for instance in job}
+    lengths = {str(number): sum(hours[instance.key] for instance in job) for number, job in enumerate(jobs)}
+    parents = {
+        str(number): [job_of[parent] for instance in job for parent in instance.parents]
+        for number, job in enumerate(jobs)
+    }
+    path, length = longest_path(lengths, parents)
+    return [instance.key for number in path for instance in jobs[int(number)]], length
 
 
 def _notes_on_files(recipe: Recipe) -> list[str]:
@@ -165,13 +207,15 @@ def restarts(work_s: float, timeout_s: float, lost_s: float) -> float:
 
 
 def longest_path(lengths: Mapping[str, float], parents: Mapping[str, Sequence[str]]) -> tuple[list[str], float]:
-    """The path through the graph that takes longest, and its length. Keys: parents before children."""
-    best: dict[str, tuple[list[str], float]] = {}
-    for key, length in lengths.items():
-        before = [best[parent] for parent in parents[key] if parent in best]
+    """The path through the graph that takes longest, and its length."""
+
+    @functools.cache
+    def best(key: str) -> tuple[list[str], float]:
+        before = [best(parent) for parent in parents[key] if parent in lengths]
         path, so_far = max(before, key=lambda entry: entry[1], default=([], 0.0))
-        best[key] = [*path, key], so_far + length
-    return max(best.values(), key=lambda entry: entry[1], default=([], 0.0))
+        return [*path, key], so_far + lengths[key]
+
+    return max(map(best, lengths), key=lambda entry: entry[1], default=([], 0.0))
 
 
 def _progress(recipe: Recipe, runs: Path) -> dict[str, str | int]:

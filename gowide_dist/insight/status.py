@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from gowide_dist.data.info import check_split
 from gowide_dist.errors import RunError, UserError
 from gowide_dist.insight.text import table
-from gowide_dist.launch.chain import Action, Chain
+from gowide_dist.launch.chain import LOGITS, Action, Chain
 from gowide_dist.launch.code import has_changed
 from gowide_dist.launch.local import read_error
-from gowide_dist.launch.queue import JobState, cancel, is_followed, newest_jobs, read_jobs
+from gowide_dist.launch.queue import JobState, SlurmError, cancel, is_followed, newest_jobs, read_jobs
 from gowide_dist.launch.slurm import is_refused, log_file, start_of
 from gowide_dist.prepare import Prepared
 from gowide_dist.progress import clock
@@ -67,15 +67,26 @@ def status(run: Run) -> list[StageStatus]:
             row.state, row.step, row.steps, row.top1 = "done", done.steps, done.steps, done.top1
         elif key in recipe.instances:
             _add_state(row, run, recipe, job)
-        elif job and (job.is_waiting or job.is_running):
-            row.state, row.where = "queued" if job.is_waiting else "running", job.nodes or None
-            row.note = "no longer in the recipe"
-        else:
+        elif job and not _add_other_job(row, run, job):
             continue
         if row.state in ("queued", "running") and job and has_changed(run.slurm, job.job_id):
             row.note = f"{row.note}; {CODE_HAS_CHANGED}".removeprefix("; ")
         rows.append(row)
     return rows
+
+
+def _add_other_job(row: StageStatus, run: Run, job: JobState) -> bool:
+    """The state of a job that trains no instance of the recipe; False if there is nothing to say of it."""
+    stores_logits = row.stage.startswith(f"{LOGITS}/")
+    row.where = job.nodes or None
+    if job.is_waiting or job.is_running:
+        row.state = "queued" if job.is_waiting else "running"
+        row.note = "stores the teacher's logits for several stages" if stores_logits else "no longer in the recipe"
+        return True
+    if stores_logits and job.state == "FAILED":
+        row.state, row.note = "failed", _failure(run, job)
+        return True
+    return False
 
 
 def _add_state(row: StageStatus, run: Run, recipe: Recipe, job: JobState | None) -> None:
@@ -154,15 +165,18 @@ def status_table(rows: Iterable[StageStatus]) -> str:
 def submitted(prepared: Prepared, chain: Chain, ids: Mapping[str, str]) -> str:
     """A line for every selected instance: its job, the instances that it waits for, and its log."""
     lines = []
-    for key, instance in prepared.selected.items():
-        parents = ", ".join(parent for parent in instance.parents if parent in ids)
-        after = f"  after {parents}" if parents else ""
-        if key not in ids:
+    for key in {**prepared.selected, **dict.fromkeys(job.key for job in chain.jobs if job.key.startswith(LOGITS))}:
+        planned = chain.planned.get(key)
+        if key not in ids or planned is None:
             lines.append(f"{key}  done")
-        elif chain.planned[key].action is Action.SHARE:
+            continue
+        if planned.action is Action.SHARE:
             lines.append(f"{key}  job {ids[key]} of another seed")
-        else:
-            lines.append(f"{key}  job {ids[key]}{after}  {log_file(prepared.run.slurm, ids[key])}")
+            continue
+        needed = planned.job.parents if planned.job else prepared.selected[key].parents
+        parents = ", ".join(parent for parent in needed if parent in ids and ids[parent] != ids[key])
+        after = f"  after {parents}" if parents else ""
+        lines.append(f"{key}  job {ids[key]}{after}  {log_file(prepared.run.slurm, ids[key])}")
     return "\n".join(lines)
 
 
@@ -188,7 +202,10 @@ def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterat
             return
         time.sleep(FOLLOW_EVERY_S)
         if turn % ASK_SLURM_EVERY == 0:
-            job = newest_jobs(run.slurm, recipe.name).get(key)
+            try:
+                job = newest_jobs(run.slurm, recipe.name).get(key)
+            except SlurmError:
+                continue  # a busy controller answers later
             follow = job is not None and not job.is_over  # over: what it has printed since the last turn is left
 
 

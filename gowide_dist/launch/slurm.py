@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gowide_dist.errors import RunError
-from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, read_error
+from gowide_dist.errors import RunError, UserError
+from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, leave_error, read_error
 from gowide_dist.launch.profile import Profile, Resources
 from gowide_dist.launch.queue import SlurmError, complaint, of_the_script_alone
+from gowide_dist.machine import mend_loopback
 from gowide_dist.stop import WARNING_SIGNAL
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ TEARDOWN = """\
 status=$?
 job={folder}/$SLURM_JOB_ID
 start="${{job}}_${{SLURM_RESTART_COUNT:-0}}"
+notify() {{
+  {notify}
+}}
 refused() {{
+  notify failed
   touch "${{job}}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
@@ -46,10 +51,15 @@ elif [ $status -ne 0 ] && [ ! -e "${{start}}_error.json" ] &&
   date >> "${{job}}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 """
+# The profile's own line, which may fail, or hang, without harm to the job.
+NOTIFY = """\
+GOWIDE_STATE=$1 GOWIDE_RUN={run} GOWIDE_STAGE={stage} timeout 60 bash -c {line} || true"""
 REQUEUE = """\
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }"""
@@ -72,6 +82,7 @@ again() {
       scontrol update JobId="$child" Dependency="$(sed "s/([^)]*)//g; s/:$SLURM_JOB_ID\\b/:$next/g" <<< "$dependency")"
     fi
   done
+  notify requeued
   exit 0
 }"""
 
@@ -100,6 +111,11 @@ class Worker:
         os.environ["MASTER_PORT"] = str(port)
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ[ERROR_FILE_VARIABLE] = str(error_file(environment.paths.folder, environment.raw_job_id, start))
+        try:
+            mend_loopback(environment.hostnames)
+        except UserError as error:
+            leave_error(str(error))
+            leave(2)
         status = importlib.import_module(self.module).main(self.arguments)
         signal.signal(WARNING_SIGNAL, signal.SIG_IGN)  # during interpreter shutdown it would kill this process
         if status == 128 + WARNING_SIGNAL:
@@ -129,15 +145,20 @@ def _ask_for_another_start() -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """The job of one stage instance."""
+    """The job of stage instances: of one stage, trained together."""
 
-    key: str
+    keys: tuple[str, ...]
     name: str
     worker: Worker
     resources: Resources
     parents: tuple[str, ...] = ()  # keys of the instances whose success it needs
     environment: Mapping[str, str] = field(default_factory=dict)
     code: Path | None = None  # folder of the copied package that it imports; default: the installed one
+
+    @property
+    def key(self) -> str:
+        """What it trains, as the command line names it."""
+        return self.keys[0] if len(self.keys) == 1 else self.keys[0].partition("/")[0]
 
 
 def error_file(folder: Path, job_id: str, start: int) -> Path:
@@ -184,6 +205,14 @@ def submit_job(job: Job, folder: Path, dependency: str) -> str:
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(complaint("sbatch", str(error))) from error
     return job_id
+
+
+def _notify(job: Job, folder: Path) -> str:
+    """What the batch script runs at the end of a start, with the state as its first argument."""
+    if not job.resources.notify:
+        return "true"
+    words = {"run": str(folder.parent), "stage": job.key, "line": job.resources.notify}
+    return NOTIFY.format(**{name: shlex.quote(word) for name, word in words.items()})
 
 
 def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
@@ -233,6 +262,7 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         teardown=TEARDOWN.format(
             folder=shlex.quote(str(folder)),
             again=REQUEUE if resources.requeue else FOLLOW_UP,
+            notify=_notify(job, folder),
             retries=resources.retries,
         ).splitlines(),
         additional_parameters={**own, **resources.sbatch},

@@ -20,7 +20,9 @@ def test_follow_up_jobs(cluster, long_stage, undisturbed, tmp_path):
     """With `requeue: false` the batch script submits the next job, for which the children then wait."""
     imitate = chain(tmp_path)["stages"]["imitate"]
     recipe = {**long_stage, "stages": {**long_stage["stages"], "imitate": imitate}}
-    submitted = Submitted(cluster, tmp_path, recipe, requeue=False)
+    states = tmp_path / "states"
+    notify = f'echo "$GOWIDE_STATE $GOWIDE_STAGE ${{GOWIDE_RUN##*/}} $SLURM_JOB_ID" >> {states}; exit 1'
+    submitted = Submitted(cluster, tmp_path, recipe, requeue=False, notify=notify)
     submitted.submit()
     first, child = submitted.id(KEY), submitted.id(CHILD)
     submitted.reaches(KEY, 30)
@@ -37,7 +39,13 @@ def test_follow_up_jobs(cluster, long_stage, undisturbed, tmp_path):
     assert done.model_sha256 == undisturbed.model_sha256
     assert submitted.finishes(CHILD)
     assert submitted.id(CHILD) == child
-    assert (submitted.run.slurm / f"{submitted.id(KEY)}_retries").read_text().count("\n") == 1
+    third = submitted.id(KEY)
+    assert (submitted.run.slurm / f"{third}_retries").read_text().count("\n") == 1
+    until(lambda: states.read_text().count("\n") == 4, "the last word")
+    assert states.read_text().splitlines() == [
+        f"requeued {KEY} long {first}", f"requeued {KEY} long {second}", f"done {KEY} long {third}",
+        f"done {CHILD} long {child}",
+    ]  # fmt: skip
 
 
 def test_a_controller_that_refuses(cluster, long_stage, undisturbed, tmp_path):
@@ -91,14 +99,44 @@ def test_three_seeds_in_one_command(cluster, data, tmp_path):
     result = gowide("run", submitted.job, "--runs", submitted.runs, "--nproc", 1, "--seeds", "0,1,2")
     assert result.stdout.count("all 2 stages are done") == 3, result.stderr
     report = gowide("report", submitted.run.path, "--seeds", "0,1,2", "--no-measure").stdout
-    assert report == result.stdout[result.stdout.index(report[:20]) :]
-    assert re.search(r"imitate +thin +2 +3 ", report)
+    for text in (report, result.stdout):
+        assert re.search(r"imitate +thin +2 +3 ", text), text
+
+
+def test_networks_of_a_stage_in_one_job_and_in_two(cluster, data, tmp_path):
+    """Two stages need the same stored logits, which a job of its own stores."""
+    recipe = chain(data, name="one")
+    slim = {**recipe["networks"]["thin"], "width": 0.25}
+    kd = {"train": ["thin", "slim"], "objective": "kl", "teacher": "teacher", "teacher_logits": "stored",
+          "epochs": 1, "optim": {"lr": 0.05}}  # fmt: skip
+    hot = {**kd, "train": "thin", "temperature": 4.0}
+    recipe |= {"networks": {**recipe["networks"], "slim": slim},
+               "stages": {"teacher": recipe["stages"]["teacher"], "kd": kd, "hot": hot}}  # fmt: skip
+    keys = [KEY, "teacher_logits/kd", "kd/thin", "kd/slim", "hot/thin"]
+    one = Submitted(cluster, tmp_path, recipe, nodes=1)
+    printed = one.submit()
+    ids = [one.id(key) for key in keys]
+    assert ids[2] == ids[3]
+    assert len({*ids}) == 4
+    after = f"job {ids[2]}  after {KEY}, teacher_logits/kd  {one.run.slurm}"
+    assert [f"kd/{network}  {after}" in printed for network in ("thin", "slim")] == [True, True]
+    assert "stores the teacher's logits for several stages" in one.status()
+    until(lambda: not cluster.run("squeue", "-h", "--states=PENDING,RUNNING,COMPLETING"), "the end of all jobs")
+    assert "waits for" not in one.log("kd/thin") + one.log("hot/thin")
+    assert "stored the teacher's logits" in one.log("teacher_logits/kd")
+    assert [row.split()[1] for row in one.status().splitlines()[1:]] == ["done"] * 4
+
+    two = Submitted(cluster, tmp_path, {**recipe, "name": "two"}, nodes=1, together=False)
+    two.submit("--only", "kd", "data.seed=0")
+    assert two.id("kd/thin") != two.id("kd/slim")
+    for key in ("kd/thin", "kd/slim"):
+        assert two.finishes(key).model_sha256 == one.run.stage(key).done.model_sha256
 
 
 def test_preemption_that_cancels(cluster, long, undisturbed):
     """With a warning, a job that is cancelled saves and is queued again; without one, `gowide submit` goes on."""
     urgent = ["sbatch", "-p", "high", "-N", 4, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
-    cluster.run("scontrol", "update", "PartitionName=main", "PreemptMode=CANCEL")
+    cluster.run("scontrol", "update", "PartitionName=main", "PreemptMode=CANCEL", "GraceTime=60")
     try:
         submitted = long()
         submitted.reaches(KEY, 30)
@@ -110,7 +148,7 @@ def test_preemption_that_cancels(cluster, long, undisturbed):
         until(lambda: submitted.squeue(KEY, "State") == "PREEMPTED", "its end")
     finally:
         cluster.run("scontrol", "update", "PartitionName=main", "PreemptMode=REQUEUE", "GraceTime=10")
-    told = "PREEMPTED: another job took its nodes; saved at step 100, `gowide submit` continues there"
-    assert told in submitted.status()
+    told = r"PREEMPTED: another job took its nodes; saved at step \d{3}, `gowide submit` continues there"
+    assert re.search(told, submitted.status())
     submitted.submit()
     assert submitted.finishes(KEY).model_sha256 == undisturbed.model_sha256

@@ -30,12 +30,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -46,6 +51,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -81,12 +87,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -97,6 +108,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -132,12 +144,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -148,6 +165,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -183,12 +201,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -199,6 +222,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -233,12 +257,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -249,5 +278,6 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 

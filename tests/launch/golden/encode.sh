@@ -31,12 +31,17 @@ srun --unbuffered --output /shared/data/imagenet.slurm/%j_%t_log.out --kill-on-b
 status=$?
 job=/shared/data/imagenet.slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -47,5 +52,6 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 

@@ -33,12 +33,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -49,6 +54,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -87,12 +93,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -103,6 +114,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -141,12 +153,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -157,6 +174,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -195,12 +213,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -211,6 +234,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -248,12 +272,17 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+notify() {
+  true
+}
 refused() {
+  notify failed
   touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }
 again() {
+  notify requeued  # first: Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || refused
   exit 0
 }
@@ -264,5 +293,6 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
