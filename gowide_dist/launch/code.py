@@ -52,5 +52,5 @@ def has_changed(folder: Path, job_id: str) -> bool:
         script = (folder / f"{job_id}_submission.sh").read_text()
     except OSError:
         return False
-    copied = re.search(r"^export PYTHONPATH=\S*/code/([0-9a-f]{16})\S*$", script, re.MULTILINE)
+    copied = re.search(r"^export PYTHONPATH=.*/code/([0-9a-f]{16})\b", script, re.MULTILINE)
     return copied is not None and copied[1] != digest()

@@ -238,6 +238,7 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     if job.code:
         exports.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+        exports.append("export PYTHONSAFEPATH=1")  # else `python -m` prefers the folder where the command was given
     executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS, python=resources.python)
     as_sbatch_has_them = {"partition", "account", "qos", "constraint", "exclude", "cpus_per_task", "signal_delay_s"}
     executor.update_parameters(

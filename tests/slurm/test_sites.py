@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from gowide_dist.environment import code_version
@@ -16,13 +17,23 @@ PACKAGE = Path(__file__).parents[2] / "gowide_dist"
 KEY, CHILD = "teacher/wide", "imitate/thin"
 
 
+def without_slurm(folder):
+    """What runs Python where the commands of Slurm cannot be executed, as in a container."""
+    path = folder / "enter"
+    commands = " ".join(shutil.which(name) for name in ("scontrol", "sbatch", "squeue", "scancel"))
+    hide = f'for each in {commands}; do mount --bind /dev/null "$each"; done; exec "$@"'
+    path.write_text(f"#!/bin/bash\nexec unshare --mount bash -c '{hide}' enter {sys.executable} \"$@\"\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_follow_up_jobs(cluster, long_stage, undisturbed, tmp_path):
     """With `requeue: false` the batch script submits the next job, for which the children then wait."""
     imitate = chain(tmp_path)["stages"]["imitate"]
     recipe = {**long_stage, "stages": {**long_stage["stages"], "imitate": imitate}}
     states = tmp_path / "states"
     notify = f'echo "$GOWIDE_STATE $GOWIDE_STAGE ${{GOWIDE_RUN##*/}} $SLURM_JOB_ID" >> {states}; exit 1'
-    submitted = Submitted(cluster, tmp_path, recipe, requeue=False, notify=notify)
+    submitted = Submitted(cluster, tmp_path, recipe, requeue=False, notify=notify, python=without_slurm(tmp_path))
     submitted.submit()
     first, child = submitted.id(KEY), submitted.id(CHILD)
     submitted.reaches(KEY, 30)
@@ -54,8 +65,8 @@ def test_a_controller_that_refuses(cluster, long_stage, undisturbed, tmp_path):
     shutil.copytree(PACKAGE, checkout / PACKAGE.name)
     submitted = Submitted(cluster, tmp_path, long_stage, sbatch={"hold": True}, environment={"PYTHONPATH": ""})
     arguments = ["submit", submitted.job, "--cluster", submitted.profile, "--runs", submitted.runs]
-    own_code = {"PYTHONPATH": str(checkout)}
-    assert gowide(*arguments, env=own_code).returncode == 0
+    own_code = {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    assert gowide(*arguments, cwd=checkout, env=own_code).returncode == 0
     assert "JobHeldUser\n" in gowide("status", submitted.run.path, env=own_code).stdout
     with (checkout / PACKAGE.name / "pipeline.py").open("a") as file:
         file.write("raise SystemExit('edited')\n")
@@ -133,12 +144,12 @@ def test_networks_of_a_stage_in_one_job_and_in_two(cluster, data, tmp_path):
         assert two.finishes(key).model_sha256 == one.run.stage(key).done.model_sha256
 
 
-def test_preemption_that_cancels(cluster, long, undisturbed):
+def test_preemption_that_cancels(cluster, long, undisturbed, tmp_path):
     """With a warning, a job that is cancelled saves and is queued again; without one, `gowide submit` goes on."""
     urgent = ["sbatch", "-p", "high", "-N", 4, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
     cluster.run("scontrol", "update", "PartitionName=main", "PreemptMode=CANCEL", "GraceTime=60")
     try:
-        submitted = long()
+        submitted = long(python=without_slurm(tmp_path))
         submitted.reaches(KEY, 30)
         cluster.run(*urgent)
         submitted.until(KEY, lambda: "continues at step" in submitted.log(KEY), "another start")

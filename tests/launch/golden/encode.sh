@@ -21,6 +21,7 @@ export OMP_NUM_THREADS=96
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/data/imagenet.slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm

@@ -23,6 +23,7 @@ export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -83,6 +84,7 @@ export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -143,6 +145,7 @@ export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -203,6 +206,7 @@ export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -262,6 +266,7 @@ export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
