@@ -69,6 +69,17 @@ def mend_loopback(peers: Iterable[str]) -> None:
     )
 
 
+def check_known(host: str) -> None:
+    """Raises UserError if this machine does not know a host's name: connecting would be tried for minutes."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise UserError(
+            f"{host}: {socket.gethostname()} does not know this node's name ({error}); in a container, bind the host's "
+            "/etc/hosts and /etc/resolv.conf"
+        ) from error
+
+
 def _address(host: str) -> str:
     """The IPv4 address of a host; empty if it has none."""
     try:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gowide_dist import stop
 from gowide_dist.errors import UserError, may_pass, number_from
-from gowide_dist.machine import mend_loopback, num_cores
+from gowide_dist.machine import check_known, mend_loopback, num_cores
 
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=number_from("GOWIDE_COLLECTIVE_TIMEOUT_S", 600, least=1))
@@ -277,7 +277,8 @@ def join() -> Iterator[World]:
     cores = max(1, num_cores() // local_size)
     torch.set_num_threads(max(1, number_from("OMP_NUM_THREADS", cores)))
     if size > local_size:
-        mend_loopback([os.environ.get("MASTER_ADDR", "")])
+        check_known(os.environ["MASTER_ADDR"])
+        mend_loopback([os.environ["MASTER_ADDR"]])
     if size > 1:
         _check_interfaces()
         device_id = device if device.type == "cuda" else None

@@ -86,6 +86,12 @@ def test_memory_that_a_group_leaves(groups, own, folder, limit, used, cached):
     assert available_memory_bytes() > GIB // 4
 
 
+def test_a_name_that_nobody_knows():
+    machine.check_known("localhost")
+    with pytest.raises(UserError, match=r"node-7.invalid: .* does not know this node's name .*; in a container, bind"):
+        machine.check_known("node-7.invalid")
+
+
 def test_a_name_that_stands_for_loopback(monkeypatch):
     """As Debian's installer leaves it: peers would be told to connect to 127.0.1.1."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:

@@ -29,6 +29,7 @@ from gowide_dist.launch.queue import (
 )
 from gowide_dist.launch.slurm import Job, Worker, check_folder, sbatch_script, submit_job
 from gowide_dist.prepare import Prepared, check_group, check_run
+from gowide_dist.progress import say_once
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
 
@@ -182,7 +183,7 @@ def prepare_chain(
     run = Run(runs.absolute() / recipe.name)
     check_folder(run.slurm, profile)
     for name in {*profile.stages} - {*recipe.stages} - {*recipe.instances}:
-        sys.stderr.write(f"gowide: cluster profile: stages.{name} matches no stage of recipe {recipe.name}; ignored\n")
+        say_once(f"gowide: cluster profile: stages.{name} matches no stage of the recipe; ignored")
     known = read_jobs(run.slurm)
     states = {key: state for key, state in newest_jobs(run.slurm, recipe.name).items() if not state.is_over}
     if encoding := _encoding(recipe):
