@@ -106,10 +106,11 @@ def _out_of_memory(instances: Sequence[Instance], ctx: TrainContext) -> str:
     of_images = sum(memory[part] for part in ("activations", "transient", "heap"))
     divisors = (n for n in range(batching.accumulate + 1, batching.local_batch + 1) if batching.local_batch % n == 0)
     smaller = next((f"set stages.{instance.stage_name}.optim.accumulate={n}, or " for n in divisors), "")
+    apart = ", or with --sequential (on a cluster: together: false)" if len(instances) > 1 else ""
     return (
         f"{display_name(instances)}: out of memory; {instance.network_name} needs about {needed / 1e9:.2f} GB per "
         f"process, {of_images / 1e9:.2f} GB of it for {batching.micro_batch} images at a time; "
-        f"{smaller}train in more processes" + (", or with --sequential" if len(instances) > 1 else "")
+        f"{smaller}train in more processes{apart}"
     )
 
 
