@@ -352,7 +352,7 @@ def submit(
     if dry_run or test_only:
         lines: list[str] = []
         for recipe in recipes:
-            chain = rehearse_chain(recipe, runs, profile, shared=shared, **options)
+            chain = rehearse_chain(recipe, runs, profile, shared=shared if seeds else None, **options)
             lines += chain.scripts() if dry_run else chain.try_out()
             expected = chain.rehearsed_ids.items()
             shared |= {chain.fingerprints[key]: f"{job_id}_OF_{recipe.name}" for key, job_id in expected}
@@ -362,7 +362,7 @@ def submit(
     for recipe in recipes[1:]:  # what does not fit is told before anything is submitted
         prepare_chain(recipe, runs, profile, **options)
     for recipe in recipes:
-        prepared, chain = prepare_chain(recipe, runs, profile, shared=shared, **options)
+        prepared, chain = prepare_chain(recipe, runs, profile, shared=shared if seeds else None, **options)
         write_run(prepared, fresh=fresh, in_jobs=chain.in_jobs)
         ids = chain.submit()
         shared |= {chain.fingerprints[key]: job_id for key, job_id in ids.items() if key in chain.fingerprints}

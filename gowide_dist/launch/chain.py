@@ -214,7 +214,7 @@ def prepare_chain(
             waits = replace(job, parents=(*job.parents, *encoding))
             planned |= {key: planned[key]._replace(job=waits) for key in job.keys}
     planned |= encoding
-    _add_logits_jobs(planned, recipe)
+    _add_logits_jobs(planned, recipe, fingerprints, shared)
     return prepared, Chain(run.slurm, planned, known, fingerprints)
 
 
@@ -242,7 +242,7 @@ def rehearse_chain(
     left = [instance for key, instance in selected.items() if key not in known]
     for job in _jobs(left, recipe, run, profile, copy_code):
         planned |= {key: Planned(Action.SUBMIT, None, job) for key in job.keys}
-    _add_logits_jobs(planned, recipe)
+    _add_logits_jobs(planned, recipe, fingerprints, shared)
     return Chain(run.slurm, planned, fingerprints=fingerprints)
 
 
@@ -260,24 +260,31 @@ def _jobs(instances: Sequence[Instance], recipe: Recipe, run: Run, profile: Prof
         yield replace(job, name=job_name(recipe.name, job.key))
 
 
-def _add_logits_jobs(planned: dict[str, Planned], recipe: Recipe) -> None:
+def _add_logits_jobs(
+    planned: dict[str, Planned], recipe: Recipe, fingerprints: dict[str, str], shared: Mapping[str, str] | None
+) -> None:
     """Where several jobs need the same stored logits, let them depend on one that stores these: no job waits for
-    another while it holds its nodes.
+    another while it holds its nodes. Of several seeds (`shared`) with one data stream, the first one's job does.
     """
     needing: dict[tuple[Hashable, ...], list[Job]] = {}
     for job in {id(each.job): each.job for each in planned.values() if each.job}.values():
         instance = recipe.instances[job.keys[0]]
         if instance.stage.has_stored_logits:
             needing.setdefault(instance.teacher_stream, []).append(job)
-    for jobs in needing.values():
-        if len(jobs) == 1:
+    for stream, jobs in needing.items():
+        if len(jobs) == 1 and (shared is None or recipe.data.seed is None):
             continue
         first = recipe.instances[jobs[0].keys[0]]
+        assert first.teacher is not None, "its logits are stored"
         key = f"{LOGITS}/{first.stage_name}"
-        if key not in planned or planned[key].action is not Action.WAIT_FOR:
+        fingerprints[key] = f"logits of {fingerprints[first.teacher]} for {[*stream]}"
+        if job_id := (shared or {}).get(fingerprints[key]):
+            planned[key] = Planned(Action.SHARE, job_id, None)
+        elif key not in planned or planned[key].action is not Action.WAIT_FOR:
             worker = replace(jobs[0].worker, arguments=(jobs[0].worker.arguments[0], first.key, "--logits"))
-            parents = (first.teacher,) if first.teacher else ()
-            stores = replace(jobs[0], keys=(key,), name=job_name(recipe.name, key), worker=worker, parents=parents)
+            stores = replace(
+                jobs[0], keys=(key,), name=job_name(recipe.name, key), worker=worker, parents=(first.teacher,)
+            )
             planned[key] = Planned(Action.SUBMIT, None, stores)
         for job in jobs:
             waits = replace(job, parents=(*job.parents, key))

@@ -49,6 +49,12 @@ def test_seeds_share_the_teacher(job):
     assert names == [f"chain:{stage}" for stage in stages] + [f"chain-3:{stage}" for stage in stages[1:]]
     assert "--dependency=afterok:ID_OF_teacher/wide_OF_chain\n" in scripts[5]
     assert "--dependency=afterok:ID_OF_imitate/thin:ID_OF_teacher/wide_OF_chain\n" in scripts[6]
+    stored = ["data.seed=0", "stages.distill.teacher_logits=stored"]
+    scripts = gowide("submit", job, *arguments, *stored).stdout.split("#!/bin/bash")[1:]
+    of_distill = [script for script in scripts if re.search("--job-name=chain.*:distill/", script)]
+    assert sum("--job-name=chain:teacher_logits/distill\n" in script for script in scripts) == 1
+    assert "ID_OF_teacher_logits/distill\n" in of_distill[0]
+    assert "ID_OF_teacher_logits/distill_OF_chain\n" in of_distill[1]
     for seeds in ("0,0", "0,", "-1", "a"):
         line = refused("submit", job, *arguments[:-1], seeds)
         assert line == f"--seeds {seeds}: should be different whole numbers with commas between, as 0,1,2"

@@ -137,8 +137,9 @@ def test_networks_of_a_stage_in_one_job_and_in_two(cluster, data, tmp_path):
     assert "stored the teacher's logits" in one.log("teacher_logits/kd")
     assert [row.split()[1] for row in one.status().splitlines()[1:]] == ["done"] * 4
 
-    two = Submitted(cluster, tmp_path, {**recipe, "name": "two"}, nodes=1, together=False)
-    two.submit("--only", "kd", "data.seed=0")
+    shutil.copytree(one.runs, tmp_path / "two" / "runs", ignore=shutil.ignore_patterns("slurm", "kd"))
+    two = Submitted(cluster, tmp_path / "two", recipe, nodes=1, together=False)
+    two.submit("--only", "kd")
     assert two.id("kd/thin") != two.id("kd/slim")
     for key in ("kd/thin", "kd/slim"):
         assert two.finishes(key).model_sha256 == one.run.stage(key).done.model_sha256
