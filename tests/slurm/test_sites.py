@@ -110,7 +110,7 @@ def test_three_seeds_in_one_command(cluster, data, tmp_path):
     assert result.stdout.count("all 2 stages are done") == 3, result.stderr
     report = gowide("report", submitted.run.path, "--seeds", "0,1,2", "--no-measure").stdout
     for text in (report, result.stdout):
-        assert re.search(r"imitate[ |]+thin[ |]+2[ |]+3 ", text), text
+        assert re.search(r"imitate[ |]+thin[ |]+2[ |]+\S+ ± \S+[ |]+3 ", text), text
 
 
 def test_networks_of_a_stage_in_one_job_and_in_two(cluster, data, tmp_path):
