@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from gowide_dist.launch.local import choose_num_processes, num_gpus, torchrun
 from gowide_dist.launch.profile import load_profile
 from gowide_dist.progress import write_text_only
 from gowide_dist.recipe import load_recipe
-from gowide_dist.run import Run, load_job
+from gowide_dist.run import Run, load_jobs, runs_of_seeds
 
 to_json = functools.partial(json.dumps, indent=2)  # as `--json` prints it
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -80,6 +81,14 @@ Overrides = Annotated[
 RunDir = Annotated[Path, Argument(help="A run directory, for example runs/demo.", metavar="RUN")]
 
 
+def seeds_of(text: str | None) -> list[int]:
+    """The seeds of `--seeds`. Raises UserError unless they are different whole numbers."""
+    seeds = (text or "").split(",") if text is not None else []
+    if not all(seed.strip().isdecimal() for seed in seeds) or len({*map(int, seeds)}) < len(seeds):
+        raise UserError(f"--seeds {text}: should be different whole numbers with commas between, as 0,1,2")
+    return [*map(int, seeds)]
+
+
 def complete_stage(context: typer.Context, incomplete: str) -> list[str]:
     """Shell completion: the stages of the recipe or run that is on the command line already."""
     words = [context.params.get("job"), context.params.get("run"), *context.args]  # args: words before an option
@@ -100,6 +109,9 @@ Networks = Annotated[
 ]
 Runs = Annotated[Path, Option(help="Folder of run directories.")]
 Fresh = Annotated[bool, Option(help="Discard what unfinished stages have left in this run's folder.")]
+Seeds = Annotated[
+    str | None, Option(help="A run for each of these seeds, which share the teacher: 0,1,2.", metavar="N,N,...")
+]
 Nproc = Annotated[
     int | None, Option(help="Processes; default: one per GPU, else per two cores; fewer to divide the batch.", min=1)
 ]
@@ -150,14 +162,15 @@ def encode(
     if dry_run and not cluster:
         raise UserError("encode --dry-run: prints the script of a Slurm job; give a --cluster profile")
     if cluster:
-        from gowide_dist.launch.encode import KEY, encode_job
+        from gowide_dist.launch.encode import encode_job
+        from gowide_dist.launch.queue import ENCODE
         from gowide_dist.launch.slurm import log_file
 
         chain = encode_job(dataset, out, root, options, load_profile(cluster), rehearse=dry_run)
         if dry_run:
             print_line("\n".join(chain.scripts()))
             return
-        job_id = chain.submit()[KEY]
+        job_id = chain.submit()[ENCODE]
         print_line(f"{out}  job {job_id}{'' if chain.jobs else ' already'}  {log_file(chain.folder, job_id)}")
         return
     raise_on_sigterm()
@@ -229,7 +242,11 @@ def run(
     runs: Runs = Path("runs"),
     only: Only = None,
     fresh: Fresh = False,
+    seeds: Seeds = None,
     sequential: Annotated[bool, Option("--sequential", help="Train the networks one by one: less memory.")] = False,
+    write_only: Annotated[
+        bool, Option("--write-only", help="Write the run, and print what a torchrun of your own executes.")
+    ] = False,
 ) -> None:
     """Train the unfinished stages of a recipe on this machine, and print the table of results.
 
@@ -239,20 +256,27 @@ def run(
     Example: `gowide run jobs/demo.yaml --nproc 2 stages.finetune.epochs=5`
     """
     from gowide_dist.insight.report import report
-    from gowide_dist.prepare import prepare
+    from gowide_dist.prepare import check_run, prepare
 
-    recipe = load_job(job, overrides or [], networks, runs)
-    num_processes = choose_num_processes(recipe, nproc)
-    prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=num_gpus() > 0, only=only or [], fresh=fresh)
-    total, left = len(prepared.selected), len(prepared.unfinished)
-    processes = "one process" if num_processes == 1 else f"{num_processes} processes"
-    to_train = f"{total - left} of {total} stages done, {left} to train in {processes}"
-    print_line(f"{prepared.run.path}: {to_train if left else f'all {total} stages are done, nothing to train'}")
-    if left:
+    recipes = load_jobs(job, overrides or [], networks, runs, seeds_of(seeds))
+    num_processes = (nproc or 1) if write_only else choose_num_processes(recipes[0], nproc)
+    for recipe in recipes[1:]:  # what does not fit is told before anything is trained
+        check_run(recipe, runs, only=only or [], fresh=fresh)
+    for recipe in recipes:
+        on_gpus = write_only or num_gpus() > 0
+        prepared = prepare(recipe, runs, num_processes=num_processes, on_gpus=on_gpus, only=only or [], fresh=fresh)
+        total, left = len(prepared.selected), len(prepared.unfinished)
+        processes = "one process" if num_processes == 1 else f"{num_processes} processes"
+        to_train = f"{total - left} of {total} stages done, {left} to train in {processes}"
+        print_line(f"{prepared.run.path}: {to_train if left else f'all {total} stages are done, nothing to train'}")
         keys = [instance.key for instance in prepared.unfinished]
-        options = ["--sequential"] if sequential else []
-        torchrun("gowide_dist.pipeline", [str(prepared.run.path), *keys, *options], num_processes)
-    print_line(report([prepared.run], measure=False)[0])
+        arguments = [str(prepared.run.path), *keys, *(["--sequential"] if sequential else [])]
+        if left and write_only:
+            print_line(f"-m gowide_dist.pipeline {shlex.join(arguments)}")
+        elif left:
+            torchrun("gowide_dist.pipeline", arguments, num_processes)
+    if not write_only:
+        print_line(report([Run(runs / recipe.name) for recipe in recipes], measure=False)[0])
 
 
 @command()
@@ -267,6 +291,7 @@ def plan(
     classes: Annotated[int | None, Option(help="Classes, where the images are not encoded.", min=1)] = None,
     measure: Annotated[bool, Option("--measure", help="Time a few real steps of each stage here.")] = False,
     scale: Annotated[bool, Option("--scale", help="Simulate 1 to 64 nodes: the profile's, else of 8 GPUs.")] = False,
+    seeds: Seeds = None,
     as_json: Json = False,
 ) -> None:
     """Say what a recipe costs before anything is spent: FLOPs, memory, hours, requeues, and what looks wrong.
@@ -276,11 +301,14 @@ def plan(
     Example: `gowide plan jobs/imagenet_rn50.yaml --cluster slurm/clusters/gpu8.yaml`
     """
     from gowide_dist.insight.assumed import data_size, this_machines_cores
-    from gowide_dist.insight.plan import plan, plan_table
+    from gowide_dist.insight.plan import plan, plan_seeds, plan_table, seeds_table
     from gowide_dist.insight.scale import scale_nodes, scale_table
     from gowide_dist.insight.timing import measured_cores
 
-    recipe, profile = load_job(job, overrides or [], networks, runs), load_profile(cluster) if cluster else None
+    recipes = load_jobs(job, overrides or [], networks, runs, seeds_of(seeds))
+    recipe, profile = recipes[0], load_profile(cluster) if cluster else None
+    if scale and seeds:
+        raise UserError("plan: --scale simulates one run; leave out --seeds")
     if measure and (profile or scale):
         raise UserError("plan: --measure times this machine; leave out --cluster and --scale, or run it in a job there")
     size, num_processes = data_size(recipe, images, classes), choose_num_processes(recipe, nproc)
@@ -289,8 +317,13 @@ def plan(
         data, text = {"assumptions": assumptions, "nodes": nodes}, scale_table(assumptions, nodes)
     else:
         cores = measured_cores(recipe, num_processes) if measure else this_machines_cores(num_processes)
-        result = plan(recipe, size, profile or cores, runs=None if images else runs)
-        data, text = asdict(result), plan_table(result)
+        where, known_runs = profile or cores, None if images else runs
+        if seeds:
+            planned = plan_seeds(recipes, size, where, runs=known_runs)
+            data, text = asdict(planned), seeds_table(planned)
+        else:
+            result = plan(recipe, size, where, runs=known_runs)
+            data, text = asdict(result), plan_table(result)
     print_line(to_json(data) if as_json else text)
 
 
@@ -303,12 +336,16 @@ def submit(
     runs: Runs = Path("runs"),
     only: Only = None,
     fresh: Fresh = False,
+    seeds: Seeds = None,
+    copy_code: Annotated[bool, Option(help="Jobs run the package as it is now, from a copy in the run.")] = True,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the sbatch scripts, and do nothing.")] = False,
     test_only: Annotated[bool, Option("--test-only", help="Ask Slurm whether it would take the jobs.")] = False,
 ) -> None:
     """Submit a Slurm job for each unfinished stage, which starts after those that it needs, and return.
 
     The same command again submits only what is missing.
+
+    --seeds submits a chain for each seed, side by side; the first one's teacher teaches all.
 
     Example: `gowide submit jobs/demo.yaml --cluster slurm/clusters/devcluster.yaml`
     """
@@ -317,30 +354,47 @@ def submit(
     from gowide_dist.launch.queue import require
     from gowide_dist.prepare import write_run
 
-    recipe, profile = load_job(job, overrides or [], networks, runs), load_profile(cluster)
+    recipes, profile = load_jobs(job, overrides or [], networks, runs, seeds_of(seeds)), load_profile(cluster)
+    options: dict[str, Any] = {"only": only or [], "fresh": fresh, "copy_code": copy_code}
+    shared: dict[str, str] = {}  # jobs of earlier seeds, by fingerprint
     if dry_run or test_only:
-        chain = rehearse_chain(recipe, runs, profile, only=only or [], fresh=fresh)
-        print_line(
-            "\n".join(chain.scripts() if dry_run else chain.try_out())
-            or f"{runs / recipe.name}: all of it is done; nothing to submit"
-        )
+        lines: list[str] = []
+        for recipe in recipes:
+            chain = rehearse_chain(recipe, runs, profile, shared=shared if seeds else None, **options)
+            lines += chain.scripts() if dry_run else chain.try_out()
+            expected = chain.rehearsed_ids.items()
+            shared |= {chain.fingerprints[key]: f"{job_id}_OF_{recipe.name}" for key, job_id in expected}
+        print_line("\n".join(lines) or f"{runs / recipes[0].name}: all of it is done; nothing to submit")
         return
     require("sbatch")
-    prepared, chain = prepare_chain(recipe, runs, profile, only=only or [], fresh=fresh)
-    write_run(prepared, fresh=fresh, in_jobs=chain.in_jobs)
-    print_line(submitted(prepared, chain.submit()))
+    for recipe in recipes[1:]:  # what does not fit is told before anything is submitted
+        prepare_chain(recipe, runs, profile, **options)
+    for recipe in recipes:
+        prepared, chain = prepare_chain(recipe, runs, profile, shared=shared if seeds else None, **options)
+        write_run(prepared, fresh=fresh, in_jobs=chain.in_jobs)
+        ids = chain.submit()
+        shared |= {chain.fingerprints[key]: job_id for key, job_id in ids.items() if key in chain.fingerprints}
+        if len(recipes) > 1:
+            print_line(f"{prepared.run.path}:")
+        print_line(submitted(prepared, chain, ids))
 
 
 @command()
-def status(run: RunDir, as_json: Json = False) -> None:
+def status(run: RunDir, seeds: Seeds = None, as_json: Json = False) -> None:
     """Show the stages of a run: their jobs, progress and time left.
 
     Example: `gowide status runs/demo`
     """
     from gowide_dist.insight.status import status, status_table
 
-    rows = status(Run(run))
-    print_line(to_json([asdict(row) for row in rows]) if as_json else status_table(rows))
+    runs = runs_of_seeds(Run(run), seeds_of(seeds))
+    tables = {str(each.path): status(each) for each in runs}
+    if as_json:
+        rows = {path: [asdict(row) for row in rows] for path, rows in tables.items()}
+        print_line(to_json(rows if seeds else rows[str(run)]))
+    else:
+        head = "{}:\n" if seeds else ""
+        print_line("\n".join(f"{head.format(path)}{status_table(rows)}" for path, rows in tables.items()))
 
 
 @command()
@@ -428,6 +482,7 @@ def report(
     runs: Annotated[list[Path], Argument(help="Run directories, finished or not.", metavar="RUN...")],
     out: Annotated[Path | None, Option(help="Folder to write to; default: report/ of the first run.")] = None,
     measure: Annotated[bool, Option(help="Latency, dead channels, agreement with teacher: once per network.")] = True,
+    seeds: Seeds = None,
     as_json: Json = False,
 ) -> None:
     """Print the results of a run, and write report.html, a page with all plots, and CSV and PNG files beside it.
@@ -439,7 +494,8 @@ def report(
     """
     from gowide_dist.insight.report import report
 
-    text, data = report([Run(path) for path in runs], measure=measure, out=out)
+    all_runs = [each for path in runs for each in runs_of_seeds(Run(path), seeds_of(seeds))]
+    text, data = report(all_runs, measure=measure, out=out)
     print_line(to_json(data) if as_json else text)
 
 

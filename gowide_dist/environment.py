@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from gowide_dist.machine import num_cores
 
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "numba", "submitit", "pydantic", "safetensors")
 _EXTRAS = ("timm",)  # noted where they are installed
+VERSION_FILE = "gowide_dist_version.json"  # beside a copy of the package
 
 
 def describe_environment(devices: list[str], world_size: int) -> dict[str, Any]:
@@ -41,8 +43,13 @@ def _extras() -> dict[str, str]:
 
 
 def code_version() -> dict[str, Any]:
-    """The version of this package, its git commit and whether the files differ from it."""
+    """The version of this package, its git commit and whether the files differ from it.
+
+    Of a copy of the package: what was noted when it was copied.
+    """
     folder = Path(__file__).parent
+    if (noted := folder.parent / VERSION_FILE).exists():
+        return dict(json.loads(noted.read_text()))
 
     def git(*arguments: str) -> str | None:
         if not shutil.which("git"):

@@ -23,6 +23,10 @@ class DataError(UserError):
     """A dataset is absent, damaged or not what the recipe expects."""
 
 
+class StallError(DataError):
+    """Data do not come in time: the file server may answer again later."""
+
+
 class RunError(UserError):
     """A run directory is damaged, locked or another recipe's, or a file cannot be written."""
 
@@ -64,3 +68,15 @@ def fixable(error: OSError | ImportError) -> str | None:
 def is_full(error: OSError) -> bool:
     """Whether the disk is full, or the quota used up."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)  # of a network file system
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether a stalling file server is behind an error, so that the same may work at the next start."""
+    while error:
+        if isinstance(error, StallError) or (isinstance(error, OSError) and error.errno in _PASSING):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from gowide_dist import stop
 from gowide_dist.data.info import read_dataset_info
 from gowide_dist.data.preprocessing import Preprocessing, read_preprocessing
-from gowide_dist.errors import DataError, RunError, UserError, fixable, is_full
+from gowide_dist.errors import DataError, RunError, UserError, fixable, is_full, may_pass
 from gowide_dist.identity import identities
 from gowide_dist.launch.local import (
     GPUS_VARIABLE,
@@ -29,7 +29,7 @@ from gowide_dist.launch.local import (
     leave_error,
     num_gpus,
 )
-from gowide_dist.prepare import check_data, check_foreign, check_group
+from gowide_dist.prepare import Prepared, adopt, check_data, check_foreign, check_group
 from gowide_dist.progress import write_text_only
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Done, Run, key_of
@@ -41,40 +41,51 @@ if TYPE_CHECKING:
     from gowide_dist.world import World
 
 
-def walk(run: Run, keys: Sequence[str], *, sequential: bool = False) -> None:
+def walk(run: Run, keys: Sequence[str], *, sequential: bool = False, logits: bool = False) -> None:
     """Train the named instances of a run, stage after stage; every process of the group calls this.
 
     Instances of one stage that follow each other train together, on one data stream and one pass of the teacher, or
-    with `sequential` one after the other, which takes less memory and gives the same weights.
+    with `sequential` one after the other, which takes less memory and gives the same weights. With `logits` they do not
+    train: their teacher's logits are stored.
     """
     from gowide_dist.train.context import TrainContext
-    from gowide_dist.train.loop import train_together
+    from gowide_dist.train.loop import store_logits, train_together
     from gowide_dist.world import join
 
     recipe = run.recipe()
     if unknown := [key for key in keys if key not in recipe.instances]:
         raise RunError(f"{run.recipe_path}: no longer has {', '.join(unknown)}; `gowide cancel` ends its jobs")
+    is_resolved = recipe.data.classes is not None  # not where it was submitted before the data were there
     recipe, checksums = check_data(recipe)
     with join() as world:
         check_group(recipe, world.size, on_gpus=world.device.type == "cuda")
         world.on_main(lambda: run.write_environment(world.device_names, world.size))
+        if not is_resolved:
+            world.on_main(lambda: run.write_recipe(recipe))
         with open_data(recipe, world) as data:
             ctx = TrainContext(recipe, run, world, data, world.on_main(lambda: identities(recipe, checksums)))
             world.on_main(
                 lambda: check_foreign(recipe, [recipe.instances[key] for key in keys if not ctx.is_done(key)])
             )
             for _, group in itertools.groupby(keys, lambda key: key if sequential else key.partition("/")[0]):
-                if left := world.on_main(functools.partial(_unfinished, list(group), ctx)):
-                    train_together([recipe.instances[key] for key in left], ctx)
+                if left := world.on_main(functools.partial(_unfinished, list(group), ctx, logits=logits)):
+                    instances = [recipe.instances[key] for key in left]
+                    task = store_logits if logits else train_together
+                    task(instances, ctx)
 
 
-def _unfinished(keys: Sequence[str], ctx: TrainContext) -> list[str]:
+def _unfinished(keys: Sequence[str], ctx: TrainContext, *, logits: bool) -> list[str]:
     """Those of the instances that are to be trained: a job that was requeued at its very end finds its own done.
 
-    Raises RunError unless all that they build on is finished: Slurm starts jobs whose parents it has forgotten.
+    What they build on, or for `logits` their teacher, may have been trained by a job of a run beside this one, as that
+    of another seed. Raises RunError unless all of it is finished: Slurm starts jobs whose parents it has forgotten.
     """
+    instances = ctx.recipe.instances
+    needs = {key: [instances[key].teacher or ""] if logits else instances[key].parents for key in keys}
+    parents = {parent: instances[parent] for key in keys for parent in needs[key]}
+    adopt(Prepared(ctx.recipe, ctx.run, parents, ctx.identities))
     for key in keys:
-        for parent in ctx.recipe.instances[key].parents:
+        for parent in needs[key]:
             if not ctx.is_done(parent):
                 raise RunError(f"{key}: needs {parent}, which is not finished in {ctx.run.path}; submit the run again")
     return [key for key in keys if not ctx.is_done(key)]
@@ -152,8 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("keys", nargs="+", metavar="STAGE/NETWORK")
     parser.add_argument("--sequential", action="store_true", help="one instance after the other")
+    parser.add_argument("--logits", action="store_true", help="store the teacher's logits, and train nothing")
     given = parser.parse_args(arguments)
-    return work(functools.partial(walk, Run(given.run), given.keys, sequential=given.sequential), given.run)
+    options = {"sequential": given.sequential, "logits": given.logits}
+    return work(functools.partial(walk, Run(given.run), given.keys, **options), given.run)
 
 
 def work(task: Callable[[], None], path: Path) -> int:
@@ -169,6 +182,9 @@ def work(task: Callable[[], None], path: Path) -> int:
             os.environ.setdefault(GPUS_VARIABLE, str(num_gpus()))  # a torchrun of the user's own says nothing of GPUs
         task()
     except UserError as error:
+        if may_pass(error) and "TORCHELASTIC_RUN_ID" not in os.environ:  # Slurm's batch script tries again
+            sys.stderr.write(f"{error}\n")
+            return 1
         leave_error(str(error))
         return 2
     except stop.Stopped as stopped:

@@ -22,7 +22,7 @@ from gowide_dist.files import is_safetensors, write_atomically
 from gowide_dist.identity import fingerprint, identities
 from gowide_dist.networks.foreign import Foreign
 from gowide_dist.networks.normalise import DATASET
-from gowide_dist.progress import say
+from gowide_dist.progress import say_once
 from gowide_dist.recipe import Data, Instance, Recipe
 from gowide_dist.run import Run, StageDir
 from gowide_dist.stages import File, KlStage
@@ -92,7 +92,7 @@ def check_foreign(recipe: Recipe, instances: Collection[Instance]) -> None:
     for instance in instances:
         if instance.init_file and isinstance(instance.architecture, Foreign):
             for note in _check_preprocessing(instance, instance.init_file, recipe):
-                say(f"note: {note}")
+                say_once(f"note: {note}")
 
 
 def check_run(
@@ -120,9 +120,9 @@ def check_run(
             stage_dir.check_identity(prepared.identities[instance.key])
     assert recipe.data.classes is not None, "checked data fills it in"
     for note in check_files(recipe, prepared.unfinished, recipe.data.classes):
-        say(f"note: {note}")
+        say_once(f"note: {note}")
     for line in without_effect(recipe, prepared.unfinished, check_split(recipe.data.train).samples):
-        say(f"warning: {line}")
+        say_once(f"warning: {line}")
     return prepared
 
 
@@ -181,15 +181,22 @@ def write_run(prepared: Prepared, *, fresh: bool = False, in_jobs: Collection[st
     for instance in prepared.unfinished if fresh else ():
         run.stage(instance.key).clear()
     run.write_recipe(prepared.recipe)
+    adopt(prepared, in_jobs=in_jobs)
+
+
+def adopt(prepared: Prepared, *, in_jobs: Collection[str] = ()) -> None:
+    """Copy what runs beside this one have finished of its unfinished instances, unless a Slurm job writes them."""
     for instance in prepared.unfinished:
         if instance.key not in in_jobs and (finished := prepared.sibling(instance.key)):
-            _copy(finished, run.stage(instance.key), prepared.identities[instance.key])
+            _copy(finished, prepared.run.stage(instance.key), prepared.identities[instance.key])
 
 
 def _copy(finished: StageDir, to: StageDir, identity: Mapping[str, Any]) -> None:
     """Copy the results of a sibling run."""
     assert finished.done is not None
     with to.lock():
+        if StageDir(to.path, to.key).is_done(fingerprint(identity)):
+            return  # another job of this run was faster
         to.claim(identity)
         write_atomically(to.model, finished.model.read_bytes())
         if finished.metrics.exists():

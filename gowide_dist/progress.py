@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import sys
@@ -92,6 +93,12 @@ def say(text: str) -> None:
 def one_line(text: object) -> str:
     """With the line breaks that names of files may have written as \\n."""
     return "\\n".join(str(text).splitlines())
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """`say`, unless it was said already: several seeds of a recipe have the same to say."""
+    say(text)
 
 
 def track(items: Iterable[Item], name: str, total: int, unit: str = "images") -> Iterator[Item]:

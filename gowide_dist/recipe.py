@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import gt, ne
 from pathlib import Path
@@ -209,6 +209,16 @@ class Instance(NamedTuple):
     def parents(self) -> tuple[str, ...]:
         """The instances whose weights this one needs."""
         return tuple(dict.fromkeys(key for key in (self.init, self.teacher) if key))
+
+    @property
+    def teacher_stream(self) -> tuple[Hashable, ...]:
+        """Equal for instances that need the same outputs of the same teacher."""
+        stage = self.stage
+        stream = self.teacher, self.data_seed, stage.epochs, stage.ramp
+        if not isinstance(stage, KlStage):
+            return (stage.objective, *stream)
+        kept = stage.top_k, stage.temperature if stage.top_k else None
+        return (stage.objective, *stream, stage.mixup, stage.cutmix, *kept)
 
 
 class Recipe(Frozen):
@@ -497,3 +507,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), networks: str |
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
     return recipe
+
+
+def load_seeds(
+    path: str | Path, overrides: Sequence[str], seeds: Sequence[int], networks: str | Path | None = None
+) -> list[Recipe]:
+    """A recipe for each seed; none: the recipe as it is. A run of another seed than the recipe's is `NAME-SEED`.
+
+    Stages that teach, and those that they start from, keep the recipe's seed unless they have one of their own, so that
+    all runs share the teacher.
+    """
+    recipe = load_recipe(path, overrides, networks)
+    if not seeds:
+        return [recipe]
+    instances = recipe.instances
+    teachers = {instance.teacher for instance in instances.values() if instance.teacher}
+    shared = {instances[key].stage_name for key in (recipe.select(teachers) if teachers else {})}
+    keep = [f"stages.{name}.seed={recipe.seed}" for name in shared if recipe.stages[name].seed is None]
+    return [
+        load_recipe(path, [*overrides, *keep, f"seed={seed}", f"name={run_of_seed(recipe, seed)}"], networks)
+        for seed in seeds
+    ]
+
+
+def run_of_seed(recipe: Recipe, seed: int) -> str:
+    """The name of the run of another seed."""
+    return recipe.name if seed == recipe.seed else f"{recipe.name}-{seed}"

@@ -23,7 +23,7 @@ from gowide_dist.files import flock, sha256, temporary_name, write_atomically, w
 from gowide_dist.identity import fingerprint, recipe_identity
 from gowide_dist.networks.foreign import NETWORKS
 from gowide_dist.progress import say
-from gowide_dist.recipe import Recipe, load_recipe
+from gowide_dist.recipe import Recipe, load_recipe, load_seeds, run_of_seed
 from gowide_dist.schema import nearest, read_yaml
 
 LOCK_WAIT_S = 150  # a file server frees a dead node's locks late
@@ -58,6 +58,13 @@ class StageDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint, by its description's name."""
+        return max(
+            (int(path.stem.removeprefix("step-")) for path in self.checkpoints.glob("step-*.json")), default=None
+        )
 
     @property
     def metrics(self) -> Path:
@@ -189,18 +196,22 @@ class StageDir:
             yield
 
 
-def load_job(job: Path, overrides: Sequence[str], networks: Path | None, runs: Path) -> Recipe:
-    """The recipe of a command. Without `networks`, its run's copy serves, as the same command continues a run.
+def load_jobs(
+    job: Path, overrides: Sequence[str], networks: Path | None, runs: Path, seeds: Sequence[int] = ()
+) -> list[Recipe]:
+    """The recipes of a command, one for each seed. Without `networks` the copy in a run of theirs serves, as the same
+    command continues a run.
 
     Raises RecipeError as `load_recipe` does.
     """
     if networks is None:
-        copy = Run(runs / str(read_yaml(job, overrides).get("name"))).networks
-        return load_recipe(job, overrides, copy if copy.is_file() else None)
-    recipe = load_recipe(job, overrides, networks)
-    if recipe.code is None:
+        name = read_yaml(job, overrides).get("name")
+        copies = [Run(runs / each).networks for each in (f"{name}", *(f"{name}-{seed}" for seed in seeds))]
+        return load_seeds(job, overrides, seeds, next((copy for copy in copies if copy.is_file()), None))
+    recipes = load_seeds(job, overrides, seeds, networks)
+    if recipes[0].code is None:
         say(f"note: --networks {networks} has no effect: no network of {job} is `own`")
-    return recipe
+    return recipes
 
 
 @dataclass(frozen=True)
@@ -271,6 +282,12 @@ class Run:
         """Record code, packages, machine and command, to explain results later."""
         environment = json.dumps(describe_environment(devices, world_size), indent=2)
         write_atomically(self.path / "environment.json", f"{environment}\n")
+
+
+def runs_of_seeds(run: Run, seeds: Sequence[int]) -> list[Run]:
+    """The runs of `--seeds`, beside the run of the recipe's own seed; none: that run alone."""
+    recipe = run.recipe() if seeds else None
+    return [Run(run.path.with_name(run_of_seed(recipe, seed))) for seed in seeds] if recipe else [run]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

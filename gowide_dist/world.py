@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gowide_dist import stop
-from gowide_dist.errors import UserError, number_from
-from gowide_dist.machine import num_cores
+from gowide_dist.errors import UserError, may_pass, number_from
+from gowide_dist.machine import check_known, mend_loopback, num_cores
 
 # A process that waits longer for the others ends with an error.
 COLLECTIVE_TIMEOUT = timedelta(seconds=number_from("GOWIDE_COLLECTIVE_TIMEOUT_S", 600, least=1))
@@ -208,7 +208,7 @@ class PeerError(Exception):
 
 def _portable(error: BaseException) -> Exception:
     """What other processes raise for an error of rank 0: the same if it is for the user, and can travel."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) and not may_pass(error):
         with suppress(Exception):
             return cast(UserError, pickle.loads(pickle.dumps(error)))
     return PeerError(f"rank 0: {error!r}")
@@ -276,6 +276,9 @@ def join() -> Iterator[World]:
     device = choose_device(local_rank)
     cores = max(1, num_cores() // local_size)
     torch.set_num_threads(max(1, number_from("OMP_NUM_THREADS", cores)))
+    if size > local_size:
+        check_known(os.environ["MASTER_ADDR"])
+        mend_loopback([os.environ["MASTER_ADDR"]])
     if size > 1:
         _check_interfaces()
         device_id = device if device.type == "cuda" else None

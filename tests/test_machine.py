@@ -1,12 +1,14 @@
 """Limits of control groups, in the files in which the kernel shows them."""
 
 import os
+import socket
 
 import pytest
 
 from gowide_dist import machine
 from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.environment import describe_environment
+from gowide_dist.errors import UserError
 from gowide_dist.insight import doctor
 from gowide_dist.launch.local import default_num_processes
 
@@ -82,3 +84,28 @@ def test_memory_that_a_group_leaves(groups, own, folder, limit, used, cached):
     assert available_memory_bytes() == GIB // 4 - GIB // 8 + 2 * GIB // 64
     groups(own, **{f"{folder}/{limit}": "max\n"})
     assert available_memory_bytes() > GIB // 4
+
+
+def test_a_name_that_nobody_knows():
+    machine.check_known("localhost")
+    with pytest.raises(UserError, match=r"node-7.invalid: .* does not know this node's name .*; in a container, bind"):
+        machine.check_known("node-7.invalid")
+
+
+def test_a_name_that_stands_for_loopback(monkeypatch):
+    """As Debian's installer leaves it: peers would be told to connect to 127.0.1.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        try:
+            route.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no network interface but loopback")
+        address = route.getsockname()[0]
+    known = {socket.gethostname(): "127.0.1.1", "peer": "192.0.2.1", "local": "127.0.0.1", "nowhere": "255.255.255.255"}
+    monkeypatch.setattr(socket, "gethostbyname", known.__getitem__)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    machine.mend_loopback([socket.gethostname(), "local"])
+    assert "GLOO_SOCKET_IFNAME" not in os.environ, "all of them are on this machine"
+    with pytest.raises(UserError, match="this node's name stands for a loopback address"):
+        machine.mend_loopback(["nowhere"])
+    machine.mend_loopback([socket.gethostname(), "local", "peer"])
+    assert machine._interface_address(os.environ["GLOO_SOCKET_IFNAME"]) == address

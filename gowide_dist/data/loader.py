@@ -27,7 +27,7 @@ from gowide_dist.data.order import (
     read_ahead_schedule,
     validation_part,
 )
-from gowide_dist.errors import DataError
+from gowide_dist.errors import DataError, StallError
 from gowide_dist.networks.normalise import Channels
 from gowide_dist.recipe import Augment, Data
 from gowide_dist.timeline import Batching
@@ -217,7 +217,7 @@ class Loader:
         except multiprocessing.TimeoutError:
             self._stalled = True
             line = f"{self._path}: no data within {self._timeout_s:g} s; is the file system hanging?"
-            raise DataError(line) from None
+            raise StallError(line) from None
 
 
 def _check_images(

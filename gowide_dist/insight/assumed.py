@@ -100,19 +100,17 @@ def decoded_per_s(size: DataSize, device: Device) -> float:
     return device.images_per_s_per_cpu or (JPEGS_PER_S_PER_CPU if size.jpegs else math.inf)
 
 
-def known_outputs(recipe: Recipe, done: Collection[str], *, together: bool) -> set[str]:
-    """Instances whose teacher does not run: its outputs are stored, or computed for another instance of the stage.
-
-    together: instances of a stage train in one pass, as under `gowide run`.
-    """
+def known_outputs(recipe: Recipe, done: Collection[str], jobs: Iterable[Iterable[Instance]]) -> set[str]:
+    """Instances whose teacher does not run: its outputs are stored, or computed for another instance of the job."""
+    job_of = {instance.key: number for number, job in enumerate(jobs) for instance in job}
     known: set[str] = set()
     computed: set[Hashable] = set()
     for key in sorted(recipe.instances, key=lambda key: key not in done):  # done ones have stored theirs
         instance = recipe.instances[key]
         if instance.stage.has_stored_logits:
-            outputs: Hashable = _stream(instance)
-        elif together and key not in done:
-            outputs = instance.stage_name
+            outputs: Hashable = instance.teacher_stream
+        elif key not in done:
+            outputs = job_of[key]
         else:
             continue
         if outputs in computed:
@@ -126,13 +124,12 @@ def notes_on_logits(recipe: Recipe, instances: Iterable[Instance], size: DataSiz
     groups: dict[Hashable, list[Instance]] = {}
     for instance in instances:
         if isinstance(instance.stage, KlStage) and instance.stage.epochs and not instance.stage.blocks_weight:
-            groups.setdefault(_stream(instance), []).append(instance)
+            groups.setdefault(instance.teacher_stream, []).append(instance)
     for students in groups.values():
         instance, stage = students[0], students[0].stage
         assert isinstance(stage, KlStage)
         is_stored, num_classes = all(student.stage.has_stored_logits for student in students), size.classes
-        together = is_this_machine(profile)  # the instances of a stage then train in one pass
-        if (count := len({student.stage_name if together else student.key for student in students})) == 1:
+        if (count := len(profile.jobs(students))) == 1:  # they train in one pass
             continue
         images_per_epoch = size.train // recipe.batch_size * recipe.batch_size
         images = stage.epochs * images_per_epoch
@@ -148,13 +145,3 @@ def notes_on_logits(recipe: Recipe, instances: Iterable[Instance], size: DataSiz
             f"further student or seed of the same stream, for {gigabytes(images * row)} "
             f"({rows}, {f'{top_k} best' if top_k else f'all {num_classes}'} classes)"
         )
-
-
-def _stream(instance: Instance) -> tuple[Hashable, ...]:
-    """Equal for stages that need the same outputs of the same teacher."""
-    stage = instance.stage
-    stream = instance.teacher, instance.data_seed, stage.epochs, stage.ramp
-    if not isinstance(stage, KlStage):
-        return (stage.objective, *stream)
-    kept = stage.top_k, stage.temperature if stage.top_k else None
-    return (stage.objective, *stream, stage.mixup, stage.cutmix, *kept)

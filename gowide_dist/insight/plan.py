@@ -6,6 +6,7 @@ maker states them, count the multiply and the add: a stage takes 2 x multiply-ad
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,17 +81,48 @@ class Plan:
     notes: list[str]
 
 
-def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None = None) -> Plan:
+@dataclass(frozen=True)
+class SeedsPlan:
+    """A recipe with several seeds. A stage that they share counts for the first of them."""
+
+    plans: list[Plan]
+    hours: float  # one stage after the other
+    device_hours: float
+    longest_hours: float  # all seeds side by side
+
+
+def plan_seeds(recipes: Sequence[Recipe], size: DataSize, profile: Profile, *, runs: Path | None = None) -> SeedsPlan:
+    """Plan the recipes of several seeds, as `plan` does each."""
+    shared: dict[str, tuple[str, float]] = {}  # by fingerprint: the run that trains it, in so many hours
+    plans, longest = list[Plan](), list[float]()
+    for recipe in recipes:
+        fingerprints = {key: fingerprint(identity) for key, identity in identities(recipe, {}).items()}
+        known = {key: shared[of_key] for key, of_key in fingerprints.items() if of_key in shared}
+        plans.append(plan(recipe, size, profile, runs=runs, shared={key: run for key, (run, _) in known.items()}))
+        hours = {stage.stage: known.get(stage.stage, ("", stage.hours))[1] for stage in plans[-1].stages}
+        longest.append(_longest_path(recipe, profile.jobs(recipe.instances.values()), hours)[1])
+        shared = {of_key: (recipe.name, hours[key]) for key, of_key in fingerprints.items()} | shared
+    return SeedsPlan(plans, sum(each.hours for each in plans), sum(each.device_hours for each in plans), max(longest))
+
+
+def plan(
+    recipe: Recipe, size: DataSize, profile: Profile, *,
+    runs: Path | None = None, shared: Mapping[str, str] | None = None,
+) -> Plan:  # fmt: skip
     """Plan a recipe on a cluster or `this_machines_cores`. runs: where stages may be done already.
 
-    Writes nothing. Raises UserError if recipe, data and profile do not fit.
+    shared: the runs that train instances which this one shares with them. Writes nothing. Raises UserError if recipe,
+    data and profile do not fit.
     """
     if size.train < recipe.batch_size:
         raise DataError(f"batch_size: {recipe.batch_size} is more than the {size.train:,} training images")
     _check_foreign(recipe, size)
     progress = _progress(recipe, runs) if runs else {}
+    for key, run in (shared or {}).items():
+        progress.setdefault(key, f"shared with {run}")
     done = {key for key, state in progress.items() if isinstance(state, str)}
-    known = known_outputs(recipe, done, together=is_this_machine(profile))
+    jobs = profile.jobs(recipe.instances.values())
+    known = known_outputs(recipe, done, jobs)
     stages: list[StagePlan] = []
     warnings: list[str] = []
     for key, instance in recipe.instances.items():
@@ -108,8 +140,9 @@ def plan(recipe: Recipe, size: DataSize, profile: Profile, *, runs: Path | None 
                 warnings.append(str(error))
             except DataError:  # the dataset is elsewhere
                 pass
-    parents = {key: instance.parents for key, instance in recipe.instances.items()}
-    path, hours = longest_path({stage.stage: stage.hours for stage in stages}, parents)
+    if not is_this_machine(profile):
+        notes += _notes_on_jobs(recipe, size, profile, stages)
+    path, hours = _longest_path(recipe, jobs, {stage.stage: stage.hours for stage in stages})
     return Plan(
         recipe=recipe.name,
         data=size,
@@ -130,6 +163,43 @@ def _check_foreign(recipe: Recipe, size: DataSize) -> None:
     check_foreign(recipe.model_copy(update={"data": data}), [*recipe.instances.values()])
 
 
+def _notes_on_jobs(recipe: Recipe, size: DataSize, profile: Profile, stages: Sequence[StagePlan]) -> Iterator[str]:
+    """What the networks of a stage take in one job, and what in jobs of their own."""
+    planned = {stage.stage: stage for stage in stages if stage.steps_left}
+    for job in profile.jobs([recipe.instances[key] for key in planned]):
+        if len(job) == 1:
+            continue
+        together = [planned[instance.key] for instance in job]
+        alone = [
+            _plan_stage(
+                instance, recipe, size, profile.resources(instance), stage.steps - stage.steps_left,
+                not instance.stage.has_stored_logits,
+            )
+            for instance, stage in zip(job, together, strict=True)
+        ]  # fmt: skip
+        networks = ", ".join(instance.network_name for instance in job)
+        yield (
+            f"{job[0].stage_name}: {networks} are one job of {duration(sum(stage.hours for stage in together))}, "
+            f"{duration(sum(stage.device_hours for stage in together))} on all devices; with together: false "
+            f"{len(job)} jobs, the longest of {duration(max(stage.hours for stage in alone))}, "
+            f"{duration(sum(stage.device_hours for stage in alone))} on all devices"
+        )
+
+
+def _longest_path(
+    recipe: Recipe, jobs: Sequence[Sequence[Instance]], hours: Mapping[str, float]
+) -> tuple[list[str], float]:
+    """The path of dependent jobs that takes longest: their instances, and its hours."""
+    job_of = {instance.key: str(number) for number, job in enumerate(jobs) for instance in job}
+    lengths = {str(number): sum(hours[instance.key] for instance in job) for number, job in enumerate(jobs)}
+    parents = {
+        str(number): [job_of[parent] for instance in job for parent in instance.parents]
+        for number, job in enumerate(jobs)
+    }
+    path, length = longest_path(lengths, parents)
+    return [instance.key for number in path for instance in jobs[int(number)]], length
+
+
 def restarts(work_s: float, timeout_s: float, lost_s: float) -> float:
     """How often a job of `work_s` is queued again when each allocation ends after `timeout_s` and each restart loses
     `lost_s`: the smallest r with work + r lost <= (r + 1) timeout. Infinite where a restart loses the whole allocation.
@@ -142,13 +212,15 @@ def restarts(work_s: float, timeout_s: float, lost_s: float) -> float:
 
 
 def longest_path(lengths: Mapping[str, float], parents: Mapping[str, Sequence[str]]) -> tuple[list[str], float]:
-    """The path through the graph that takes longest, and its length. Keys: parents before children."""
-    best: dict[str, tuple[list[str], float]] = {}
-    for key, length in lengths.items():
-        before = [best[parent] for parent in parents[key] if parent in best]
+    """The path through the graph that takes longest, and its length."""
+
+    @functools.cache
+    def best(key: str) -> tuple[list[str], float]:
+        before = [best(parent) for parent in parents[key] if parent in lengths]
         path, so_far = max(before, key=lambda entry: entry[1], default=([], 0.0))
-        best[key] = [*path, key], so_far + length
-    return max(best.values(), key=lambda entry: entry[1], default=([], 0.0))
+        return [*path, key], so_far + lengths[key]
+
+    return max(map(best, lengths), key=lambda entry: entry[1], default=([], 0.0))
 
 
 def _progress(recipe: Recipe, runs: Path) -> dict[str, str | int]:
@@ -323,3 +395,16 @@ def plan_table(plan: Plan) -> str:
         *(f"note: {line}" for line in plan.notes),
     ]
     return "\n".join(lines)
+
+
+def seeds_table(planned: SeedsPlan) -> str:
+    """The first seed's plan, and what each of them takes, as lines of text."""
+    rows = [(each.recipe, duration(each.hours), duration(each.device_hours)) for each in planned.plans]
+    return "\n".join(
+        [
+            plan_table(planned.plans[0]),
+            f"\n{table(('run', 'time', 'device time'), rows)}\n",
+            f"all {len(rows)} seeds: one stage after the other {duration(planned.hours)}; on all devices "
+            f"{duration(planned.device_hours)}; side by side {duration(planned.longest_hours)}",
+        ]
+    )

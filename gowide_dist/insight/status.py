@@ -12,16 +12,28 @@ from dataclasses import dataclass
 from gowide_dist.data.info import check_split
 from gowide_dist.errors import RunError, UserError
 from gowide_dist.insight.text import table
+from gowide_dist.launch.chain import LOGITS, Action, Chain
+from gowide_dist.launch.code import has_changed
 from gowide_dist.launch.local import read_error
-from gowide_dist.launch.queue import JobState, cancel, newest_jobs, read_jobs
-from gowide_dist.launch.slurm import log_file, start_of
+from gowide_dist.launch.queue import JobState, SlurmError, cancel, is_followed, newest_jobs, read_jobs
+from gowide_dist.launch.slurm import is_refused, log_file, start_of
 from gowide_dist.prepare import Prepared
 from gowide_dist.progress import clock
 from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run, key_of, read_metrics
 
+CODE_HAS_CHANGED = "runs the package as it was submitted; it has changed since"
 FOLLOW_EVERY_S = 0.5
 ASK_SLURM_EVERY = 10  # of these
+# States in which Slurm leaves a job that it has ended itself, and has not queued again.
+_INTERRUPTED = {
+    "PREEMPTED": "another job took its nodes",
+    "TIMEOUT": "its time ended before it could save",
+    "NODE_FAIL": "its node failed",
+    "BOOT_FAIL": "its node did not boot",
+    "DEADLINE": "its deadline came",
+    "REVOKED": "another cluster took it",
+}
 
 
 @dataclass
@@ -48,18 +60,33 @@ def status(run: Run) -> list[StageStatus]:
     rows = []
     for key in {**recipe.instances, **jobs}:
         job = jobs.get(key)
-        row = StageStatus(key, job=ids[key][-1] if key in ids else None, restarts=job.restarts if job else None)
+        row = StageStatus(key, job=ids[key][-1] if key in ids else None)
+        if job:
+            row.restarts = job.restarts + sum(is_followed(run.slurm, job_id) for job_id in ids[key])
         if done := finished.get(key):
             row.state, row.step, row.steps, row.top1 = "done", done.steps, done.steps, done.top1
         elif key in recipe.instances:
             _add_state(row, run, recipe, job)
-        elif job and (job.is_waiting or job.is_running):
-            row.state, row.where = "queued" if job.is_waiting else "running", job.nodes or None
-            row.note = "no longer in the recipe"
-        else:
+        elif job and not _add_other_job(row, run, job):
             continue
+        if row.state in ("queued", "running") and job and has_changed(run.slurm, job.job_id):
+            row.note = f"{row.note}; {CODE_HAS_CHANGED}".removeprefix("; ")
         rows.append(row)
     return rows
+
+
+def _add_other_job(row: StageStatus, run: Run, job: JobState) -> bool:
+    """The state of a job that trains no instance of the recipe; False if there is nothing to say of it."""
+    stores_logits = row.stage.startswith(f"{LOGITS}/")
+    row.where = job.nodes or None
+    if job.is_waiting or job.is_running:
+        row.state = "queued" if job.is_waiting else "running"
+        row.note = "stores the teacher's logits for several stages" if stores_logits else "no longer in the recipe"
+        return True
+    if stores_logits and job.state == "FAILED":
+        row.state, row.note = "failed", _failure(run, job)
+        return True
+    return False
 
 
 def _add_state(row: StageStatus, run: Run, recipe: Recipe, job: JobState | None) -> None:
@@ -89,8 +116,23 @@ def _add_state(row: StageStatus, run: Run, recipe: Recipe, job: JobState | None)
         row.state, row.note = "queued", f"{job.reason or job.state}{starts}"
     elif job.state == "CANCELLED":
         row.state = "cancelled"
+    elif interruption := _interruption(run, row.stage, job):
+        row.state, row.note = "stopped", interruption
     else:
         row.state, row.note = "failed", _failure(run, job)
+
+
+def _interruption(run: Run, key: str, job: JobState) -> str | None:
+    """What ended a job from outside, and how it goes on; None if its processes failed."""
+    if is_refused(run.slurm, job.job_id):
+        what = "Slurm refuses to queue its job again"
+    elif job.state in _INTERRUPTED:
+        what = f"{job.state}: {_INTERRUPTED[job.state]}"
+    else:
+        return None
+    step = run.stage(key).saved_step
+    saved = "nothing is saved yet, `gowide submit` begins it again"
+    return f"{what}; {saved if step is None else f'saved at step {step:,}, `gowide submit` continues there'}"
 
 
 def _failure(run: Run, job: JobState) -> str:
@@ -120,14 +162,21 @@ def status_table(rows: Iterable[StageStatus]) -> str:
     return table(head, cells, left=(0, 1, 2, 3, 8))
 
 
-def submitted(prepared: Prepared, ids: Mapping[str, str]) -> str:
+def submitted(prepared: Prepared, chain: Chain, ids: Mapping[str, str]) -> str:
     """A line for every selected instance: its job, the instances that it waits for, and its log."""
     lines = []
-    for key, instance in prepared.selected.items():
-        parents = ", ".join(parent for parent in instance.parents if parent in ids)
+    for key in {**prepared.selected, **dict.fromkeys(job.key for job in chain.jobs if job.key.startswith(LOGITS))}:
+        planned = chain.planned.get(key)
+        if key not in ids or planned is None:
+            lines.append(f"{key}  done")
+            continue
+        if planned.action is Action.SHARE:
+            lines.append(f"{key}  job {ids[key]} of another seed")
+            continue
+        needed = planned.job.parents if planned.job else prepared.selected[key].parents
+        parents = ", ".join(parent for parent in needed if parent in ids and ids[parent] != ids[key])
         after = f"  after {parents}" if parents else ""
-        job = f"job {ids[key]}{after}  {log_file(prepared.run.slurm, ids[key])}" if key in ids else "done"
-        lines.append(f"{key}  {job}")
+        lines.append(f"{key}  job {ids[key]}{after}  {log_file(prepared.run.slurm, ids[key])}")
     return "\n".join(lines)
 
 
@@ -153,7 +202,10 @@ def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterat
             return
         time.sleep(FOLLOW_EVERY_S)
         if turn % ASK_SLURM_EVERY == 0:
-            job = newest_jobs(run.slurm, recipe.name).get(key)
+            try:
+                job = newest_jobs(run.slurm, recipe.name).get(key)
+            except SlurmError:
+                continue  # a busy controller answers later
             follow = job is not None and not job.is_over  # over: what it has printed since the last turn is left
 
 

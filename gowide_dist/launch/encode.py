@@ -10,14 +10,13 @@ from pathlib import Path
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.errors import UserError, fixable
 from gowide_dist.launch.chain import Action, Chain, Planned, action_for
+from gowide_dist.launch.code import code_folder
 from gowide_dist.launch.local import leave_error
 from gowide_dist.launch.profile import Profile
-from gowide_dist.launch.queue import job_name, newest_jobs
+from gowide_dist.launch.queue import ENCODE, encode_folder, job_name, newest_jobs
 from gowide_dist.launch.slurm import Job, Worker, check_folder
 from gowide_dist.progress import write_text_only
 from gowide_dist.stop import WARNING_SIGNAL, raise_on_sigterm
-
-KEY = "encode"
 
 
 def encode_job(
@@ -29,15 +28,19 @@ def encode_job(
     not see the folder, or if Slurm does not answer.
     """
     out = out.absolute()
-    folder = out.with_name(f"{out.name}.slurm")
+    folder = encode_folder(out)
     check_folder(folder, profile)
-    state = None if rehearse else newest_jobs(folder, out.name).get(KEY)
+    state = None if rehearse else newest_jobs(folder, out.name).get(ENCODE)
     resources = profile.encode_resources()
     options = replace(options, workers=options.workers or resources.cpus_per_task)
     worker = Worker(__name__, (dataset, str(out), str(root.absolute()) if root else "", json.dumps(asdict(options))))
     action = action_for(state)
-    job = None if action is Action.WAIT_FOR else Job(KEY, job_name(out.name, KEY), worker, resources)
-    return Chain(folder, {KEY: Planned(action, state.job_id if state else None, job)})
+    job = (
+        None
+        if action is Action.WAIT_FOR
+        else Job((ENCODE,), job_name(out.name, ENCODE), worker, resources, code=code_folder(folder))
+    )
+    return Chain(folder, {ENCODE: Planned(action, state.job_id if state else None, job)})
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ _OWN_OPTIONS = {
     "nodes": "nodes", "gpus-per-node": "gpus_per_node", "gres": "gpus_per_node", "gpus": "gpus_per_node",
     "ntasks-per-node": "processes_per_node", "ntasks": "processes_per_node", "cpus-per-task": "cpus_per_task",
     "mem": "mem_gb", "time": "timeout_min", "signal": "signal_delay_s", "export": "environment",
+    "requeue": "requeue", "no-requeue": "requeue",
 }  # fmt: skip
 _OWN_SRUN_OPTIONS = {
     "--cpu-bind": "say {option} with cpu_bind", "--cpus-per-task": "say {option} with cpus_per_task",
@@ -27,8 +28,9 @@ _OWN_SRUN_OPTIONS = {
     "-K": "{option} is set by gowide submit", "--output": "{option} is set by gowide submit",
     "--error": "{option} is set by gowide submit", "--unbuffered": "{option} is set by gowide submit",
 }  # fmt: skip
-_RESERVED_OPTIONS = {"dependency", "kill-on-invalid-dep", "requeue", "no-requeue", "output", "error", "open-mode",
-                     "job-name", "array", "wckey"}  # fmt: skip
+_RESERVED_OPTIONS = {
+    "dependency", "kill-on-invalid-dep", "output", "error", "open-mode", "job-name", "array", "wckey",
+}  # fmt: skip
 
 
 def _as_node_range(value: Any) -> Any:
@@ -111,7 +113,10 @@ class Settings(Frozen):
     srun: tuple[Text, ...] = ()  # further options of srun, as --mpi=none or --container-image=...
     python: Text | None = None  # runs Python on the nodes: `apptainer exec --nv image.sif python`; default: this one
     collective_timeout_s: Count = 600  # a process that waits longer for the others ends the job
-    retries: Natural = 3  # requeues after a process crashed, hung or was killed
+    together: bool = True  # the networks of a stage in one job, on one data stream; false: each in its own
+    requeue: bool = True  # false, where the site forbids it: a job that is to go on submits its follow-up
+    retries: Natural = 3  # starts again after a process crashed, hung or was killed
+    notify: Text | None = None  # a shell line for the end of each start, with GOWIDE_STATE: done, failed or requeued
     setup: tuple[Text, ...] = ()  # shell lines before the processes start
     environment: dict[Text, Annotated[str, BeforeValidator(_as_text)]] = Field(default_factory=dict)
     device: Device | None = None  # for `gowide plan`
@@ -191,6 +196,15 @@ class Profile(Resources):
         """
         overrides = [self.stages[name] for name in (instance.stage_name, instance.key) if name in self.stages]
         return self._merged(overrides, f"stage {instance.key}")
+
+    def jobs(self, instances: Iterable[Instance]) -> list[list[Instance]]:
+        """The instances by job: those of a stage that have the same resources are one, unless `together` is false."""
+        jobs: dict[tuple[str, ...], list[Instance]] = {}
+        for instance in instances:
+            resources = self.resources(instance)
+            apart = () if resources.together else (instance.network_name,)
+            jobs.setdefault((instance.stage_name, resources.model_dump_json(), *apart), []).append(instance)
+        return [*jobs.values()]
 
     def encode_resources(self) -> Resources:
         """The resources of `gowide encode`: one task with the CPUs of all tasks of a node and no GPU, then `encode`.

@@ -15,6 +15,7 @@ from gowide_dist.errors import RunError, UserError
 from gowide_dist.files import write_atomically
 
 ANSWER_WITHIN_S = 60
+ENCODE = "encode"  # the key of the job that encodes a dataset
 _QUEUE_FIELDS = ("JobID", "State", "Reason", "NodeList", "RestartCnt", "StartTime", "Name")  # a name may hold anything
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING"}
@@ -100,7 +101,26 @@ def complaint(command: str, stderr: str) -> str:
 
 
 def read_jobs(folder: Path) -> dict[str, list[str]]:
-    """The ids of the jobs submitted for each stage instance, newest last."""
+    """The ids of the jobs submitted for each stage instance, newest last, with those that batch scripts submitted."""
+    return {key: [*ids, *_follow_ups(folder, ids[-1])] for key, ids in _read_submitted(folder).items()}
+
+
+def is_followed(folder: Path, job_id: str) -> bool:
+    """Whether a job's batch script has submitted another to go on."""
+    return _next(folder, job_id).exists()
+
+
+def _next(folder: Path, job_id: str) -> Path:
+    return folder / f"{job_id}_next"
+
+
+def _follow_ups(folder: Path, job_id: str) -> Iterator[str]:
+    """The job that a job's batch script submitted to go on, the one that that one submitted, and so on."""
+    while is_followed(folder, job_id) and (job_id := _next(folder, job_id).read_text().strip()):
+        yield job_id
+
+
+def _read_submitted(folder: Path) -> dict[str, list[str]]:
     path = folder / "jobs.json"
     try:
         return dict(json.loads(path.read_bytes()))
@@ -112,13 +132,13 @@ def read_jobs(folder: Path) -> dict[str, list[str]]:
 
 def write_job(folder: Path, key: str, job_id: str) -> None:
     """Record the newest job of a stage instance."""
-    jobs = read_jobs(folder)
+    jobs = _read_submitted(folder)
     jobs.setdefault(key, []).append(job_id)
     write_atomically(folder / "jobs.json", json.dumps(jobs, indent=2) + "\n")
 
 
 def job_name(run: str, key: str) -> str:
-    """The name of the jobs of a stage instance."""
+    """The name of the jobs of a stage instance, or of a stage."""
     return f"{run}:{key}"
 
 
@@ -127,18 +147,32 @@ def newest_jobs(folder: Path, run: str) -> dict[str, JobState]:
 
     A job with another name than the run's jobs have is another's: a cluster that is set up anew counts ids from 1.
     """
-    keys = {ids[-1]: key for key, ids in read_jobs(folder).items()}
+    newest = {key: ids[-1] for key, ids in read_jobs(folder).items()}
     states: dict[str, JobState] = {}
     for read in (_from_squeue, _from_sacct):  # squeue forgets a job minutes after its end
-        if missing := [job_id for job_id, key in keys.items() if key not in states]:
-            named = ((keys.get(job.job_id), job) for job in read(missing))
-            states |= {key: job for key, job in named if key and job.name == job_name(run, key)}
+        if missing := {job_id for key, job_id in newest.items() if key not in states}:
+            jobs = {job.job_id: job for job in read(sorted(missing))}
+            for key, job_id in newest.items():
+                names = job_name(run, key), job_name(run, key.partition("/")[0])
+                if (job := jobs.get(job_id)) and job.name in names:
+                    states[key] = job
     return states
+
+
+def encode_folder(out: Path) -> Path:
+    """Where the job that encodes a dataset into `out` has its files."""
+    return out.with_name(f"{out.name}.slurm")
+
+
+def encoding_job(out: Path) -> str | None:
+    """The id of the job that encodes, or will encode, a dataset into `out`."""
+    job = newest_jobs(encode_folder(out), out.name).get(ENCODE) if read_jobs(encode_folder(out)) else None
+    return job.job_id if job and not job.is_over else None
 
 
 def cancel(job_ids: Iterable[str]) -> None:
     """Cancel jobs, children before the parents that they wait for."""
-    call("scancel", *sorted(job_ids, key=int, reverse=True))
+    call("scancel", *sorted({*job_ids}, key=int, reverse=True))
 
 
 def _from_squeue(_job_ids: list[str]) -> Iterable[JobState]:

@@ -13,17 +13,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from gowide_dist.errors import RunError
-from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, read_error
+from gowide_dist.errors import RunError, UserError
+from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, leave_error, read_error
 from gowide_dist.launch.profile import Profile, Resources
 from gowide_dist.launch.queue import SlurmError, complaint, of_the_script_alone
+from gowide_dist.machine import mend_loopback
 from gowide_dist.stop import WARNING_SIGNAL
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
-    from submitit.core.utils import DelayedSubmission
 
 MANY_TIMEOUTS = 10_000  # a stage goes on over as many allocations as it needs
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that Linux gives to outgoing connections
@@ -34,11 +34,16 @@ TEARDOWN = """\
 status=$?
 job={folder}/$SLURM_JOB_ID
 start="${{job}}_${{SLURM_RESTART_COUNT:-0}}"
-again() {{
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {{
+  {notify}
+}}
+refused() {{
+  notify failed
+  touch "${{job}}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
 }}
+{again}
 if [ -e "${{start}}_saved" ]; then
   again  # before the end of the allocation
 elif [ $status -ne 0 ] && [ ! -e "${{start}}_error.json" ] &&
@@ -46,8 +51,40 @@ elif [ $status -ne 0 ] && [ ! -e "${{start}}_error.json" ] &&
   date >> "${{job}}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 """
+# The profile's own line, which may fail, or hang, without harm to the job.
+NOTIFY = """\
+GOWIDE_STATE=$1 GOWIDE_RUN={run} GOWIDE_STAGE={stage} timeout 60 bash -c {line} || true"""
+REQUEUE = """\
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
+}"""
+# Where a site forbids requeueing: a job of the same script, for which the children of this one then wait.
+FOLLOW_UP = """\
+again() {
+  local next file child dependency
+  next=$(
+    id=$SLURM_JOB_ID
+    unset $(compgen -v | grep -E '^(SLURM|SBATCH)_' | grep -vE '^SLURM_(CONF|CONF_SERVER|JWT)$')  # this job's
+    sbatch --parsable --dependency="afterany:$id" "${job}_submission.sh"
+  ) || refused
+  next=${next%%;*}
+  for file in submission.sh submitted.pkl retries; do
+    [ ! -e "${job}_$file" ] || cp "${job}_$file" "${job%/*}/${next}_$file"
+  done
+  echo "$next" > "${job}_next"
+  squeue --me --noheader --states=PENDING --format='%i %E' | while read -r child dependency; do
+    if [ "$child" != "$next" ] && grep -q ":$SLURM_JOB_ID\\b" <<< "$dependency"; then
+      scontrol update JobId="$child" Dependency="$(sed "s/([^)]*)//g; s/:$SLURM_JOB_ID\\b/:$next/g" <<< "$dependency")"
+    fi
+  done
+  notify requeued
+  exit 0
+}"""
 
 
 @dataclass(frozen=True)
@@ -73,12 +110,16 @@ class Worker:
         port = FIRST_PORT + (int(environment.raw_job_id) + 7919 * start) % NUM_PORTS
         os.environ["MASTER_PORT"] = str(port)
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        folder, job_id = environment.paths.folder, environment.raw_job_id
-        os.environ[ERROR_FILE_VARIABLE] = str(error_file(folder, job_id, start))
+        os.environ[ERROR_FILE_VARIABLE] = str(error_file(environment.paths.folder, environment.raw_job_id, start))
+        try:
+            mend_loopback(environment.hostnames)
+        except UserError as error:
+            leave_error(str(error))
+            leave(2)
         status = importlib.import_module(self.module).main(self.arguments)
         signal.signal(WARNING_SIGNAL, signal.SIG_IGN)  # during interpreter shutdown it would kill this process
         if status == 128 + WARNING_SIGNAL:
-            (folder / f"{job_id}_{start}_saved").touch()
+            _ask_for_another_start()
             status = 0
         elif status == 2:
             sys.stderr.write(f"{read_error(Path(os.environ[ERROR_FILE_VARIABLE])) or 'full disk'}\n")
@@ -88,23 +129,36 @@ class Worker:
         if status:
             leave(status)
 
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit submits again after a warning in the seconds before training listens to it: the same."""
-        from submitit.helpers import DelayedSubmission
+    def checkpoint(self) -> NoReturn:
+        """What submitit calls on rank 0 at a warning before training listens to it: leave, as training does."""
+        _ask_for_another_start()
+        leave(1)  # srun ends the others
 
-        return DelayedSubmission(self)
+
+def _ask_for_another_start() -> None:
+    """In a job: leave the marker at which the batch script queues the job again."""
+    from submitit import JobEnvironment
+
+    environment, start = JobEnvironment(), os.environ.get("SLURM_RESTART_COUNT", "0")
+    (environment.paths.folder / f"{environment.raw_job_id}_{start}_saved").touch()
 
 
 @dataclass(frozen=True)
 class Job:
-    """The job of one stage instance."""
+    """The job of stage instances: of one stage, trained together."""
 
-    key: str
+    keys: tuple[str, ...]
     name: str
     worker: Worker
     resources: Resources
     parents: tuple[str, ...] = ()  # keys of the instances whose success it needs
     environment: Mapping[str, str] = field(default_factory=dict)
+    code: Path | None = None  # folder of the copied package that it imports; default: the installed one
+
+    @property
+    def key(self) -> str:
+        """What it trains, as the command line names it."""
+        return self.keys[0] if len(self.keys) == 1 else self.keys[0].partition("/")[0]
 
 
 def error_file(folder: Path, job_id: str, start: int) -> Path:
@@ -115,6 +169,11 @@ def error_file(folder: Path, job_id: str, start: int) -> Path:
 def start_of(path: Path) -> int:
     """The number of the start that wrote an error file."""
     return int(path.name.split("_")[-2])
+
+
+def is_refused(folder: Path, job_id: str) -> bool:
+    """Whether Slurm refused to queue a job again, or to take its follow-up."""
+    return (folder / f"{job_id}_refused").exists()
 
 
 def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
@@ -148,6 +207,14 @@ def submit_job(job: Job, folder: Path, dependency: str) -> str:
     return job_id
 
 
+def _notify(job: Job, folder: Path) -> str:
+    """What the batch script runs at the end of a start, with the state as its first argument."""
+    if not job.resources.notify:
+        return "true"
+    words = {"run": str(folder.parent), "stage": job.key, "line": job.resources.notify}
+    return NOTIFY.format(**{name: shlex.quote(word) for name, word in words.items()})
+
+
 def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
     from submitit import SlurmExecutor
 
@@ -157,13 +224,21 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
             return 1  # submitit asks whether Slurm is there: scripts can be written without
 
     resources, num_cpus, gpus = job.resources, job.resources.cpus_per_task, job.resources.gpus_of_node
-    own = {"requeue": True, "kill-on-invalid-dep": "yes", "nodes": resources.nodes}
+    own = {
+        "requeue" if resources.requeue else "no-requeue": True,
+        "kill-on-invalid-dep": "yes",
+        "nodes": resources.nodes,
+    }
     environment = {
         "OMP_NUM_THREADS": str(num_cpus),
         "GOWIDE_COLLECTIVE_TIMEOUT_S": str(resources.collective_timeout_s),
         **job.environment,
         **resources.environment,
     }
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    if job.code:
+        exports.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+        exports.append("export PYTHONSAFEPATH=1")  # else `python -m` prefers the folder where the command was given
     executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS, python=resources.python)
     as_sbatch_has_them = {"partition", "account", "qos", "constraint", "exclude", "cpus_per_task", "signal_delay_s"}
     executor.update_parameters(
@@ -177,7 +252,7 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
         dependency=dependency or None,
         wckey=None,  # submitit's default is its own name
         stderr_to_stdout=True,
-        setup=[*resources.setup, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())],
+        setup=[*resources.setup, *exports],
         # srun does not inherit sbatch's --cpus-per-task since Slurm 22.05.
         srun_args=[
             "--kill-on-bad-exit=1",
@@ -185,7 +260,12 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
             f"--cpu-bind={resources.cpu_bind}",
             *resources.srun,
         ],
-        teardown=TEARDOWN.format(folder=shlex.quote(str(folder)), retries=resources.retries).splitlines(),
+        teardown=TEARDOWN.format(
+            folder=shlex.quote(str(folder)),
+            again=REQUEUE if resources.requeue else FOLLOW_UP,
+            notify=_notify(job, folder),
+            retries=resources.retries,
+        ).splitlines(),
         additional_parameters={**own, **resources.sbatch},
     )
     return executor

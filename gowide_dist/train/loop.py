@@ -27,7 +27,7 @@ from gowide_dist.train.losses import balanced_weights
 from gowide_dist.train.metrics import mean_over_samples
 from gowide_dist.train.objectives import Losses
 from gowide_dist.train.optim import learning_rate
-from gowide_dist.train.start import build_students, start_steps
+from gowide_dist.train.start import build_students, start_steps, stored_logits_of
 from gowide_dist.train.stream import Stream
 from gowide_dist.train.student import Student, TrainingError
 from gowide_dist.train.writing import Writer
@@ -57,6 +57,14 @@ def train_together(instances: Sequence[Instance], ctx: TrainContext) -> list[Don
             with _explaining_out_of_memory(group, ctx):
                 done |= StageTraining(group, start, ctx, loader).run()
         return [done[instance.key] for instance in instances]
+
+
+def store_logits(instances: Sequence[Instance], ctx: TrainContext) -> None:
+    """Store the teacher's logits that the instances of a stage train with, unless they are stored; a collective."""
+    configure_backends(ctx.recipe, instances[0].stage)
+    with closing(ctx.data.train(instances[0].data_seed)) as loader:
+        loader.preflight(ctx.data.num_classes)
+        stored_logits_of(instances[0], Stream(loader, instances, ctx), ctx, f"logits of {display_name(instances)}")
 
 
 def _claim(instances: Sequence[Instance], ctx: TrainContext, stack: ExitStack) -> None:
@@ -98,10 +106,11 @@ def _out_of_memory(instances: Sequence[Instance], ctx: TrainContext) -> str:
     of_images = sum(memory[part] for part in ("activations", "transient", "heap"))
     divisors = (n for n in range(batching.accumulate + 1, batching.local_batch + 1) if batching.local_batch % n == 0)
     smaller = next((f"set stages.{instance.stage_name}.optim.accumulate={n}, or " for n in divisors), "")
+    apart = ", or with --sequential (on a cluster: together: false)" if len(instances) > 1 else ""
     return (
         f"{display_name(instances)}: out of memory; {instance.network_name} needs about {needed / 1e9:.2f} GB per "
         f"process, {of_images / 1e9:.2f} GB of it for {batching.micro_batch} images at a time; "
-        f"{smaller}train in more processes" + (", or with --sequential" if len(instances) > 1 else "")
+        f"{smaller}train in more processes{apart}"
     )
 
 

@@ -57,7 +57,7 @@ def build_students(
     """
     first, stage = instances[0], instances[0].stage
     if isinstance(stage, KlStage) and stage.has_stored_logits:
-        stream.stored = _stored_logits(first, stage, stream, ctx, name)
+        stream.stored = stored_logits_of(first, stream, ctx, name)
     teacher_network = teacher = None
     if first.teacher and (TAKE_OVER[_start(stage)] or not stream.stored):
         teacher_network = _load_teacher(first, ctx)
@@ -141,8 +141,10 @@ def _build_teacher(network: Network, ctx: TrainContext) -> Teacher:
     return Teacher(network, compiled=ctx.recipe.compile, dtype=COMPUTE_DTYPES[ctx.recipe.precision])
 
 
-def _stored_logits(instance: Instance, stage: KlStage, stream: Stream, ctx: TrainContext, name: str) -> TeacherLogits:
-    """The teacher's logits for the stream of a stage. The teacher is loaded only if they are not stored yet."""
+def stored_logits_of(instance: Instance, stream: Stream, ctx: TrainContext, name: str) -> TeacherLogits:
+    """The teacher's logits for the stream of a `kl` stage. The teacher is loaded only if they are not stored yet."""
+    stage = instance.stage
+    assert isinstance(stage, KlStage)
     identity = ctx.identities[instance.key]
     temperature = stage.temperature if stage.top_k else 1.0  # all classes serve every temperature
     metadata = {

@@ -16,12 +16,13 @@ from gowide_dist.errors import DataError
 from gowide_dist.files import sha256
 from gowide_dist.identity import fingerprint, identities
 from gowide_dist.insight.assumed import data_size, this_machines_cores
-from gowide_dist.insight.plan import longest_path, plan, plan_table, restarts
+from gowide_dist.insight.plan import longest_path, plan, plan_seeds, plan_table, restarts
 from gowide_dist.insight.text import duration
 from gowide_dist.launch.local import KEEP_FREED_MEMORY
 from gowide_dist.launch.profile import Device, Profile
 from gowide_dist.networks.resnet import build_network
 from gowide_dist.prepare import check_data, prepare
+from gowide_dist.recipe import load_seeds
 from gowide_dist.run import Done, Run
 from gowide_dist.train.checkpoint import save_checkpoint
 from gowide_dist.train.costs import IMPORTS
@@ -88,18 +89,41 @@ def test_stored_answers_are_asked_for_once(data, tmp_path):
         assert on(load_recipe(write_job(tmp_path, values)), tmp_path).notes == []
 
 
-def test_students_of_one_stage_ask_together_here(data, tmp_path):
+def test_students_of_one_stage_ask_together(data, tmp_path):
     recipe = chain(data)
     recipe["networks"]["thinner"] = {**recipe["networks"]["thin"], "depths": [1, 1]}
     kd = {**recipe["stages"]["distill"], "init": None, "train": ["thin", "thinner"]}
     recipe["stages"] = {"teacher": recipe["stages"]["teacher"], "kd": kd}
     recipe = load_recipe(write_job(tmp_path, recipe))
-    here, there = plan(recipe, data_size(recipe), this_machines_cores(1)), on(recipe, tmp_path)
-    _, *together = here.stages
-    _, *jobs = there.stages
-    assert here.notes == [] and "by teacher_logits: stored, they save" in there.notes[0]
-    assert [stage.macs["teacher"] > 0 for stage in together] == [True, False]
+    here, on_cluster, apart = (
+        plan(recipe, data_size(recipe), this_machines_cores(1)), on(recipe, tmp_path), on(recipe, tmp_path, together=False)
+    )  # fmt: skip
+    assert here.notes == [] and "by teacher_logits: stored, they save" in apart.notes[0]
+    (_, *together), (_, *one_job), (_, *jobs) = here.stages, on_cluster.stages, apart.stages
+    for stages in (together, one_job):
+        assert [stage.macs["teacher"] > 0 for stage in stages] == [True, False]
     assert [stage.macs["teacher"] > 0 for stage in jobs] == [True, True]
+    assert on_cluster.longest_path == ["teacher/wide", "kd/thin", "kd/thinner"]
+    assert apart.longest_path == ["teacher/wide", max(jobs, key=lambda stage: stage.hours).stage]
+    hours, alone = [stage.hours for stage in one_job], [stage.hours for stage in jobs]
+    assert on_cluster.notes[-1] == (
+        f"kd: thin, thinner are one job of {duration(sum(hours))}, {duration(sum(hours))} on all devices; with together: "
+        f"false 2 jobs, the longest of {duration(max(alone))}, {duration(sum(alone))} on all devices"
+    )
+
+
+def test_seeds_share_the_teacher(job, tmp_path):
+    recipes = load_seeds(job, [], [0, 1, 2])
+    assert [recipe.name for recipe in recipes] == ["chain", "chain-1", "chain-2"]
+    assert [recipe.instances["teacher/wide"].seed for recipe in recipes] == [0, 0, 0]
+    assert [recipe.instances["distill/thin"].seed for recipe in recipes] == [0, 1, 2]
+    profile = Profile(device=SLOW, timeout_min=10**6)
+    seeds = plan_seeds(recipes, data_size(recipes[0]), profile)
+    alone = plan(load_recipe(job), data_size(recipes[0]), profile)
+    teacher, *students = (stage.hours for stage in alone.stages)
+    assert [each.stages[0].state for each in seeds.plans] == ["to do", "shared with chain", "shared with chain"]
+    assert seeds.hours == pytest.approx(teacher + 3 * sum(students))
+    assert seeds.longest_hours == pytest.approx(alone.longest_hours)
 
 
 def test_requeues_by_hand(job, tmp_path):

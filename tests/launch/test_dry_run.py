@@ -1,5 +1,6 @@
 """The sbatch scripts, letter by letter: what goes out to a cluster changes only on purpose."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,10 @@ def job(tmp_path):
     return write_job(tmp_path, recipe)
 
 
+def without_this_place(scripts):
+    return re.sub(r"/code/[0-9a-f]{16}", "/code/DIGEST", scripts.replace(sys.executable, "PYTHON"))
+
+
 @pytest.mark.parametrize("cluster", ["gpu8", "cpu", "devcluster"])
 def test_the_scripts_of_a_chain(job, tmp_path, cluster):
     """Delete a golden file, and it is written anew."""
@@ -27,13 +32,32 @@ def test_the_scripts_of_a_chain(job, tmp_path, cluster):
     result = gowide("submit", job, "--cluster", CLUSTERS / f"{cluster}.yaml", "--runs", runs, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "dataset.json: not found" in result.stderr
-    scripts = result.stdout.replace(sys.executable, "PYTHON")
+    scripts = without_this_place(result.stdout)
     golden = HERE / "golden" / f"{cluster}.sh"
     if not golden.exists():
         golden.write_text(scripts)
         pytest.fail(f"{golden} was written: look at it and run the test again")
     assert scripts == golden.read_text()
     assert not runs.exists()
+
+
+def test_seeds_share_the_teacher(job):
+    arguments = ["--cluster", CLUSTERS / "devcluster.yaml", "--runs", "/shared", "--dry-run", "--seeds", "0,3"]
+    scripts = gowide("submit", job, *arguments).stdout.split("#!/bin/bash")[1:]
+    names = [re.search(r"--job-name=(.*)", script)[1] for script in scripts]
+    stages = ["teacher/wide", "imitate/thin", "distill/thin", "finetune/thin", "baseline/thin"]
+    assert names == [f"chain:{stage}" for stage in stages] + [f"chain-3:{stage}" for stage in stages[1:]]
+    assert "--dependency=afterok:ID_OF_teacher/wide_OF_chain\n" in scripts[5]
+    assert "--dependency=afterok:ID_OF_imitate/thin:ID_OF_teacher/wide_OF_chain\n" in scripts[6]
+    stored = ["data.seed=0", "stages.distill.teacher_logits=stored"]
+    scripts = gowide("submit", job, *arguments, *stored).stdout.split("#!/bin/bash")[1:]
+    of_distill = [script for script in scripts if re.search("--job-name=chain.*:distill/", script)]
+    assert sum("--job-name=chain:teacher_logits/distill\n" in script for script in scripts) == 1
+    assert "ID_OF_teacher_logits/distill\n" in of_distill[0]
+    assert "ID_OF_teacher_logits/distill_OF_chain\n" in of_distill[1]
+    for seeds in ("0,0", "0,", "-1", "a"):
+        line = refused("submit", job, *arguments[:-1], seeds)
+        assert line == f"--seeds {seeds}: should be different whole numbers with commas between, as 0,1,2"
 
 
 def test_a_folder_that_other_nodes_do_not_see(job, tmp_path):
@@ -73,7 +97,7 @@ def test_the_script_of_an_encode(tmp_path):
     arguments = ["encode", "imagefolder", "--root", root, "--out", out, "--cluster", profile, "--dry-run"]
     result = gowide(*arguments)
     assert result.returncode == 0, result.stderr
-    script = result.stdout.replace(sys.executable, "PYTHON")
+    script = without_this_place(result.stdout)
     golden = HERE / "golden" / "encode.sh"
     if not golden.exists():
         golden.write_text(script)

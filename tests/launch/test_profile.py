@@ -25,6 +25,10 @@ def load(tmp_path, text):
         ("nodes: 0", "nodes: should be a number or a range like 1-4, not '0'"),
         ("stages: {teacher: {noodes: 1}}", "stages.teacher: unknown key 'noodes', did you mean 'nodes'?"),
         ("sbatch: {time: 3}", "sbatch.time: say it with timeout_min"),
+        ("sbatch: {no-requeue: true}", "sbatch.no-requeue: say it with requeue"),
+        ("notify: [mail, me]", "notify: should be a valid string"),
+        ("together: 1 job", "together: should be a valid boolean"),
+        ("requeue: sometimes", "requeue: should be a valid boolean"),
         ("sbatch: {dependency: singleton}", "sbatch.dependency: is set by gowide submit"),
         ("sbatch: {exclusive: false}", "sbatch.exclusive: should be text or a number"),
         ("gpus_per_node: 2\nprocesses_per_node: 3", "there is one process per GPU"),
@@ -113,6 +117,8 @@ def test_times_as_sbatch_takes_them(tmp_path, text, minutes):
         ("gpus_per_node: a100:4\ngpu_option: gres", ["--gres=gpu:a100:4"]),
         ("gpus_per_node: 4\ngpu_option: gres", ["--gres=gpu:4"]),
         ("mem_gb: 0", ["--mem=0"]),
+        ('notify: curl -d "$GOWIDE_STATE" host', ["GOWIDE_STATE=$1 GOWIDE_RUN=/ GOWIDE_STAGE=a/thin timeout 60 bash"]),
+        ("requeue: false", ["#SBATCH --no-requeue", 'sbatch --parsable --dependency="afterany:$id"']),
         ("mem_gb: 0.5", ["--mem=512M"]),
         ("mem_gb: 4.0", ["--mem=4G"]),
         ("timeout_min: 1-00:00:00", ["--time=1440"]),
@@ -122,7 +128,7 @@ def test_times_as_sbatch_takes_them(tmp_path, text, minutes):
 )
 def test_what_sbatch_gets(tmp_path, text, expected):
     resources = load(tmp_path, text)._merged([], "a job")
-    job = Job("a/thin", "a", Worker("m", ()), resources)
+    job = Job(("a/thin",), "a", Worker("m", ()), resources)
     script = sbatch_script(job, Path("/shared"), "")
     assert all(words in script for words in expected), script
 
@@ -131,7 +137,7 @@ def test_jobs_without_gpus_where_others_have_gpus_of_a_type(tmp_path):
     profile = load(tmp_path, "gpus_per_node: a100:4\ncpus_per_task: 8\nstages: {finetune: {gpus_per_node: 0}}")
     instances = Recipe.model_validate(chain(tmp_path)).instances
     scripts = [
-        sbatch_script(Job("a/thin", "a", Worker("m", ()), resources), Path("/shared"), "")
+        sbatch_script(Job(("a/thin",), "a", Worker("m", ()), resources), Path("/shared"), "")
         for resources in (profile.resources(instances["finetune/thin"]), profile.encode_resources())
     ]
     assert not any("gpu" in script for script in scripts)

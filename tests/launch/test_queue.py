@@ -11,7 +11,7 @@ from gowide_dist.files import try_lock
 from gowide_dist.insight.status import cancel_run, logs, status
 from gowide_dist.launch.chain import Action, prepare_chain
 from gowide_dist.launch.profile import load_profile
-from gowide_dist.launch.queue import SlurmError, newest_jobs, write_job
+from gowide_dist.launch.queue import SlurmError, newest_jobs, read_jobs, write_job
 from gowide_dist.prepare import write_run
 from tests.command import refused
 from tests.fashion import chain, encode_part
@@ -154,3 +154,29 @@ def test_the_error_of_the_newest_start_is_told(prepared, slurm):
         (plan.run.slurm / f"101_{start}_error.json").write_text(json.dumps({"message": line}))
     slurm(sacct="101|FAILED|n1|q:teacher/wide\n")
     assert (status(plan.run)[0].state, status(plan.run)[0].note) == ("failed", "the loss is not finite")
+
+
+def test_a_busy_controller_does_not_end_what_follows_a_log(prepared, slurm, monkeypatch):
+    plan, _ = prepared()
+    write_run(plan)
+    log = plan.run.slurm / "101_0_log.out"
+    log.write_text("one\n")
+    folder = slurm()
+    busy = f"#!/bin/sh\nif [ -e {folder}/asked ]; then exit 0; fi\ntouch {folder}/asked; echo two >> {log}; exit 1\n"
+    (folder / "squeue").write_text(busy)
+    monkeypatch.setattr("gowide_dist.insight.status.FOLLOW_EVERY_S", 0.01)
+    assert "".join(logs(plan.run, "teacher", follow=True)) == "one\ntwo\n"
+
+
+def test_follow_up_jobs_and_what_ended_a_job_from_outside(prepared, slurm):
+    """Batch scripts note the jobs that they have submitted; `status` says what is saved."""
+    plan, _ = prepared()
+    write_run(plan)
+    (plan.run.slurm / "101_next").write_text("105\n")
+    (plan.run.slurm / "105_next").write_text("106\n")
+    assert read_jobs(plan.run.slurm) == {"teacher/wide": ["101", "105", "106"], "imitate/thin": ["102"]}
+    for state, words in (("TIMEOUT", "its time ended before it could save"), ("NODE_FAIL", "its node failed")):
+        slurm(sacct=f"106|{state}|n1|q:teacher/wide\n")
+        row = status(plan.run)[0]
+        told = f"{state}: {words}; nothing is saved yet, `gowide submit` begins it again"
+        assert (row.job, row.state, row.restarts, row.note) == ("106", "stopped", 2, told)

@@ -1,7 +1,10 @@
 """Training processes: what they check, and how they stop."""
 
+import errno
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +35,49 @@ def test_a_stage_whose_parent_is_not_finished(job, tmp_path):
     assert result.returncode == 2
     assert "imitate/thin: needs teacher/wide, which is not finished" in result.stderr
     assert not run.stage("imitate/thin").path.exists()
+
+
+def test_a_torchrun_of_ones_own_on_two_nodes(job, tmp_path):
+    """Two agents, as on two nodes, which meet on loopback: the weights of a run of as many processes here."""
+    arguments = ["run", job, "--nproc", 2, "--only", "teacher", "stages.teacher.epochs=1"]
+    printed = gowide(*arguments, "--runs", tmp_path / "two", "--write-only").stdout.splitlines()
+    assert printed[-1] == f"-m gowide_dist.pipeline {tmp_path}/two/chain teacher/wide"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    agent = [sys.executable, "-m", "torch.distributed.run", *options, "--rdzv-id=x", "--local-addr=127.0.0.1"]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    agents = [subprocess.Popen([*agent, *printed[-1].split()], env=env) for _ in range(2)]
+    assert [each.wait(timeout=240) for each in agents] == [0, 0]
+    assert gowide(*arguments, "--runs", tmp_path / "one").returncode == 0
+    two, one = (
+        json.loads((tmp_path / name / "chain" / "stages" / "teacher" / "wide" / "done.json").read_text())
+        for name in ("two", "one")
+    )
+    assert (two["world_size"], two["model_sha256"]) == (2, one["model_sha256"])
+
+
+def test_a_stalling_file_server_is_no_final_error(tmp_path):
+    """The batch script tries again after a status other than that of an error that the user has to mend."""
+    code = """
+import os, sys
+from gowide_dist.errors import RunError
+from gowide_dist.pipeline import work
+
+def task():
+    try:
+        raise OSError(int(sys.argv[1]), os.strerror(int(sys.argv[1])))
+    except OSError as error:
+        raise RunError(f"x: cannot be read ({error.strerror})") from None
+
+print(work(task, sys.argv[2]))
+"""
+    for number, status in ((errno.ESTALE, 1), (errno.ELOOP, 2)):
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(number), tmp_path], capture_output=True, text=True, check=False
+        )
+        assert (result.stdout, result.stderr) == (f"{status}\n", f"x: cannot be read ({os.strerror(number)})\n")
 
 
 def test_ctrl_c_saves(job, tmp_path):

@@ -19,6 +19,8 @@ export OMP_NUM_THREADS=32
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -29,10 +31,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -41,6 +52,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -65,6 +77,8 @@ export OMP_NUM_THREADS=32
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -75,10 +89,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -87,6 +110,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -111,6 +135,8 @@ export OMP_NUM_THREADS=32
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -121,10 +147,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -133,6 +168,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -157,6 +193,8 @@ export OMP_NUM_THREADS=32
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -167,10 +205,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -179,6 +226,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -202,6 +250,8 @@ export OMP_NUM_THREADS=32
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -212,10 +262,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -224,5 +283,6 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 

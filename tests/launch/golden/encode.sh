@@ -20,6 +20,8 @@ ulimit -n 65536
 export OMP_NUM_THREADS=96
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/data/imagenet.slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -30,10 +32,19 @@ srun --unbuffered --output /shared/data/imagenet.slurm/%j_%t_log.out --kill-on-b
 status=$?
 job=/shared/data/imagenet.slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -42,5 +53,6 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 

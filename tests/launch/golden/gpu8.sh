@@ -22,6 +22,8 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -32,10 +34,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -44,6 +55,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -71,6 +83,8 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -81,10 +95,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -93,6 +116,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -120,6 +144,8 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -130,10 +156,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -142,6 +177,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -169,6 +205,8 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -179,10 +217,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -191,6 +238,7 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
 #!/bin/bash
@@ -217,6 +265,8 @@ export OMP_NUM_THREADS=12
 export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
+export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -227,10 +277,19 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
-again() {
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
+notify() {
+  true
+}
+refused() {
+  notify failed
+  touch "${job}_refused"
   echo "gowide: Slurm refuses to queue this job again; gowide submit continues from what is saved" >&2
   exit 1
+}
+again() {
+  notify requeued  # first: Slurm ends this script
+  scontrol requeue "$SLURM_JOB_ID" || refused
+  exit 0
 }
 if [ -e "${start}_saved" ]; then
   again  # before the end of the allocation
@@ -239,5 +298,6 @@ elif [ $status -ne 0 ] && [ ! -e "${start}_error.json" ] &&
   date >> "${job}_retries"  # a process crashed, hung or was killed, with nothing for the user to fix
   again
 fi
+[ $status -eq 0 ] && notify done || notify failed
 exit $status
 
