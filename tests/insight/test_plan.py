@@ -20,7 +20,7 @@ from gowide_dist.insight.plan import longest_path, plan, plan_seeds, plan_table,
 from gowide_dist.insight.text import duration
 from gowide_dist.launch.local import KEEP_FREED_MEMORY
 from gowide_dist.launch.profile import Device, Profile
-from gowide_dist.networks.resnet import build_network
+from gowide_dist.networks.build import build_network
 from gowide_dist.prepare import check_data, prepare
 from gowide_dist.recipe import load_seeds
 from gowide_dist.run import Done, Run
