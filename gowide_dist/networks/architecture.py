@@ -81,6 +81,12 @@ class Architecture(Frozen):
         return self.planes[0]
 
     @property
+    def stride(self) -> int:
+        """Side of an image over that of the last block's output, which is rounded up."""
+        _, stride, has_pool = STEMS[self.stem]
+        return (stride * (1 + has_pool)) << (self.num_blocks - 1)
+
+    @property
     def block_channels(self) -> tuple[int, ...]:
         """Channels of each block's output."""
         return tuple(planes * self.expansion for planes in self.planes)
