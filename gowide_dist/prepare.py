@@ -208,10 +208,19 @@ def _copy(finished: StageDir, to: StageDir, identity: Mapping[str, Any]) -> None
 
 def check_group(recipe: Recipe, num_processes: int, *, on_gpus: bool) -> None:
     """Raises RecipeError if this number of processes cannot train the recipe."""
-    recipe.check_processes(num_processes)
+    check_share(recipe, num_processes)
     if recipe.sync_batch_norm and num_processes > 1 and not on_gpus:
         fault = f"PyTorch has it for GPUs only, and the {num_processes} processes have none"
         raise RecipeError(f"sync_batch_norm: {fault}; set it to false")
+
+
+def check_share(recipe: Recipe, num_processes: int) -> None:
+    """Raises RecipeError if the processes cannot share the batches or, where the data are encoded, their validation."""
+    recipe.check_processes(num_processes)
+    with contextlib.suppress(DataError):
+        if (num_images := check_split(recipe.data.val).samples) < num_processes:
+            fault = f"{recipe.data.val} has {num_images} images for {num_processes} processes"
+            raise RecipeError(f"data.val: {fault}; take at most {num_images}")
 
 
 def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
@@ -228,7 +237,7 @@ def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
     _check_batch_size(recipe, splits[data.train].samples)
     _check_same_classes(data, infos)
     num_classes = len(infos[data.train].classes)
-    _check_top_k(recipe, num_classes)
+    _check_losses(recipe, num_classes)
     resolved = recipe.model_copy(update={"data": data.model_copy(update={"classes": num_classes})})
     return resolved, {"train": splits[data.train].checksum, "val": splits[data.val].checksum}
 
@@ -236,6 +245,8 @@ def check_data(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
 def _check_classes(data: Data, path: Path, info: DatasetInfo) -> None:
     if data.classes not in (None, len(info.classes)):
         raise DataError(f"data.classes: {path} has {len(info.classes)} classes, the recipe says {data.classes}")
+    if len(info.classes) == 1:
+        raise DataError(f"{path}: has one class, {info.classes[0]}, so that there is nothing to tell apart; encode two")
 
 
 def _check_size(data: Data, path: Path, info: DatasetInfo, option: str, example: str) -> None:
@@ -260,7 +271,16 @@ def _check_same_classes(data: Data, infos: Mapping[Path, DatasetInfo]) -> None:
         raise DataError(f"data: {data.train} and {data.val} have different classes; encode both parts together")
 
 
-def _check_top_k(recipe: Recipe, num_classes: int) -> None:
+def _check_losses(recipe: Recipe, num_classes: int) -> None:
+    """Raises RecipeError if the loss of a stage says nothing of so few classes."""
     for name, stage in recipe.stages.items():
-        if isinstance(stage, KlStage) and stage.top_k and stage.top_k >= num_classes:
+        if not isinstance(stage, KlStage):
+            continue
+        if stage.top_k and stage.top_k >= num_classes:
             raise RecipeError(f"stages.{name}.top_k: {stage.top_k} of {num_classes} classes; leave it out to keep all")
+        if stage.standardise and num_classes == 2:
+            fault = "the z-scores of two classes differ in sign alone, so that nothing is learnt from them"
+            raise RecipeError(f"stages.{name}.standardise: {fault}; leave it out")
+        if stage.loss == "dkd" and not stage.target_weight and num_classes == 2:
+            fault = "of two classes, there is one other than the label, and nothing is learnt from others_weight"
+            raise RecipeError(f"stages.{name}.target_weight: {fault}; set it above 0")

@@ -285,24 +285,35 @@ class Recipe(Frozen):
                 f"batch_size: {self.batch_size} is not divisible by {num_processes} processes; "
                 f"take a multiple of {num_processes}"
             )
-        local_batch = Batching(self.batch_size, num_processes).local_batch
         for name, stage in self.stages.items():
-            if stage.optim and local_batch % stage.optim.accumulate:
+            accumulate = stage.optim.accumulate if stage.optim else 1
+            batching = Batching(self.batch_size, num_processes, accumulate=accumulate)
+            local_batch = batching.local_batch
+            if local_batch % accumulate:
                 raise RecipeError(
                     f"stages.{name}.optim.accumulate: the local batch of {local_batch} images is not divisible by "
-                    f"{stage.optim.accumulate}"
-                )
-            is_dist = isinstance(stage, KlStage) and stage.loss == "dist"
-            if is_dist and stage.optim and stage.optim.accumulate == local_batch:
-                raise RecipeError(
-                    f"stages.{name}.loss: dist correlates over a batch, and a process takes one image at a time; take "
-                    "fewer processes, a smaller accumulate or a larger batch_size"
+                    f"{accumulate}"
                 )
             if isinstance(stage, MixedStage) and stage.is_mixed and local_batch % 2:
                 raise RecipeError(
                     f"stages.{name}: {'mixup' if stage.mixup else 'cutmix'} mixes pairs of images, but the local batch "
                     f"of {local_batch} is odd; take a batch_size that is a multiple of {2 * num_processes}"
                 )
+            if stage.epochs and batching.micro_batch == 1:
+                self._check_single_images(name, stage, num_processes)
+
+    def _check_single_images(self, name: str, stage: Stage, num_processes: int) -> None:
+        """Raises RecipeError if a stage has no use for a process that takes one image at a time."""
+        one = "a process takes one image at a time; take fewer processes, a smaller accumulate or a larger batch_size"
+        if isinstance(stage, KlStage) and stage.loss == "dist":
+            raise RecipeError(f"stages.{name}.loss: dist correlates over a batch, and {one}")
+        if self.sync_batch_norm and num_processes > 1:
+            return
+        side = stage.ramp.start_px if stage.ramp else self.data.resolution
+        for network in stage.train:
+            if side <= self.architectures[network].stride:
+                fault = f"network '{network}' makes one pixel of {side} px, which no batch norm can normalise"
+                raise RecipeError(f"stages.{name}: {fault}, as {one}")
 
     def _resolve(self, name: str, seen: tuple[str, ...]) -> Settings:
         network = self.networks[name]

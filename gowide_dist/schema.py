@@ -33,8 +33,11 @@ class Frozen(BaseModel):
     def _refuse_unknown_keys(cls, values: Any) -> Any:
         for key in values if isinstance(values, Mapping) else ():
             if key not in cls.model_fields:
-                hint = nearest(key, cls.model_fields)
-                raise PydanticCustomError("unknown_key", "unknown key '{key}', {hint}", {"key": key, "hint": hint})
+                is_glued = values[key] is None and ":" in str(key)  # YAML reads {epochs:3} as one key without a value
+                hint = "write a space after the colon" if is_glued else nearest(key, cls.model_fields)
+                raise PydanticCustomError(
+                    "unknown_key", "unknown key '{key}', {hint}", {"key": _short(key), "hint": hint}
+                )
         return values
 
 
@@ -133,6 +136,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{error}; a shell wants quotes around an override with blanks") from error
 
 
+_NUM_SHOWN = 3  # of further faults
 Model = TypeVar("Model", bound=BaseModel)
 Keys = list[int | str]
 
@@ -148,12 +152,29 @@ def validate(
         return model.model_validate(values, context=context)
     except ValidationError as error:
         faults = error.errors(include_url=False)
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        location = keys([*faults[0]["loc"]]) if faults[0]["loc"] else []
-        key = ".".join(str(part) for part in location if part != "[key]")  # "[key]": a mapping's key is at fault
+        key, *others = dict.fromkeys(
+            _written(keys([*fault["loc"]]) if fault["loc"] else [], values) for fault in faults
+        )
+        others[_NUM_SHOWN:] = [f"{len(others) - _NUM_SHOWN} more"] if len(others) > _NUM_SHOWN else []
+        more = f" (and at fault: {', '.join(others)})" if others else ""
         raise RecipeError(f"{where}: {key and f'{key}: '}{_describe(faults[0])}{more}") from error
     except RecursionError as error:
         raise RecipeError(f"{where}: nested too deeply") from error
+
+
+def _written(location: Keys, values: object) -> str:
+    """The dotted key of a fault, as far as the user wrote it: `erase: 2` is short for a mapping that has more keys."""
+    written = []
+    for part in location:
+        if isinstance(values, Mapping):
+            values = values.get(part)
+        elif isinstance(values, list | tuple) and isinstance(part, int):
+            values = values[part] if part < len(values) else None
+        else:
+            break
+        if part != "[key]":  # of a mapping whose key is at fault
+            written.append(_short(part))
+    return ".".join(written)
 
 
 _MESSAGES = {  # instead of pydantic's
@@ -164,6 +185,7 @@ _MESSAGES = {  # instead of pydantic's
     "model_type": "should be a mapping of keys to values, not {value}",
     "dict_type": "should be a mapping of keys to values, not {value}",
     "model_attributes_type": "should be a mapping of keys to values, not {value}",
+    "tuple_type": "should be a list, not {value}",
     "literal_error": "should be {expected}, not {value}",
     "path_type": "should be a path, not {value}",
     "too_short": "should not be empty",  # everywhere at least one
@@ -179,6 +201,10 @@ def _describe(fault: ErrorDetails) -> str:
 
 
 def _quote(value: object) -> str:
+    return {dict: "a mapping", list: "a list", type(None): "nothing"}.get(type(value), f"'{_short(value)}'")
+
+
+def _short(value: object) -> str:
+    """What the user wrote, in one short line."""
     text = " ".join(str(value).split())
-    quoted = f"'{text[:60]}{'…' if len(text) > 60 else ''}'"
-    return {dict: "a mapping", list: "a list", type(None): "nothing"}.get(type(value), quoted)
+    return f"{text[:60]}…" if len(text) > 60 else text

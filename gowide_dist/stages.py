@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from gowide_dist.schema import Count, Fraction, Frozen, Name, Natural, NonNegative, Positive, Real, Seed, UserPath
 
+
+def _within_draws(alpha: float) -> float:
+    if alpha and not 1e-3 <= alpha <= 1e3:  # beyond, images hardly mix, and draws become NaN in the end
+        raise ValueError(f"should be 0, which turns it off, or from 0.001 to 1000, not '{alpha:g}'")
+    return alpha
+
+
+# Within these limits the loss is exact in float32. Far above, all probabilities are equal; far below, one is 1.
+Temperature = Annotated[Real, Field(ge=1e-3, le=1e3)]
 Decay = Annotated[Real, Field(ge=0, lt=1)]  # of an average: with 1 it would never change
+Alpha = Annotated[NonNegative, AfterValidator(_within_draws)]
 Reference = Annotated[str, Field(strict=True)]  # `stage` or `stage/network`
 # One name or several.
 Names = Annotated[tuple[Name, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
@@ -146,8 +156,8 @@ class MixedStage(StageBase):
     With mixup and cutmix, half of the pairs each.
     """
 
-    mixup: NonNegative = 0.0  # alpha of the Beta distribution of an image's own part; 0: no mixup
-    cutmix: NonNegative = 0.0  # the same for CutMix, in which a box of the partner covers the rest
+    mixup: Alpha = 0.0  # alpha of the Beta distribution of an image's own part; 0: no mixup
+    cutmix: Alpha = 0.0  # the same for CutMix, in which a box of the partner covers the rest
     # balanced: an image's cross-entropy in training is weighted by N / (K times the N_k training images of its class)
     class_weights: Literal["balanced"] | None = None
 
@@ -230,7 +240,7 @@ class KlStage(TaughtStage, MixedStage):
 
     objective: Literal["kl"]
     loss: Literal["kl", "dist", "dkd"] = "kl"  # on the logits; see docs/method.md
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     standardise: bool = False  # z-scores of each sample's logits, student's and teacher's, take the logits' place
     target_weight: NonNegative = 1.0  # of loss: dkd, alpha: of the label against all other classes
     others_weight: NonNegative = 8.0  # of loss: dkd, beta: of the other classes among themselves

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from gowide_dist import load_model, load_recipe
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.environment import code_version
-from gowide_dist.errors import DataError
+from gowide_dist.errors import DataError, UserError
 from gowide_dist.pipeline import open_data
 from gowide_dist.prepare import check_data
 from gowide_dist.run import Run, read_metrics
@@ -373,6 +373,26 @@ def test_images_of_many_sizes_need_to_be_cut(job, tmp_path):
     assert "say how they become 28 px, for example data.augment.crop: {scale: [0.08, 1.0]}" in refused(*arguments)
     assert "for example data.center_crop: 0.875" in refused(*arguments, "data.augment.crop={scale: [0.5, 1.0]}")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "overrides", "message"),
+    [
+        (1, [], "train.beton: has one class, .*, so that there is nothing to tell apart"),
+        (2, ["standardise=true"], r"stages\.distill\.standardise: the z-scores of two classes differ in sign alone"),
+        (2, ["loss=dkd", "target_weight=0"], r"stages\.distill\.target_weight: of two classes, .* set it above 0"),
+        (2, ["loss=dkd"], None),
+        (3, ["standardise=true"], None),
+    ],
+)
+def test_of_few_classes_there_is_something_to_learn(tmp_path, num_classes, overrides, message):
+    write_image_folder(tmp_path / "images", 6, 3, num_classes=num_classes)
+    encode("imagefolder", tmp_path / "data", tmp_path / "images", Options(jpg_share=1.0, workers=1))
+    options = ["batch_size=6", "data.augment={crop: {}}", "data.center_crop=1"]
+    job = write_job(tmp_path, chain(tmp_path / "data"))
+    recipe = load_recipe(job, [*options, *(f"stages.distill.{override}" for override in overrides)])
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_data(recipe)
 
 
 @pytest.mark.parametrize(("side", "center_crop"), [(24, 0.875), (40, 1.0), (28, "null")])

@@ -159,7 +159,7 @@ BAD = {
     "stages.distill.optim.lr=.nan": "stages.distill.optim.lr: should be a finite number, not 'nan'",
     "stages.distill.optim=": "stages.distill: optim is required to train",
     "stages.distill.objective=k": "stages.distill: 'objective' should be one of 'labels', 'blocks', 'kl', not 'k'",
-    "stages.distill.schedule=cosin": "stages.distill.schedule.decay: should be 'cosine', 'linear', 'step' or 'constant', not 'cosin'",
+    "stages.distill.schedule=cosin": "stages.distill.schedule: should be 'cosine', 'linear', 'step' or 'constant', not 'cosin'",
     "stages.distill.schedule.milestones=[3, 2]": "stages.distill.schedule: milestones should increase",
     "stages.distill.schedule.decay=step": "stages.distill.schedule: decay: step and milestones need each other",
     "stages.distill.teacher=nobody": "stages.distill.teacher: no stage 'nobody', valid: finetune, teacher, imitate, distill",
@@ -202,7 +202,7 @@ BAD = {
     "stages.distill.optim.ema=1": "stages.distill.optim.ema: should be less than 1, not '1'",
     "data.augment.crop={scale: [1, 0.1]}": "data.augment.crop: scale: should be [least, greatest] part of the area",
     "data.augment.crop={ratio: [2, 1]}": "data.augment.crop: ratio: should be [least, greatest] width over height",
-    "data.augment.erase=0": "data.augment.erase.probability: should be greater than 0, not '0'",
+    "data.augment.erase=0": "data.augment.erase: should be greater than 0, not '0'",
     "data.augment.erase={probability: 0.1, scale: [1, 1]}": "data.augment.erase: erases nothing: no box of this scale",
     "data.augment.erase={probability: 0.1, ratio: [60, 70]}": "data.augment.erase: erases nothing: no box of this scale",
     "data.augment.erase={probability: 0.1, ratio: [2, 1]}": "data.augment.erase: ratio: should be [least, greatest] height",
@@ -212,6 +212,16 @@ BAD = {
     "data.augment.rand_augment.num_ops=0": "data.augment.rand_augment.num_ops: should be greater than or equal to 1",
     "data.augment={trivial_augment: true, rand_augment: {}}": "data.augment: trivial_augment and rand_augment are policies",
     "data.augment.translate=32": "data: augment.translate: should be less than resolution (28 px), not 32 px",
+    "data.augment.erase.ratio=[3, 0]": "data.augment.erase.probability: is required (and at fault: data.augment.erase.ratio.1)",
+    "data.augment.erase={probability: 0.1, ratio: 3}": "data.augment.erase.ratio: should be a list, not '3'",
+    "data.augment.erase={probability:0.1}": "data.augment.erase: unknown key 'probability:0.1', write a space after the",
+    'data.augment={"a\\nb": 1}': "data.augment: unknown key 'a b', valid: flip, ",
+    "stages.imitate.block_weights=[0, 1, 0, 0]": "not '0' (and at fault: stages.imitate.block_weights.2, stages.imitate.block_weights.3)",
+    "stages.imitate.block_weights=[0, 0, 0, 0, 0, 0]": "stages.imitate.block_weights.3, 2 more)",
+    "stages.distill.temperature=1e9": "stages.distill.temperature: should be less than or equal to 1000, not '1",
+    "stages.distill.temperature=1e-300": "stages.distill.temperature: should be greater than or equal to 0.001, not",
+    "stages.teacher.mixup=1e308": "stages.teacher.mixup: should be 0, which turns it off, or from 0.001 to 1000, not",
+    "stages.distill.cutmix=5e-324": "stages.distill.cutmix: should be 0, which turns it off, or from 0.001 to 1000, not",
     "name=../up": "name: should be a name of letters",
 }  # fmt: skip
 
@@ -378,7 +388,7 @@ def test_what_cannot_be_pruned_is_told(job, overrides, message):
         ("- a", "should hold a mapping of keys to values, not a list"),
         ("a: [", "not valid YAML in line 1"),
         ("name: a\nseed: 1\nseed: 2", "not valid YAML in line 3: key 'seed' is written twice"),
-        ("name: a", "data: is required (and 3 more)"),
+        ("name: a", "data: is required (and at fault: batch_size, networks, stages)"),
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("x: 2024-99-99", "not valid YAML"),
         ("&a [*a]", "should hold a mapping"),
@@ -424,6 +434,25 @@ def test_micro_batches_are_equal(job):
         RecipeError, match=r"stages.teacher.optim.accumulate: the local batch of 2 images is not divisible by 4"
     ):
         recipe.check_processes(4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "side"),
+    [
+        (["data.resolution=8"], 8),  # under a small stem and 4 blocks
+        (["data.augment.crop={}", "stages.teacher.ramp={start_px: 1, until_epoch: 1}"], 1),
+        (["networks.half.stem=imagenet", "data.resolution=32", "networks.quarter.stem=imagenet"], 32),
+    ],
+)
+def test_no_batch_norm_gets_a_single_value(job, overrides, side):
+    recipe = load_recipe(job, ["stages.teacher.optim.accumulate=8", *overrides])
+    fault = f"stages.teacher: network 'wide' makes one pixel of {side} px, which no batch norm can normalise, as a "
+    with pytest.raises(RecipeError, match=f"{fault}process takes one image at a time; take fewer"):
+        recipe.check_processes(1)
+    load_recipe(job, [*overrides, "stages.teacher.optim.accumulate=4"]).check_processes(1)
+    larger = recipe.model_copy(update={"data": recipe.data.model_copy(update={"resolution": 33})})
+    if not recipe.stages["teacher"].ramp:
+        larger.check_processes(1)
 
 
 def test_local_batches_are_equal(job):

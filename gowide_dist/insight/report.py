@@ -26,8 +26,13 @@ COLUMNS = {  # of results.csv; those of a run's table with their title and forma
 SHOWN = {name: column for name, column in COLUMNS.items() if column}
 GROUP_KEY = ("stage", "network", "student_epochs")
 RANGE = ("n", "min", "max")
-GROUP_HEAD = ("stage", "network", "student epochs", "top-1 %, mean ± sd", *RANGE, "minus baseline, mean ± sd", *RANGE)
-SPREADS = [(name, key) for name in ("top1", "minus_baseline") for key in ("n", "mean", "sd", "min", "max")]
+GROUP_HEAD = (
+    "stage", "network", "student epochs", "top-1 %, mean ± sd", *RANGE, "balanced %, mean ± sd",
+    "minus baseline, mean ± sd", *RANGE,
+)  # fmt: skip
+SPREADS = [
+    (name, key) for name in ("top1", "minus_baseline", "balanced_top1") for key in ("n", "mean", "sd", "min", "max")
+]
 GROUPS_CSV = ["recipe", "seeds", *GROUP_KEY, *(f"{name}_{key}" for name, key in SPREADS)]
 CAPTION = (
     "Epochs and seconds are of the stage alone; student epochs and train TFLOPs include the stages that it started "
@@ -127,7 +132,12 @@ def _group_section(group: Group) -> Section:
         return [f"{spread['mean']:{sign}.2f}{sd}", str(spread["n"]), *numbers]
 
     rows = [
-        [*(str(row[name]) for name in GROUP_KEY), *cells(row["top1"]), *cells(row["minus_baseline"], "+")]
+        [
+            *(str(row[name]) for name in GROUP_KEY),
+            *cells(row["top1"]),
+            cells(row["balanced_top1"])[0],
+            *cells(row["minus_baseline"], "+"),
+        ]
         for row in group.statistics.values()
     ]
     title = f"{', '.join(str(run.run.path) for run in group.runs)} (seeds {group.seeds})"

@@ -159,13 +159,15 @@ class Group:
 
     @property
     def seeds(self) -> str:
-        return ", ".join(str(run.recipe.seed) for run in self.runs)
+        """Those of the runs that have finished a stage: no other has a part in the statistics."""
+        return ", ".join(str(run.recipe.seed) for run in self.runs if run.done) or "none yet"
 
     @cached_property
     def statistics(self) -> dict[str, Row]:
         """Of each instance that a run has finished.
 
-        top1: the spread in %, over the networks that were trained: one that several runs share counts once.
+        top1, balanced_top1: the spread in %, over the networks that were trained: one that several runs share counts
+        once. balanced_top1 is None where it is top1, because the classes have equally many images, or was not noted.
         minus_baseline: in points, over the runs that have both at equal student epochs; None if there is none.
         """
         statistics = {}
@@ -177,8 +179,15 @@ class Group:
             baseline = f"{BASELINE}/{row['network']}"
             pairs = [(run.rows[key], run.rows[baseline]) for run in finished if key != baseline in run.done]
             minus = [a["top1"] - b["top1"] for a, b in pairs if a["student_epochs"] == b["student_epochs"]]
-            top1 = {run.done[key].model_sha256: run.done[key].top1 for run in finished}
-            statistics[key] = {**row, "top1": spread([*top1.values()]), "minus_baseline": spread(minus)}
+            networks = {run.done[key].model_sha256: run.done[key] for run in finished}.values()
+            top1 = [done.top1 for done in networks]
+            balanced = [done.balanced_top1 for done in networks if done.balanced_top1 is not None]
+            statistics[key] = {
+                **row,
+                "top1": spread(top1),
+                "balanced_top1": None if balanced == top1 else spread(balanced),
+                "minus_baseline": spread(minus),
+            }
         return statistics
 
     def as_json(self) -> dict[str, Any]:

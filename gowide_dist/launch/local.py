@@ -22,6 +22,7 @@ from typing import NoReturn
 from gowide_dist import stop
 from gowide_dist.errors import FULL_DISK, InternalError, RecipeError, UserError
 from gowide_dist.machine import num_cores
+from gowide_dist.prepare import check_share
 from gowide_dist.progress import say
 from gowide_dist.recipe import Recipe
 
@@ -64,7 +65,7 @@ def default_num_processes() -> int:
 
 
 def choose_num_processes(recipe: Recipe, asked: int | None) -> int:
-    """As many as asked for, else the default, or as many fewer as can share the recipe's batches, which is then said.
+    """As many as asked for, else the default, or as many fewer as can share the recipe's images, which is then said.
 
     Raises RecipeError if those asked for cannot share them, UserError if they are more than the GPUs.
     """
@@ -77,7 +78,7 @@ def choose_num_processes(recipe: Recipe, asked: int | None) -> int:
     fault = ""
     for number in range(most, 0, -1):
         try:
-            recipe.check_processes(number)
+            check_share(recipe, number)
         except RecipeError as error:
             fault = fault or str(error)
             continue

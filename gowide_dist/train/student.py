@@ -90,6 +90,11 @@ class Student:
     def mean_losses(self) -> dict[str, float]:
         """Averages since the last call; a collective. Raises TrainingError on a non-finite loss, on every process."""
         means, bad_step = self.losses.flush(self.ctx.world)
+        if bad_step == 1:  # no learning rate has acted yet
+            raise TrainingError(
+                f"{self.instance.key}: the loss is not finite at step 1, before anything is learnt; look at the "
+                f"weights that stages.{self.instance.stage_name} starts from, at its loss and at precision"
+            )
         if bad_step is not None:
             raise self._diverged(bad_step, self.ctx.world.on_main(self._newest_checkpoint))
         return means

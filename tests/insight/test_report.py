@@ -212,6 +212,23 @@ def test_several_seeds(runs, tmp_path):
     assert shown.replace("±", "?") in line
     assert shown in (tmp_path / "runs.html").read_text()
     assert "(seeds 0, 1)" in result.stdout
+    balanced = [run.stage("distill/thin").done.balanced_top1 for run in runs]
+    assert f"| {mean(balanced):.2f} ± {stdev(balanced):.2f}".replace("±", "?") in line
+    assert "balanced %" in result.stdout
+    assert float(statistics["distill"]["balanced_top1_mean"]) == pytest.approx(mean(balanced), abs=1e-4)
+
+
+def test_a_seed_that_has_finished_nothing_has_no_part(runs, copy, tmp_path):
+    """And classes with equally many validation images need no accuracy of their own."""
+    shutil.rmtree(copy.path / "stages")
+    other = copy.path.parent / "other"
+    shutil.copytree(runs[1].path, other)
+    for path in other.glob("stages/*/*/done.json"):
+        done = json.loads(path.read_text())
+        path.write_text(json.dumps({**done, "balanced_top1": done["top1"]}))
+    text, _ = report([copy, Run(other)], out=tmp_path / "out")
+    assert f"{copy.path}, {other} (seeds 1)" in text
+    assert "balanced" not in text
 
 
 def test_runs_that_differ_in_more(runs, copy, tmp_path):

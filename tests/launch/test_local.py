@@ -141,6 +141,15 @@ def test_a_batch_that_not_even_one_process_can_take(recipe, tmp_path, monkeypatc
             choose_num_processes(recipe, asked)
 
 
+def test_no_more_processes_than_validation_images(tmp_path, monkeypatch, capsys):
+    recipe = load_recipe(write_job(tmp_path, chain(encode_part(tmp_path, 60, 2))))
+    monkeypatch.setattr(local, "default_num_processes", lambda: 4)
+    assert choose_num_processes(recipe, None) == 2
+    assert "using 2 processes instead of 4: data.val: " in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=r"has 2 images for 3 processes; take at most 2; --nproc 2 would do"):
+        choose_num_processes(recipe, 3)
+
+
 def test_a_number_of_processes_that_was_asked_for_is_taken_or_refused(recipe, monkeypatch):
     assert choose_num_processes(recipe, 4) == 4
     with pytest.raises(RecipeError, match="batch_size: 60 is not divisible by 7 processes"):

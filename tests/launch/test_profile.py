@@ -33,7 +33,7 @@ def load(tmp_path, text):
         ("sbatch: {exclusive: false}", "sbatch.exclusive: should be text or a number"),
         ("gpus_per_node: 2\nprocesses_per_node: 3", "there is one process per GPU"),
         ("timeout_min: 1\nsignal_delay_s: 60", "signal_delay_s: should be less than timeout_min"),
-        ("setup: module load cuda", "setup: should be a valid tuple"),
+        ("setup: module load cuda", "setup: should be a list, not 'module"),
         ("mem_gb: -1", "mem_gb: should be greater than or equal to 0"),
         ("timeout_min: 1 day", "timeout_min: should be minutes, hours:minutes:seconds or days-hours:minutes:seconds"),
         ("timeout_min: 0", "timeout_min: should be greater than or equal to 1"),
