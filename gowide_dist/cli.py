@@ -253,7 +253,7 @@ def run(
     Stop it at any time: the same command continues. The networks of a stage (`train: [half, quarter]`) train together,
     on one data stream and one forward pass of the teacher, and end with the weights that each would have alone.
 
-    Example: `gowide run jobs/demo.yaml --nproc 2 stages.finetune.epochs=5`
+    Example: `gowide run jobs/demo.yaml --nproc 2 stages.distill.epochs=5`
     """
     from gowide_dist.insight.report import report
     from gowide_dist.prepare import check_run, prepare
@@ -442,7 +442,7 @@ def evaluate(
     The run's folder and the images are enough, on any machine. The class folders of --images have the classes' names,
     and some may be absent.
 
-    Example: `gowide eval runs/demo finetune --out runs/demo/report/finetune`
+    Example: `gowide eval runs/demo distill --out runs/demo/report/distill`
     """
     from gowide_dist.insight import evaluate
     from gowide_dist.insight.trained import open_trained
@@ -468,7 +468,7 @@ def export(
 
     Where the run's data are not there and --data is not given, files are compared on noise, and int8 is left out.
 
-    Example: `gowide export runs/demo finetune --to exports/demo`
+    Example: `gowide export runs/demo distill --to exports/demo`
     """
     from gowide_dist.insight import export
     from gowide_dist.insight.trained import open_trained

@@ -51,8 +51,8 @@ def test_a_changed_default_changes_the_fingerprint():
 
 
 def test_only_stages_with_a_moving_average_are_told_from_those_trained_before_it_warmed_up():
-    plain, averaged = (load_recipe(DEMO, overrides) for overrides in ([], ["stages.finetune.optim.ema=0.99"]))
+    plain, averaged = (load_recipe(DEMO, overrides) for overrides in ([], ["stages.distill.optim.ema=0.99"]))
     checksums = {"train": "a", "val": "b"}
     before, after = (identities(recipe, checksums) for recipe in (plain, averaged))
-    assert {key for key in before if before[key] != after[key]} == {"finetune/thin"}
-    assert (before["finetune/thin"]["format"], after["finetune/thin"]["format"]) == (IDENTITY_FORMAT, EMA_FORMAT)
+    assert {key for key in before if before[key] != after[key]} == {"distill/thin"}
+    assert (before["distill/thin"]["format"], after["distill/thin"]["format"]) == (IDENTITY_FORMAT, EMA_FORMAT)

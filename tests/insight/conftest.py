@@ -18,7 +18,7 @@ def finished_run(tmp_path_factory):
     }
     stage = recipe["stages"]["teacher"]
     recipe["stages"] = {
-        "finetune": {**stage, "train": "thin", "epochs": 4},
+        "distill": {**stage, "train": "thin", "epochs": 4},
         "baseline": {**stage, "train": ["thin", "basic"], "epochs": 1},
     }
     (root / "runs").mkdir()

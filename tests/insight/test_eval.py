@@ -41,7 +41,7 @@ def plain(finished_run):
     data = finished_run.path.parents[1] / "data"
     info = json.loads((data / "dataset.json").read_text())
     mean, std = (np.array(info[name], np.float32) for name in ("mean", "std"))
-    network = load_model(finished_run.path, "finetune")
+    network = load_model(finished_run.path, "distill")
     with closing(Loader(data / "val.beton", Batching(1000), train=False, resolution=28)) as loader:
         batch = next(iter(loader.batches()))
         images = torch.from_numpy((batch.images.numpy() / np.float32(255) - mean) / std).permute(0, 3, 1, 2)
@@ -51,16 +51,16 @@ def plain(finished_run):
 
 def test_every_figure(finished_run, plain):
     logits, labels = plain
-    evaluation = evaluate(open_trained(finished_run.path, "finetune"))
+    evaluation = evaluate(open_trained(finished_run.path, "distill"))
     predicted = logits.argmax(1)
     assert evaluation["images"] == 1000
     assert evaluation["top1"] == pytest.approx(100 * (predicted == labels).float().mean().item())
     assert (
         evaluation["top1"]
         == pytest.approx(evaluation["top1_in_training"])
-        == pytest.approx(finished_run.stage("finetune/thin").done.top1)
+        == pytest.approx(finished_run.stage("distill/thin").done.top1)
     )
-    assert evaluation["top5"] == pytest.approx(finished_run.stage("finetune/thin").done.top5)
+    assert evaluation["top5"] == pytest.approx(finished_run.stage("distill/thin").done.top5)
     assert evaluation["nll"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     by_hand = np.zeros((10, 10), int)
     for label, other in zip(labels.tolist(), predicted.tolist(), strict=True):
@@ -69,7 +69,7 @@ def test_every_figure(finished_run, plain):
     assert evaluation["per_class_images"] == by_hand.sum(1).tolist()
     assert evaluation["per_class_top1"] == pytest.approx((100 * by_hand.diagonal() / by_hand.sum(1)).tolist())
     assert evaluation["balanced_top1"] == pytest.approx(np.mean(evaluation["per_class_top1"]))
-    in_training = finished_run.stage("finetune/thin").done
+    in_training = finished_run.stage("distill/thin").done
     assert in_training.balanced_top1 == pytest.approx(evaluation["balanced_top1"]) != pytest.approx(in_training.top1)
     assert f"its mean over classes {evaluation['balanced_top1']:.2f} %" in table(evaluation)
     assert evaluation["classes"][6] == "Shirt"
@@ -105,7 +105,7 @@ def test_printed_and_written_evaluations_agree(finished_run, tmp_path):
 
 
 def test_other_images(finished_run, other_data):
-    trained = open_trained(finished_run.path, "finetune/thin")
+    trained = open_trained(finished_run.path, "distill/thin")
     own = evaluate(trained)
     evaluation = evaluate(trained, other_data / "val.beton")
     assert (evaluation["images"], evaluation["top1_in_training"]) == (300, None)
@@ -120,7 +120,7 @@ def test_table_of_many_classes(finished_run):
     accuracies = [100.0 - label for label in range(30)]
     many = {"classes": tuple(f"class {label}" for label in range(30)), "per_class_images": [100] * 30}
     confusion = torch.zeros(30, 30, dtype=torch.int64).tolist()
-    evaluation = evaluate(open_trained(finished_run.path, "finetune"))
+    evaluation = evaluate(open_trained(finished_run.path, "distill"))
     lines = table({**evaluation, **many, "per_class_top1": accuracies, "confusion": confusion}).splitlines()
     assert lines[3].startswith("worst of 30 classes")
     assert [line.split()[1] for line in lines[4:]] == [str(label) for label in range(29, 19, -1)]
@@ -135,21 +135,21 @@ def test_data_of_other_classes_is_refused(finished_run, other_data, tmp_path):
     shutil.copytree(other_data, data)
     info = data / "dataset.json"
     info.write_text(info.read_text().replace("Sandal", "Clog"))
-    line = refused("eval", finished_run.path, "finetune", "--data", data)
-    others = f"other classes than those of finetune/thin in {finished_run.path}"
+    line = refused("eval", finished_run.path, "distill", "--data", data)
+    others = f"other classes than those of distill/thin in {finished_run.path}"
     assert line == f"{data / 'val.beton'}: {others}: class 5 is 'Clog' instead of 'Sandal'"
     info.write_text(info.read_text().replace(',\n    "Ankle boot"', "").replace("Clog", "Sandal"))
     with pytest.raises(DataError, match="class 9 is 'missing' instead of 'Ankle boot'"):
-        evaluate(open_trained(finished_run.path, "finetune"), data / "val.beton")
+        evaluate(open_trained(finished_run.path, "distill"), data / "val.beton")
 
 
 def test_changed_weights_are_refused_and_older_ones_need_their_data(finished_run, tmp_path):
     shutil.copytree(finished_run.path, tmp_path / "run")
     copy = Run(tmp_path / "run")
-    weights = copy.stage("finetune/thin").model
+    weights = copy.stage("distill/thin").model
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(RunError, match="weights missing or changed since training"):
-        open_trained(copy.path, "finetune").network()
+        open_trained(copy.path, "distill").network()
     own = open_trained(copy.path, "baseline/thin").preprocessing
     stage_dir, older = copy.stage("baseline/thin"), copy.stage("baseline/thin").model
     save_file(load_file(older), older)  # without metadata
@@ -184,13 +184,13 @@ def photos(finished_run, tmp_path_factory):
 
 
 def test_a_copied_run_is_enough(moved, finished_run, other_data):
-    own = open_trained(finished_run.path, "finetune")
-    trained = open_trained(moved, "finetune")
+    own = open_trained(finished_run.path, "distill")
+    trained = open_trained(moved, "distill")
     assert trained.preprocessing == own.preprocessing
     assert (
         evaluate(trained, other_data / "val.beton")["confusion"] == evaluate(own, other_data / "val.beton")["confusion"]
     )
-    line = refused("eval", moved, "finetune")
+    line = refused("eval", moved, "distill")
     assert line == "/nowhere/data/val.beton: not found here; `gowide eval` takes other images by --data or --images"
     shown = gowide("report", moved)
     assert shown.returncode == 0, shown.stderr
@@ -200,7 +200,7 @@ def test_a_plain_folder_of_images(moved, photos, tmp_path):
     """By Pillow, as torchvision's own pipeline prepares them; by name, whatever classes are absent."""
     photos = shutil.copytree(photos, tmp_path / "photos")
     (photos / "Bag" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(next((photos / "Bag").glob("*.jpg")).read_bytes())
-    shown = gowide("eval", moved, "finetune", "--images", photos, "--out", tmp_path / "out", "--json")
+    shown = gowide("eval", moved, "distill", "--images", photos, "--out", tmp_path / "out", "--json")
     assert shown.returncode == 0, shown.stderr
     evaluation = json.loads(shown.stdout)
     counts = dict(zip(evaluation["classes"], evaluation["per_class_images"], strict=True))
@@ -210,7 +210,7 @@ def test_a_plain_folder_of_images(moved, photos, tmp_path):
     assert evaluation["top1"] > 50
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open(errors="surrogateescape")))
     logits = np.load(tmp_path / "out" / "logits.npy")
-    network = load_model(moved, "finetune")
+    network = load_model(moved, "distill")
     taken = network.preprocessing
     theirs = transforms.Compose(
         [
@@ -234,7 +234,7 @@ def test_a_plain_folder_of_images(moved, photos, tmp_path):
 
 def test_what_is_no_folder_of_the_classes_is_refused(moved, photos, tmp_path):
     def line(folder):
-        return refused("eval", moved, "finetune", "--images", folder)
+        return refused("eval", moved, "distill", "--images", folder)
 
     shutil.copytree(photos, tmp_path / "val")
     (tmp_path / "val" / "Sandals").mkdir()
@@ -256,7 +256,7 @@ def test_what_is_no_folder_of_the_classes_is_refused(moved, photos, tmp_path):
     (tmp_path / "val" / "Coat" / "a.png").write_bytes(b"no image")
     damaged = line(tmp_path / "val")
     assert damaged.startswith(f"{tmp_path}/val/Coat/a.png: not an image")
-    both = refused("eval", moved, "finetune", "--images", photos, "--data", tmp_path)
+    both = refused("eval", moved, "distill", "--images", photos, "--data", tmp_path)
     assert both == "eval: --data and --images both say which images; keep one of them"
 
 

@@ -72,21 +72,21 @@ def onnx_logits(path, images):
 def test_files_give_the_logits_of_the_network(finished_run, exported, val, num_images):
     folder, _ = exported
     images = val[0][:num_images]
-    expected = torch_logits(finished_run, "finetune", images)
+    expected = torch_logits(finished_run, "distill", images)
     assert expected.shape == (num_images, 10)
     assert np.abs(onnx_logits(folder / "model.onnx", images) - expected).max() < 1e-4
     program = torch.export.load(folder / "model.pt2").module()
     with torch.inference_mode():
         assert np.abs(program(torch.from_numpy(images)).numpy() - expected).max() < 1e-4
     assert (
-        load_file(folder / "model.safetensors").keys() == load_model(finished_run.path, "finetune").state_dict().keys()
+        load_file(folder / "model.safetensors").keys() == load_model(finished_run.path, "distill").state_dict().keys()
     )
 
 
 def test_figures_of_the_report(finished_run, exported, val):
     folder, printed = exported
     report, config = (json.loads((folder / name).read_text()) for name in ("export.json", "config.json"))
-    done = finished_run.stage("finetune/thin").done
+    done = finished_run.stage("distill/thin").done
     images, labels = val
     assert report["validation"]["images"] == 1000
     assert report["calibration"]["images"] == 512
@@ -123,7 +123,7 @@ def test_the_examples_of_the_documentation(finished_run, exported, val, tmp_path
     shutil.copytree(exported[0], tmp_path / "exports" / "demo")
     for name, image in zip(("one.png", "two.png"), val[0], strict=False):
         Image.fromarray(image).save(tmp_path / name)
-    best = torch_logits(finished_run, "finetune", val[0][:2]).argmax(1)
+    best = torch_logits(finished_run, "distill", val[0][:2]).argmax(1)
     classes = json.loads((exported[0] / "config.json").read_text())["classes"]
     blocks = fenced_blocks(PAGE, "python")
     assert len(blocks) == 2
@@ -135,7 +135,7 @@ def test_the_examples_of_the_documentation(finished_run, exported, val, tmp_path
 
 
 def test_a_second_export_does_nothing_and_other_folders_are_refused(finished_run, exported, tmp_path, capsys):
-    trained = open_trained(finished_run.path, "finetune")
+    trained = open_trained(finished_run.path, "distill")
     folder = tmp_path / "export"
     first = export.export(trained, folder, int8=False, images=64)
     assert first["validation"]["images"] == 64
@@ -150,14 +150,14 @@ def test_a_second_export_does_nothing_and_other_folders_are_refused(finished_run
         export.export(open_trained(finished_run.path, "baseline/basic"), folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").touch()
-    line = refused("export", finished_run.path, "finetune", "--to", tmp_path / "other")
+    line = refused("export", finished_run.path, "distill", "--to", tmp_path / "other")
     assert line.startswith(f"{tmp_path / 'other'}: contains files other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["letter.txt"]
 
 
 def test_a_copied_run_is_exported(moved, finished_run, exported, tmp_path):
     """Without data compared on noise, and not quantised; with data as at home."""
-    shown = gowide("export", moved, "finetune", "--to", tmp_path / "alone")
+    shown = gowide("export", moved, "distill", "--to", tmp_path / "alone")
     assert shown.returncode == 0, shown.stderr
     assert (
         "note: model.int8.onnx is left out: no training images to calibrate it; --data DIR says where" in shown.stderr
@@ -169,21 +169,21 @@ def test_a_copied_run_is_exported(moved, finished_run, exported, tmp_path):
     assert report["files"]["model.onnx"]["largest_logit_difference"] < 1e-4
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "alone" / name).read_bytes() == (exported[0] / name).read_bytes()
-    taken = load_model(finished_run.path, "finetune").preprocessing
+    taken = load_model(finished_run.path, "distill").preprocessing
     assert read_preprocessing(tmp_path / "alone" / "model.safetensors") == taken
     config = json.loads((tmp_path / "alone" / "config.json").read_text())
     assert config["normalise"] == {"mean": [*taken.mean], "std": [*taken.std], "of": "pixels / 255"}
 
     data = finished_run.path.parents[1] / "data"
-    report = export.export(open_trained(moved, "finetune"), tmp_path / "alone", images=32, data=data)
+    report = export.export(open_trained(moved, "distill"), tmp_path / "alone", images=32, data=data)
     assert (report["validation"]["images"], report["calibration"]["images"]) == (32, 512)
     assert report["files"]["model.int8.onnx"]["top1"] > 30
     with pytest.raises(DataError, match="not found"):
-        export.export(open_trained(moved, "finetune"), tmp_path / "none", data=tmp_path)
+        export.export(open_trained(moved, "distill"), tmp_path / "none", data=tmp_path)
 
 
 def test_interrupted_and_smaller_exports_are_replaced(finished_run, tmp_path):
-    trained = open_trained(finished_run.path, "finetune")
+    trained = open_trained(finished_run.path, "distill")
     folder = tmp_path / "export"
     (folder / ".partial").mkdir(parents=True)  # left by a process that was killed
     (folder / ".partial" / "config.json").write_text(json.dumps({"model_sha256": trained.done.model_sha256}))
@@ -248,7 +248,7 @@ def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatc
         "gowide",
         "export",
         finished_run.path,
-        "finetune",
+        "distill",
         "--to",
         tmp_path / "export",
         "--no-int8",
@@ -270,4 +270,4 @@ def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatc
 def test_without_the_packages(finished_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"export needs onnxruntime: pip install .*'\.\[export\]'"):
-        export.export(open_trained(finished_run.path, "finetune"), tmp_path / "export")
+        export.export(open_trained(finished_run.path, "distill"), tmp_path / "export")
