@@ -311,7 +311,8 @@ class Recipe(Frozen):
             return
         side = stage.ramp.start_px if stage.ramp else self.data.resolution
         for network in stage.train:
-            if side <= self.architectures[network].stride:
+            architecture = self.architectures[network]
+            if isinstance(architecture, Structure) and side <= architecture.reductions[-1]:
                 fault = f"network '{network}' makes one pixel of {side} px, which no batch norm can normalise"
                 raise RecipeError(f"stages.{name}: {fault}, as {one}")
 

@@ -132,12 +132,6 @@ class Architecture(Structure):
         return self.stem_channels or self.planes[0]
 
     @property
-    def stride(self) -> int:
-        """Side of an image over that of the last block's output, which is rounded up."""
-        _, stride, has_pool = STEMS[self.stem]
-        return (stride * (1 + has_pool)) << (self.num_blocks - 1)
-
-    @property
     def block_channels(self) -> tuple[int, ...]:
         expansion = 4 if self.block == "bottleneck" else 1
         return tuple(planes * expansion for planes in self.planes)
