@@ -235,7 +235,9 @@ def rehearse_chain(
     except DataError as error:
         sys.stderr.write(f"gowide: {error}; showing the jobs of a run that starts from scratch\n")
     run = Run(runs.absolute() / recipe.name)
-    fingerprints = {key: fingerprint(identity) for key, identity in identities(recipe, {}).items()}
+    fingerprints = dict[str, str]()  # files of weights may be missing as the data are; seeds tell the runs apart
+    for key, instance in recipe.instances.items():
+        fingerprints[key] = f"{key} of seed {instance.seed} after {[fingerprints[each] for each in instance.parents]}"
     selected = recipe.select(only) if only else recipe.instances
     known = {key: job_id for key in selected if (job_id := (shared or {}).get(fingerprints[key]))}
     planned = {key: Planned(Action.SHARE, job_id, None) for key, job_id in known.items()}
