@@ -24,9 +24,17 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def run_already() -> set[str]:
+    return set()
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "clusters.md"], ids=lambda page: page.name)
-def test_commands(sandbox: Path, page: Path):
-    for command in commands(page):
+def test_commands(sandbox: Path, page: Path, run_already: set[str]):
+    for command in dict.fromkeys(commands(page)):
+        if command in run_already:  # by an earlier page
+            continue
+        run_already.add(command)
         program, *arguments = shlex.split(command.removeprefix("OMP_NUM_THREADS=1 "))  # as all tests have it
         if program == "make":
             subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

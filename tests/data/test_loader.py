@@ -190,7 +190,7 @@ def test_a_stalled_thread_does_not_keep_the_process_alive(small_set: Path):
         "finally: stream.close()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "DataError" in done.stderr
+    assert done.returncode == 1 and "StallError" in done.stderr
 
 
 def test_an_iteration_left_open_does_not_keep_the_process_alive(small_set: Path):

@@ -479,10 +479,12 @@ def test_weights_of_a_file_and_how_their_images_are_normalised(train, tmp_path, 
     torch.save({"model": load_model(own.path, "teacher").state_dict()}, tmp_path / "public.pth")
     gets = "get images normalised by the dataset's own mean and standard deviation"
     hint = "published ones mostly expect networks.wide.normalise: imagenet"
+    takes = f"note: teacher/wide: takes the weights of {tmp_path / 'public.pth'} that are named model.*"
     assert notes(tmp_path / "public.pth") == [
-        f"note: teacher/wide: the weights of {tmp_path / 'public.pth'} {gets}; {hint}"
+        takes,
+        f"note: teacher/wide: the weights of {tmp_path / 'public.pth'} {gets}; {hint}",
     ]
-    assert notes(tmp_path / "public.pth", "networks.wide.normalise=imagenet") == []
+    assert notes(tmp_path / "public.pth", "networks.wide.normalise=imagenet") == [takes]
     weights.save_weights(
         tmp_path / "other.safetensors", load_model(own.path, "teacher"),
         {METADATA: load_model(own.path, "teacher").preprocessing.model_copy(update={"classes": tuple("abcdefghij")}).model_dump_json()},
