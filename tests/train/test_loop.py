@@ -484,7 +484,7 @@ def test_weights_of_a_file_and_how_their_images_are_normalised(train, tmp_path, 
         takes,
         f"note: teacher/wide: the weights of {tmp_path / 'public.pth'} {gets}; {hint}",
     ]
-    assert notes(tmp_path / "public.pth", "networks.wide.normalise=imagenet") == [takes]
+    assert notes(tmp_path / "public.pth", "networks.wide.normalise=imagenet") == []  # said once
     weights.save_weights(
         tmp_path / "other.safetensors", load_model(own.path, "teacher"),
         {METADATA: load_model(own.path, "teacher").preprocessing.model_copy(update={"classes": tuple("abcdefghij")}).model_dump_json()},
