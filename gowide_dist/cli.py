@@ -214,7 +214,7 @@ def bench(
     from gowide_dist.bench import loader, machine, stages, tables
     from gowide_dist.insight.text import table
 
-    recipe, parts = load_recipe(job, overrides or [], networks), only or list(BenchPart)
+    [recipe], parts = load_jobs(job, overrides or [], networks, Path("runs")), only or list(BenchPart)
     if (data or images) and "loader" not in parts:
         raise UserError("bench: --data and --images are for `loader`, which --only leaves out")
     results: dict[str, Any] = {"machine": machine()}

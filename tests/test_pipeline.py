@@ -152,21 +152,27 @@ def of_this_decade(data):
     }  # fmt: skip
 
 
-def test_the_options_of_this_decade_are_continued_exactly_too(data, tmp_path):
-    """Two processes, SIGKILL in four stages: the same bits in the end."""
-    job = write_job(tmp_path, of_this_decade(data))
+def same_bits_if_killed(job, tmp_path, *keys):
+    """Train in two processes, once undisturbed, once killed at step 6 of some of the five instances: the latter's run."""
     for name in ("undisturbed", "killed"):
         command = ("run", job, "--nproc", 2, "--runs", tmp_path / name)
-        for key in ("teacher/wide", "distill/thin", "all_at_once/thin", "decoupled/thin") if name == "killed" else ():
+        for key in keys if name == "killed" else ():
             folder = tmp_path / name / "chain" / "stages" / key
             killed_when(lambda folder=folder: reached(folder, 6), *command)
         result = gowide(*command)
         assert result.returncode == 0, result.stderr
     undisturbed, killed = (Run(tmp_path / name / "chain") for name in ("undisturbed", "killed"))
-    keys = [*undisturbed.recipe().instances]
-    assert len(keys) == 5
-    shas = [[run.stage(key).done.model_sha256 for key in keys] for run in (undisturbed, killed)]
+    of_all = [*undisturbed.recipe().instances]
+    assert len(of_all) == 5
+    shas = [[run.stage(key).done.model_sha256 for key in of_all] for run in (undisturbed, killed)]
     assert shas[0] == shas[1]
+    return killed
+
+
+def test_the_options_of_this_decade_are_continued_exactly_too(data, tmp_path):
+    """Two processes, SIGKILL in four stages: the same bits in the end."""
+    job = write_job(tmp_path, of_this_decade(data))
+    same_bits_if_killed(job, tmp_path, "teacher/wide", "distill/thin", "all_at_once/thin", "decoupled/thin")
 
 
 def of_mobile_networks(data):
@@ -187,18 +193,7 @@ def of_mobile_networks(data):
 def test_a_mobile_chain_is_continued_exactly_too(data, tmp_path):
     """Two processes, SIGKILL in the distillation and between phases of an imitation: the same bits in the end."""
     job = write_job(tmp_path, of_mobile_networks(data))
-    for name in ("undisturbed", "killed"):
-        command = ("run", job, "--nproc", 2, "--runs", tmp_path / name)
-        for key, step in (("distill/thin", 6), ("channels/thinner", 6)) if name == "killed" else ():
-            folder = tmp_path / name / "chain" / "stages" / key
-            killed_when(lambda folder=folder, step=step: reached(folder, step), *command)
-        result = gowide(*command)
-        assert result.returncode == 0, result.stderr
-    undisturbed, killed = (Run(tmp_path / name / "chain") for name in ("undisturbed", "killed"))
-    keys = [*undisturbed.recipe().instances]
-    assert len(keys) == 5
-    shas = [[run.stage(key).done.model_sha256 for key in keys] for run in (undisturbed, killed)]
-    assert shas[0] == shas[1]
+    killed = same_bits_if_killed(job, tmp_path, "distill/thin", "channels/thinner")
     network = torchvision.models.mobilenet_v2(
         num_classes=10, width_mult=0.1
     )  # the transforms are merged: names, shapes

@@ -75,9 +75,6 @@ class MobileNetV2(Network):
     def readers(self, index: int) -> list[nn.Module]:
         return [self.block_modules(index)[0].get_submodule("conv.0.0")]
 
-    def compiled_modules(self, index: int) -> list[nn.Module]:
-        return self.block_modules(index)
-
     @property
     def head_layers(self) -> list[nn.Module]:
         return [self.features[-1], self.classifier]

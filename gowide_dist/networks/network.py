@@ -74,9 +74,9 @@ class Network(nn.Module, ABC):
     def readers(self, index: int) -> list[nn.Module]:
         """The convolutions that read the input of block `index`, which is not 0: all that see it."""
 
-    @abstractmethod
     def compiled_modules(self, index: int) -> list[nn.Module]:
         """The modules of block `index` that torch.compile takes, each as a whole."""
+        return self.block_modules(index)
 
     @property
     @abstractmethod

@@ -118,9 +118,6 @@ class Wrapped(Network):
     def readers(self, index: int) -> list[nn.Module]:
         raise NotImplementedError("nothing is merged into another's network")
 
-    def compiled_modules(self, index: int) -> list[nn.Module]:
-        raise NotImplementedError("see compile_blocks")
-
     def compile_blocks(self) -> None:
         self.is_compiled = True
         self.module.compile()

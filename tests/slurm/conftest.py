@@ -136,7 +136,7 @@ class Submitted:
 def cluster(tmp_path_factory):
     missing = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
     if missing:
-        pytest.skip(f"no Slurm here ({', '.join(missing)}): `make setup` installs it")
+        pytest.skip(f"no Slurm here ({', '.join(missing)}): `make setup-test` installs it")
     if os.getuid():
         pytest.skip("only root can give the nodes namespaces of their own")
     found = Cluster(tmp_path_factory.mktemp("cluster"))
