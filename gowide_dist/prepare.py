@@ -89,10 +89,9 @@ def check_foreign(recipe: Recipe, instances: Collection[Instance]) -> None:
 
     assert recipe.data.classes is not None, "checked data fills it in"
     check_fit(recipe, instances, recipe.data.classes)
-    for instance in instances:
-        if instance.init_file and isinstance(instance.architecture, Foreign):
-            for note in _check_preprocessing(instance, instance.init_file, recipe):
-                say_once(f"note: {note}")
+    foreign = [each for each in instances if isinstance(each.architecture, Foreign)]
+    for note in check_files(recipe, foreign, recipe.data.classes):
+        say_once(f"note: {note}")
 
 
 def check_run(
@@ -119,7 +118,8 @@ def check_run(
         if not fresh:
             stage_dir.check_identity(prepared.identities[instance.key])
     assert recipe.data.classes is not None, "checked data fills it in"
-    for note in check_files(recipe, prepared.unfinished, recipe.data.classes):
+    ours = [each for each in prepared.unfinished if not isinstance(each.architecture, Foreign)]
+    for note in check_files(recipe, ours, recipe.data.classes):
         say_once(f"note: {note}")
     for line in without_effect(recipe, prepared.unfinished, check_split(recipe.data.train).samples):
         say_once(f"warning: {line}")
@@ -133,7 +133,7 @@ def check_files(recipe: Recipe, instances: Iterable[Instance], num_classes: int)
     Raises RunError if a file does not hold its network's weights, or is known to tell other classes apart.
     """
     for instance in instances:
-        if instance.init_file and not isinstance(instance.architecture, Foreign):  # of those `check_foreign` does it
+        if instance.init_file:
             yield from _check_weights(instance, instance.init_file, num_classes)
             yield from _check_preprocessing(instance, instance.init_file, recipe)
 

@@ -25,7 +25,7 @@ from gowide_dist.insight.assumed import (
 )
 from gowide_dist.insight.text import duration, gigabytes, listed, table
 from gowide_dist.launch.profile import Device, Profile, Resources
-from gowide_dist.prepare import Prepared, check_data, check_files, check_foreign
+from gowide_dist.prepare import Prepared, check_data, check_files
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching, Timeline
@@ -38,6 +38,7 @@ from gowide_dist.train.costs import (
     stage_cost,
     training_macs,
 )
+from gowide_dist.train.fit import check_fit
 
 FEW_IMAGES_PER_GPU = 32  # below, GPUs idle and batch norms see few images
 
@@ -116,7 +117,7 @@ def plan(
     """
     if size.train < recipe.batch_size:
         raise DataError(f"batch_size: {recipe.batch_size} is more than the {size.train:,} training images")
-    _check_foreign(recipe, size)
+    check_fit(recipe, recipe.instances.values(), size.classes)
     progress = _progress(recipe, runs) if runs else {}
     for key, run in (shared or {}).items():
         progress.setdefault(key, f"shared with {run}")
@@ -155,12 +156,6 @@ def plan(
         warnings=warnings,
         notes=notes,
     )
-
-
-def _check_foreign(recipe: Recipe, size: DataSize) -> None:
-    """Raises UserError if a network of others cannot be built or does not fit."""
-    data = recipe.data.model_copy(update={"classes": size.classes})
-    check_foreign(recipe.model_copy(update={"data": data}), [*recipe.instances.values()])
 
 
 def _notes_on_jobs(recipe: Recipe, size: DataSize, profile: Profile, stages: Sequence[StagePlan]) -> Iterator[str]:

@@ -10,10 +10,9 @@ from functools import cache
 
 import torch
 
-from gowide_dist.errors import RecipeError, RunError
+from gowide_dist.errors import RecipeError
 from gowide_dist.networks.build import build_on_meta
 from gowide_dist.networks.foreign import Foreign, Settings
-from gowide_dist.networks.weights import check_weights
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import BlocksStage, KlStage
 
@@ -29,8 +28,6 @@ def check_fit(recipe: Recipe, instances: Iterable[Instance], num_classes: int) -
                 _check_network(each, instance, recipe, num_classes)
         if teacher and any(isinstance(each.architecture, Foreign) for each in (instance, teacher)):
             _check_blocks(instance, teacher, recipe, num_classes)
-        if isinstance(instance.architecture, Foreign):
-            _check_file(instance, num_classes)
 
 
 def _check_network(each: Instance, instance: Instance, recipe: Recipe, num_classes: int) -> None:
@@ -90,16 +87,3 @@ def _shapes(settings: Settings, num_classes: int, side: int) -> dict[str, Shape]
 
 def _listed(shapes: dict[str, Shape]) -> str:
     return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items()) or "none named"
-
-
-def _check_file(instance: Instance, num_classes: int) -> None:
-    """Raises RunError unless the file that a network of others starts from, if there is one, holds its weights."""
-    if (init := instance.init_file) is None:
-        return
-    try:
-        check_weights(
-            init.file, instance.architecture, num_classes,
-            fresh_classifier=init.classifier == "fresh", prefix=init.prefix,
-        )  # fmt: skip
-    except RunError as error:
-        raise RunError(f"stages.{instance.stage_name}.init.file: {error}") from error
