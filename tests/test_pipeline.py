@@ -64,7 +64,8 @@ def what_was_measured(run, key):
 def test_two_processes_say_what_their_gradients_cost(finished):
     lines = [line for line in read_metrics(finished[0].stage("finetune/thin").metrics) if line["kind"] == "train"]
     assert lines
-    assert all(0 < line["comm_wait"] < 1 - line["data_wait"] for line in lines)
+    # all of what is left, where other work on the machine made the step that was measured a long one
+    assert all(0 < line["comm_wait"] <= 1 - line["data_wait"] for line in lines)
 
 
 def test_the_run_directory(finished, data):
