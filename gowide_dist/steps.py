@@ -70,7 +70,7 @@ def run_steps(recipe: Recipe, keys: Sequence[str], num_processes: int) -> StepTi
         lines = [line for line in read_metrics(run.stage(keys[0]).metrics) if line["kind"] == "train"]
     if not lines:
         raise UserError(f"{keys[0]}: no training step within {LIMIT_S:g} s; try a smaller batch_size")
-    step_s, data_wait = _warm_means(lines, recipe.batch_size)
+    step_s, data_wait = _warm_means(lines, short)
     num_steps = lines[-1]["step"]
     fixed_s = max(0.0, report["seconds"] - num_steps * step_s)
     return StepTimes(num_steps, step_s, data_wait, report["memory_bytes"], start_s, fixed_s)
@@ -94,7 +94,7 @@ def _num_blocks(recipe: Recipe, instance: Instance) -> int:
 
 
 def _shortened(recipe: Recipe, instance: Instance) -> tuple[int, Recipe]:
-    """The steps of one short epoch, equally many in each phase, and the recipe that records two lines for a phase."""
+    """The steps of one short epoch, equally many in each phase, and the recipe that records a phase's first step, half and end."""
     stage, possible = instance.stage, check_split(recipe.data.train).samples // recipe.batch_size
     assert stage.optim is not None, "a stage that trains has an optim"
     num_phases = stage.num_phases(_num_blocks(recipe, instance))
@@ -106,10 +106,10 @@ def _shortened(recipe: Recipe, instance: Instance) -> tuple[int, Recipe]:
     return min(possible, num_phases * 2 * every), recipe.model_copy(update=changes)
 
 
-def _warm_means(lines: Sequence[Mapping[str, Any]], batch_size: int) -> tuple[float, float]:
-    """Seconds of a step and the part spent waiting for data, over the second line of each phase, if there is one."""
-    warm = lines[1::2] or lines
-    seconds = [batch_size / line["images_per_s"] for line in warm]
+def _warm_means(lines: Sequence[Mapping[str, Any]], short: Recipe) -> tuple[float, float]:
+    """Seconds of a step and the part spent waiting for data, over the second half of each phase, if there is one."""
+    warm = [line for line in lines if line["step"] % (2 * short.log_every_steps) == 0] or lines[-1:]
+    seconds = [short.batch_size / line["images_per_s"] for line in warm]
     return fmean(seconds), fmean((line["data_wait"] for line in warm), seconds)
 
 

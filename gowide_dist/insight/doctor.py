@@ -11,8 +11,10 @@ import io
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, redirect_stderr, suppress
 from functools import partial
@@ -33,6 +35,7 @@ from gowide_dist.machine import num_cores
 
 GOOD, WARNING, BAD = "good", "warning", "bad"
 LIMIT_S = 180.0  # of a process that may hang
+SLOW_IMPORT_S = 15.0  # 2 to 4 from a local disk
 INSTALL_FFCV = "apt install g++ pkg-config libopencv-dev libturbojpeg0-dev; pip install --force-reinstall ffcv"
 
 
@@ -56,6 +59,7 @@ def check_machine(runs: Path, cluster: Path | None = None) -> Iterator[Finding]:
     """Yield the finding of each check as soon as it is done. runs: the folder of runs; cluster: a profile to check."""
     yield Finding("python", GOOD, f"{platform.python_version()} in {sys.prefix}")
     yield examine("packages", check_packages, "pip install -c constraints.txt -e .")
+    yield examine("import", check_import, "install on a local disk, or into one file: slurm/container")
     yield examine("opencv", check_opencv, "apt install libgl1 libglib2.0-0")
     yield examine("cpus", check_cpus, "unset OMP_NUM_THREADS")
     yield examine("cache", check_cache, "export NUMBA_CACHE_DIR=FOLDER, which can be written, on nodes too")
@@ -87,6 +91,28 @@ def check_packages() -> str:
     if missing:
         raise UserError(f"missing or too old: {', '.join(missing)}")
     return "all installed, in versions that gowide_dist allows"
+
+
+def check_import() -> str:
+    """A new process imports PyTorch quickly: each of training's does so, from thousands of small files."""
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.__path__[0])"], capture_output=True, text=True
+    )
+    seconds = time.monotonic() - started
+    if result.returncode:
+        raise UserError(f"`import torch` fails: {(result.stderr.strip().splitlines() or ['killed'])[-1]}")
+    folder = Path(result.stdout.strip())
+    text = f"torch is imported in {seconds:.1f} s from {folder} ({filesystem(folder)})"
+    if seconds > SLOW_IMPORT_S:
+        raise MinorError(f"{text}; every process of a training waits so long")
+    return text
+
+
+def filesystem(path: Path) -> str:
+    """The type of the file system that holds `path`, in the words of stat(1): nfs, lustre, ext2/ext3 ..."""
+    command = ["stat", "--file-system", "--format=%T", path]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown file system"
 
 
 def check_opencv() -> str:
@@ -211,7 +237,7 @@ def check_runs(runs: Path) -> str:
     with writing_to(folder, "--runs"), tempfile.NamedTemporaryFile("w", dir=folder) as file:
         flock(file, fcntl.LOCK_EX)
     free_gb = shutil.disk_usage(folder).free / 1e9
-    text = f"{folder}: files can be written and locked, {free_gb:,.1f} GB are free"
+    text = f"{folder} ({filesystem(folder)}): files can be written and locked, {free_gb:,.1f} GB are free"
     if free_gb < 10:
         raise (UserError if free_gb < 1 else MinorError)(text)
     return text

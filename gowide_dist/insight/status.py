@@ -106,7 +106,7 @@ def _add_state(row: StageStatus, run: Run, recipe: Recipe, job: JobState | None)
     row.where = writer or (job.nodes or None if job else None)
     if writer or (job and (job.is_running or job.is_leaving)):
         row.state, row.note = "running", job.state.lower() if job and job.is_leaving else ""
-        row.images_per_s = lines[-1]["images_per_s"] if lines else None
+        row.images_per_s = lines[-1]["images_per_s"] if row.step > 1 else None  # the first step's tells nothing
         if row.steps and row.images_per_s:
             row.seconds_left = (row.steps - row.step) * recipe.batch_size / row.images_per_s
     elif job is None:

@@ -181,12 +181,14 @@ class StageTraining:
 
         is_over = step == self.timeline.total_steps
         epoch_ends = step_of_epoch == 0
-        phase_ends = step == self.timeline.phase(phase).stop
+        steps_of_phase = self.timeline.phase(phase)
+        phase_begins, phase_ends = step == steps_of_phase.start + 1, step == steps_of_phase.stop
         stop_due = vote.signum != 0 and not is_over  # one that is over finishes: that takes no longer than to save
         save_due = not is_over and (stop_due or is_multiple(step, recipe.checkpoints.every_steps))
         evaluate_due = not is_over and epoch_ends and is_multiple(epochs_done, recipe.eval_every_epochs)
         # Before a checkpoint too: a restart would lose the losses that are not recorded yet.
-        record_due = save_due or epoch_ends or phase_ends or is_multiple(step, recipe.log_every_steps)
+        # At a phase's first step, for its curve to begin there.
+        record_due = save_due or epoch_ends or phase_begins or phase_ends or is_multiple(step, recipe.log_every_steps)
 
         if record_due:
             self._record(lr)
@@ -210,7 +212,8 @@ class StageTraining:
             values = {"lr": lr, **means, **speed, "comm_wait": comm_wait}
             self.writer.write(partial(student.record, "train", self.step, values))
         self.track.update(self.step, "loss " + ", ".join(f"{means['loss']:.4f}" for means in losses))
-        if data_wait > DATA_BOUND and not self.warned_of_data:
+        # The first step waits for the first batches, whatever comes after them.
+        if data_wait > DATA_BOUND and self.step > 1 and not self.warned_of_data:
             self.warned_of_data = True
             self.track.line(
                 f"{self.name}  warning: {data_wait:.0%} of the time is spent waiting for data; "
