@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 
 
 class UserError(Exception):
@@ -54,6 +55,11 @@ def fixable(error: OSError | ImportError) -> str | None:
     """The line for an error of the system that the user can fix; None for any other."""
     if "cannot open shared object file" in str(error):  # of a package's compiled part, by the linker
         return f"{str(error).partition(':')[0]} is missing, a library of the system; see `gowide doctor`"
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and (package := (error.name or "gowide_dist").split(".")[0]) != "gowide_dist"
+    ):
+        return f"the package {package} is not installed in {sys.prefix}; see `gowide doctor`"
     if isinstance(error, ImportError):
         return None
     if is_full(error):

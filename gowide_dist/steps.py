@@ -94,7 +94,7 @@ def _num_blocks(recipe: Recipe, instance: Instance) -> int:
 
 
 def _shortened(recipe: Recipe, instance: Instance) -> tuple[int, Recipe]:
-    """The steps of one short epoch, equally many in each phase, and the recipe that records a phase's first step, half and end."""
+    """The steps of one short epoch, equally many in each phase, and the recipe that records each phase's halves."""
     stage, possible = instance.stage, check_split(recipe.data.train).samples // recipe.batch_size
     assert stage.optim is not None, "a stage that trains has an optim"
     num_phases = stage.num_phases(_num_blocks(recipe, instance))

@@ -137,6 +137,8 @@ def test_permissions_are_one_line():
     assert line == "stages/a: Permission denied; change its permissions, or choose another place"
     assert "disk full" in fixable(OSError(errno.ENOSPC, "No space left on device"))
     assert fixable(OSError(errno.EIO, "Input/output error", "stages/a")) is None
+    assert "torch is not installed" in fixable(ModuleNotFoundError("No module named 'torch'", name="torch.nn"))
+    assert fixable(ModuleNotFoundError("No module named 'gowide_dist.x'", name="gowide_dist.x")) is None
     assert fixable(ImportError("libGL.so.1: cannot open shared object file: No such file")).startswith(
         "libGL.so.1 is missing"
     )

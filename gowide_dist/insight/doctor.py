@@ -58,14 +58,16 @@ class MinorError(UserError):
 def check_machine(runs: Path, cluster: Path | None = None) -> Iterator[Finding]:
     """Yield the finding of each check as soon as it is done. runs: the folder of runs; cluster: a profile to check."""
     yield Finding("python", GOOD, f"{platform.python_version()} in {sys.prefix}")
-    yield examine("packages", check_packages, "pip install -c constraints.txt -e .")
-    yield examine("import", check_import, "install on a local disk, or into one file: slurm/container")
-    yield examine("opencv", check_opencv, "apt install libgl1 libglib2.0-0")
+    packages = examine("packages", check_packages, "pip install -c constraints.txt . (to submit: slurm/container)")
+    yield packages
     yield examine("cpus", check_cpus, "unset OMP_NUM_THREADS")
-    yield examine("cache", check_cache, "export NUMBA_CACHE_DIR=FOLDER, which can be written, on nodes too")
-    yield examine("ffcv", partial(check_images, "raw"), INSTALL_FFCV)
-    yield examine("jpeg", partial(check_images, "JPEG"), INSTALL_FFCV)
-    yield examine("gpus", check_gpus, "nvidia-smi; NCCL_DEBUG=INFO gowide doctor, for details")
+    if packages.state == GOOD:  # a login node can do without them
+        yield examine("import", check_import, "install on a local disk, or into one file: slurm/container")
+        yield examine("opencv", check_opencv, "apt install libgl1 libglib2.0-0")
+        yield examine("cache", check_cache, "export NUMBA_CACHE_DIR=FOLDER, which can be written, on nodes too")
+        yield examine("ffcv", partial(check_images, "raw"), INSTALL_FFCV)
+        yield examine("jpeg", partial(check_images, "JPEG"), INSTALL_FFCV)
+        yield examine("gpus", check_gpus, "nvidia-smi; NCCL_DEBUG=INFO gowide doctor, for details")
     if cluster:
         yield examine("profile", partial(check_profile, cluster, runs), f"edit {cluster}, or choose another --runs")
     yield examine("slurm", partial(check_slurm, is_needed=cluster is not None), "scontrol ping, on a login node")
@@ -111,7 +113,7 @@ def check_import() -> str:
 
 def filesystem(path: Path) -> str:
     """The type of the file system that holds `path`, in the words of stat(1): nfs, lustre, ext2/ext3 ..."""
-    command = ["stat", "--file-system", "--format=%T", path]
+    command = ["stat", "--file-system", "--format=%T", str(path)]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown file system"
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,9 +24,11 @@ def examine(check):
 def test_this_machine(tmp_path):
     result = gowide("doctor", "--json", "--runs", tmp_path / "runs")
     findings = {finding["check"]: finding for finding in json.loads(result.stdout)}
-    assert list(findings) == ["python", "packages", "opencv", "cpus", "cache", "ffcv", "jpeg", "gpus", "slurm", "runs"]
+    assert list(findings) == [
+        "python", "packages", "cpus", "import", "opencv", "cache", "ffcv", "jpeg", "gpus", "slurm", "runs",
+    ]  # fmt: skip
     assert result.returncode == (1 if any(finding["state"] == BAD for finding in findings.values()) else 0)
-    for name in ("python", "packages", "opencv", "cache", "ffcv", "jpeg", "gpus"):
+    for name in ("python", "packages", "import", "opencv", "cache", "ffcv", "jpeg", "gpus"):
         assert findings[name]["state"] == GOOD, findings[name]
     assert findings["ffcv"]["text"] == "raw images are encoded, and read back as Pillow reads them"
     assert findings["jpeg"]["text"] == "JPEG images are encoded, and read back as Pillow reads them"
@@ -160,3 +163,18 @@ def test_a_profile(tmp_path):
     assert doctor.check_profile(profile, Path("/home/runs")) == str(profile)
     with pytest.raises(UserError, match="/tmp/runs: /tmp is"):
         doctor.check_profile(profile, Path("/tmp/runs"))
+
+
+def test_a_slow_file_system_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "SLOW_IMPORT_S", 0)
+    finding = examine(doctor.check_import)
+    assert finding.state == WARNING
+    assert re.fullmatch(
+        r"torch is imported in [0-9.]+ s from /\S+/torch \([a-z0-9/]+\); every process .*", finding.text
+    )
+
+
+def test_without_pytorch_the_rest_is_checked(monkeypatch, tmp_path):
+    monkeypatch.setattr(metadata, "requires", lambda name: ["no-such-package>=1"])
+    names = [finding.check for finding in doctor.check_machine(tmp_path)]
+    assert names == ["python", "packages", "cpus", "slurm", "runs"]
