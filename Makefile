@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all their set-up themselves; it is quick when nothing has changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint bench devcluster clean
+.PHONY: help setup setup-test demo test lint bench devcluster container clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,6 +12,7 @@ help:
 	@echo "make test    lint, types and all tests"
 	@echo "make bench   our speed beside the plain way, as ratios"
 	@echo "make devcluster  a Slurm of four nodes on this machine, to rehearse job chains on"
+	@echo "make container  gowide.sqsh, an image for Apptainer and enroot"
 	@echo "make setup   what training needs: system packages, .venv and pinned Python packages; the others call it"
 	@echo "make setup-test  and what the tests need: Slurm, its database, a browser, linters"
 
@@ -60,6 +61,9 @@ test: setup-test lint
 
 devcluster: setup-test
 	slurm/devcluster/cluster.sh up
+
+container:
+	slurm/container/build.sh gowide.sqsh
 
 bench: setup-test
 	$(BIN)/gowide encode fashion-mnist --out data/fashion-mnist

@@ -21,9 +21,11 @@ chmod 755 "$source"
 git clone --quiet "file://$(git -C "$(dirname "$0")" rev-parse --show-toplevel)" "$source/gowide"
 
 export PIP_NO_CACHE_DIR=1
+# A container's own /etc/hosts is a place for the node's to be mounted on.
 mmdebstrap --variant=minbase --include=ca-certificates,git,make,python3 --format=tar "$@" \
   --customize-hook="sync-in $source /opt" \
   --customize-hook='chroot "$1" make --directory /opt/gowide setup' \
+  --customize-hook='touch "$1/etc/hosts"' \
   bookworm - | "${pack[@]}"
 mv "$out.part" "$out"
 echo "$out: Python is /opt/gowide/.venv/bin/python"
