@@ -1,12 +1,17 @@
 """Running the `gowide` command as a user does."""
 
 import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
+
+from gowide_dist.cli import main
 
 GOWIDE = str(Path(sys.executable).with_name("gowide"))
 LIMIT_S = 300
@@ -25,12 +30,35 @@ def gowide(
 
 
 def refused(*arguments: object, cwd: Path | None = None) -> str:
-    """The one line with which the command refuses."""
+    """The one line with which the command refuses, in this process: it has imported already what takes seconds."""
+    told, interrupt = io.StringIO(), signal.getsignal(signal.SIGINT)
+    with (
+        mock.patch.object(sys, "argv", ["gowide", *map(str, arguments)]),
+        mock.patch.dict(os.environ),
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stderr(told),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        try:
+            main()
+        except SystemExit as leaving:
+            status = leaving.code
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+    return _line(status, printed.getvalue(), told.getvalue())
+
+
+def refused_by_a_process(*arguments: object, cwd: Path | None = None) -> str:
+    """The same of a command in a process of its own, or in those that it starts."""
     result = gowide(*arguments, cwd=cwd)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert result.stderr.startswith("gowide: ")
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr.removeprefix("gowide: ").strip()
+    return _line(result.returncode, result.stdout, result.stderr)
+
+
+def _line(status: object, printed: str, told: str) -> str:
+    assert status == 2, printed + told
+    assert told.startswith("gowide: ")
+    assert told.count("\n") == 1, told
+    return told.removeprefix("gowide: ").strip()
 
 
 def killed_when(moment: Callable[[], bool], *arguments: object) -> None:

@@ -19,7 +19,7 @@ import gowide_dist
 from gowide_dist.cli import app
 from gowide_dist.data.encode import encode
 from gowide_dist.errors import UserError
-from tests.command import GOWIDE, HEARING, LIMIT_S, gowide, refused
+from tests.command import GOWIDE, HEARING, LIMIT_S, gowide, refused_by_a_process
 from tests.idx import write_fashion_mnist
 
 DEMO = Path(__file__).parents[1] / "jobs" / "demo.yaml"
@@ -88,7 +88,7 @@ def test_encode_an_image_folder(tmp_path):
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, message):
-    assert message in refused(*arguments, cwd=tmp_path)
+    assert message in refused_by_a_process(*arguments, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,10 +96,10 @@ def test_a_file_where_a_folder_should_be(tmp_path):
     write_fashion_mnist(tmp_path / "idx", 50, 20)
     (tmp_path / "file").write_text("mine")
     encode = ("encode", "fashion-mnist", "--root", tmp_path / "idx", "--out")
-    assert refused(*encode, tmp_path / "file").endswith("file: is not a folder; choose another --out")
+    assert refused_by_a_process(*encode, tmp_path / "file").endswith("file: is not a folder; choose another --out")
     assert gowide(*encode, tmp_path / "data").returncode == 0
     run = ("run", DEMO, f"data.train={tmp_path}/data/train.beton", f"data.val={tmp_path}/data/val.beton")
-    line = refused(*run, "batch_size=10", "--runs", tmp_path / "file")
+    line = refused_by_a_process(*run, "batch_size=10", "--runs", tmp_path / "file")
     assert line.endswith("file: is not a folder; choose another place with --runs")
     assert (tmp_path / "file").read_text() == "mine"
 

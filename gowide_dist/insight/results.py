@@ -73,7 +73,7 @@ class RunResults:
         notes = [f"{key}: {progress}" for key, progress in data["unfinished"].items()]
         notes += [f"{key}: not measured: {error}" for key, error in data["not_measured"].items()]
         if not all(self.measured.values()):
-            notes.append(f"`gowide report {self.run.path}`, of this run alone, measures latency and agreement")
+            notes.append(f"`gowide report {self.run.path}` measures latency and agreement")
         for key, counts in data["dead_channels"].items():
             settings = self.recipe.instances[key].architecture
             channels = settings.block_channels if isinstance(settings, Structure) else ()
