@@ -14,8 +14,10 @@ and `forward`, which gives the same logits. What a block or the head trains lies
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -133,31 +135,44 @@ class Wrapped(Network):
         images, was_training = self._blank(side), self.training
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contained():
                 logits, _ = self(images)
                 if self.is_walkable:
                     blocks, self._called = _walk(self, images)
                 else:
-                    blocks = list(self.blocks(images))
+                    blocks = self._named_outputs(images)
         except RecipeError:
             raise
-        except Exception as error:  # whatever it raises
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        except (Exception, SystemExit) as error:  # whatever it raises
             raise RecipeError(
-                f"{self.architecture}: cannot take images of {side} px: {reason}; change data.resolution, or the "
-                "options of the network, such as img_size"
+                f"{self.architecture}: cannot take images of {side} px: {reason_of(error)}; change data.resolution, or "
+                "the options of the network, such as img_size"
             ) from error
         self.train(was_training)
-        if not self.architecture.blocks and any(x.ndim != 4 for x in blocks):
-            self.block_names, blocks = (), []  # features that timm names, but tokens: none that a student could imitate
         _check_outputs(self, logits, blocks)
         self._block_channels = tuple(x.shape[1] for x in blocks)
+
+    def _named_outputs(self, images: Tensor) -> list[Tensor]:
+        """Outputs of the blocks that the recipe names, or else of timm's features, if all are pictures.
+
+        Features may also be tokens, or of a submodule that a forward pass does not call: no student can imitate them.
+        """
+        if self.architecture.blocks:
+            return list(self.blocks(images))
+        with suppress(RecipeError):
+            if all(map(_is_picture, blocks := list(self.blocks(images)))):
+                return blocks
+        self.block_names = ()
+        return []
 
     def freeze_unused(self, side: int) -> None:
         """Freeze what the logits do not depend on, such as auxiliary heads: DDP waits for every gradient."""
         was_training = self.training
-        with torch.enable_grad():
-            self.eval()(self._blank(side))[0].sum().backward()
+        with torch.enable_grad(), contained():
+            logits, _ = self.eval()(self._blank(side))
+        if not logits.requires_grad:
+            return  # its own code has frozen all of it, as of a teacher
+        logits.sum().backward()
         self.train(was_training)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.grad is not None)
@@ -211,6 +226,25 @@ def _keeping(module: nn.Module, names: Sequence[str], *, to_the_end: bool) -> It
             handle.remove()
 
 
+@contextmanager
+def contained() -> Iterator[None]:
+    """Inside, code of others prints to stderr, for JSON may be on stdout, and changes no default of torch's."""
+    dtype = torch.get_default_dtype()
+    try:
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torchvision's, of how it draws weights
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line of at most 200 characters; the text of some errors says nothing without their kind."""
+    text = " ".join(str(error).split())[:200]
+    kind = type(error).__name__
+    return f"{kind}: {text}" if isinstance(error, KeyError | SystemExit) else text or kind
+
+
 def _check_outputs(network: Wrapped, logits: Any, blocks: Sequence[Tensor]) -> None:
     """Raises RecipeError unless logits are [B, K] and outputs of blocks [B, C_i, H_i, H_i]."""
     if not isinstance(logits, Tensor) or logits.shape[1:] != (network.num_classes,):
@@ -218,12 +252,17 @@ def _check_outputs(network: Wrapped, logits: Any, blocks: Sequence[Tensor]) -> N
         fault = f"gives {given} for an image, not logits of {network.num_classes} classes"
         raise RecipeError(f"{network.architecture}: {fault}")
     for name, x in zip(network.block_names or map(str, range(network.num_blocks)), blocks, strict=True):
-        if x.ndim != 4 or x.shape[2] != x.shape[3]:
-            fault = f"block {name} gives {list(x.shape[1:])} for an image, not [channels, H, H]"
+        if not _is_picture(x):
+            given = list(x.shape[1:]) if isinstance(x, Tensor) else type(x).__name__
+            fault = f"block {name} gives {given} for an image, not [channels, H, H]"
             raise RecipeError(f"{network.architecture}: {fault}; choose others by `blocks`")
-    given = [x.shape[1] for x in blocks]
-    if network.is_walkable and (said := [*cast(Sequence[int], network.plain.block_channels)]) != given:
-        raise RecipeError(f"{network.architecture}: says block_channels {said}, gives {given}")
+    channels = [x.shape[1] for x in blocks]
+    if network.is_walkable and (said := [*cast(Sequence[int], network.plain.block_channels)]) != channels:
+        raise RecipeError(f"{network.architecture}: says block_channels {said}, gives {channels}")
+
+
+def _is_picture(x: object) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == x.shape[3]
 
 
 def synchronised(objective: Objective) -> Objective:

@@ -16,12 +16,15 @@ from torch import nn
 from gowide_dist import build_network, load_recipe
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.identity import identities
-from gowide_dist.networks.build import build_unseeded
+from gowide_dist.networks.build import build_on_meta, build_unseeded
+from gowide_dist.networks.foreign import Timm
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights, save_weights
 from gowide_dist.networks.wrapped import synchronised
+from gowide_dist.prepare import check_foreign
 from gowide_dist.run import Run
 from gowide_dist.stages import BlocksStage
+from gowide_dist.train.costs import stage_cost
 from gowide_dist.train.fit import check_fit
 from gowide_dist.train.objectives import build_objective
 from gowide_dist.train.optim import MovingAverage
@@ -71,12 +74,23 @@ def recipe(tmp_path, wide, thin=THIN, **stage):
         ({"own": "_hidden"}, "defines no such function"),
         ({"own": "nothing"}, "gives NoneType, not a torch.nn.Module"),
         ({"own": "Staged", "depth": 3}, "cannot be built: .*depth"),
+        ({"torchvision": "resnet18", "pretrained": True}, "pretrained is not for a recipe to say"),
+        ({"torchvision": "resnet18", "timm": "resnet18"}, "names two networks, by timm and torchvision; take one"),
+        ({"own": "double"}, "stages.0.0.weight is float64; build it in float32"),
+        ({"own": "lazy"}, "1.weight has no shape before it has seen images"),
+        ({"own": "leaves"}, "cannot be built: SystemExit: 3"),
+        ({"own": "lookup"}, "cannot be built: KeyError: 'width'"),
+        ({"own": "wrapped"}, "gives a DataParallel, which wraps a network; give the network itself"),
+        ({"own": "empty"}, "has no parameters"),
+        ({"own": "Extra"}, "_extra_state of its state is no tensor"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_built_is_told(network, line):
+def test_what_cannot_be_built_is_told(network, line, capsys):
     with pytest.raises(RecipeError, match=line):
         build_network(network, 10, NETS)
+    assert not capsys.readouterr().out  # where JSON may be
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_no_classes():
@@ -241,6 +255,8 @@ def test_synchronised_norms_still_activate():
         ({"widen": "thin", "by": 2}, {"timm": "test_resnet"}, LABELS, "networks.wide.widen: thin is another's network"),
         ({"own": "Loose"}, THIN, KL, "scale is in no submodule that a block or the head calls"),
         ({"own": "Staged", "says": [1, 2]}, THIN, KL, r"says block_channels \[1, 2\], gives \[8, 16\]"),
+        ({"own": "Pair"}, THIN, KL, r"cannot take images of 28 px"),
+        ({"own": "frozen"}, THIN, KL, "frozen}: its code freezes all its parameters, and teacher/wide is to train it"),
         ({"own": "features"}, THIN, KL, r"gives \[10, 26, 26\] for an image, not logits of 10 classes"),
     ],
     ids=lambda value: str(value)[:30],
@@ -249,6 +265,37 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(tmp_path, teacher,
     with pytest.raises(RecipeError, match=line):
         loaded = load_recipe(recipe(tmp_path, teacher, student, **stage), networks=NETS)
         check_fit(loaded, loaded.instances.values(), 10)
+
+
+def test_a_network_that_no_stage_has_is_checked_too(tmp_path):
+    values = chain(tmp_path, networks={"wide": THIN, "thin": THIN, "spare": {"timm": "test_resnot"}})
+    values["stages"] = {"teacher": {"train": "wide", **LABELS}, "learn": {"train": "thin", **LABELS}}
+    loaded = load_recipe(write_job(tmp_path, values))
+    with pytest.raises(RecipeError, match=r"networks.spare: \{timm: test_resnot\}: .* did you mean 'test_resnet'"):
+        check_foreign(loaded.model_copy(update={"data": loaded.data.model_copy(update={"classes": 10})}), [])
+
+
+def test_features_that_timm_misnames():
+    """An HRNet's `stem` is none of its submodules; it teaches by its logits all the same."""
+    small = {"timm": "hrnet_w18_small"}
+    named = Timm.model_validate({**small, "blocks": ["stage2"]})
+    network = build_on_meta(Timm.model_validate(small), 3)
+    network.settle(32)
+    assert network.num_blocks == 0
+    with pytest.raises(RecipeError, match=r"block stage2 gives list for an image, not \[channels, H, H\]"):
+        build_on_meta(named, 3).settle(32)
+
+
+def test_a_network_that_looks_at_values_costs_what_it_costs_otherwise(tmp_path):
+    """The meta device has none: it is counted on the CPU."""
+    state = torch.get_rng_state()
+    costs = []
+    for name in ("Staged", "Values"):
+        loaded = load_recipe(recipe(tmp_path, {"own": name}, THIN, **KL), networks=NETS)
+        check_fit(loaded, loaded.instances.values(), 10)
+        costs.append([stage_cost(each, loaded, 10).macs for each in loaded.instances.values()])
+    assert costs[0] == costs[1]
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("prefix", ["frozen", "trained"])
