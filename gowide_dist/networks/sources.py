@@ -31,11 +31,8 @@ def build_foreign(settings: Foreign, num_classes: int) -> Wrapped:
     if fault := _fault(module):
         raise RecipeError(f"{settings}: {fault}")
     _check_names(settings, settings.blocks, module)
-    names, classifier = settings.blocks, None
-    if isinstance(settings, Timm):
-        config: Any = getattr(module, "pretrained_cfg", {})
-        names, classifier = names or _features(module), config.get("classifier")
-    return Wrapped(module, settings, num_classes, names, classifier if isinstance(classifier, str) else None)
+    names = settings.blocks or (_features(module) if isinstance(settings, Timm) else ())
+    return Wrapped(module, settings, num_classes, names)
 
 
 def _fault(module: nn.Module) -> str | None:

@@ -45,22 +45,16 @@ class Wrapped(Network):
     the first, or what it calls `logits`.
     """
 
-    classifier_name: str  # type: ignore[misc]  # each has its own
     architecture: Foreign  # type: ignore[assignment]
     merges = False
 
-    def __init__(
-        self, module: nn.Module, settings: Foreign, num_classes: int, block_names: Sequence[str] = (),
-        classifier_name: str | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, module: nn.Module, settings: Foreign, num_classes: int, block_names: Sequence[str] = ()) -> None:
         super().__init__(settings, num_classes)
         self.module = module
         self.block_names = tuple(block_names)
         self.is_walkable = not block_names and all(hasattr(module, name) for name in _PROTOCOL)
-        self.classifier_name = classifier_name or _last_layer(module, num_classes)
-        self.in_channels = next((each.in_channels for each in module.modules() if isinstance(each, nn.Conv2d)), 3)
-        if self.in_channels not in (1, 3):
-            raise RecipeError(f"{settings}: takes images of {self.in_channels} channels; here they have 3")
+        first = next((each for each in module.modules() if isinstance(each, nn.Conv2d)), None)
+        self._is_grey = first is not None and first.in_channels == 1
         self._has_channels_last = getattr(module, "output_fmt", None) == "NHWC"  # timm's word for outputs of blocks
         self._block_channels: tuple[int, ...] = ()
         self._called: list[list[str]] = []  # names of the submodules that each block calls, then the head
@@ -187,10 +181,10 @@ class Wrapped(Network):
         return torch.zeros(2, 3, side, side, device=next(self.parameters()).device)
 
     def _taken(self, images: Tensor) -> Tensor:
-        return images.mean(dim=1, keepdim=True) if self.in_channels == 1 else images
+        return images.mean(dim=1, keepdim=True) if self._is_grey else images
 
     def _turned(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2) if self._has_channels_last else x
+        return x.permute(0, 3, 1, 2) if self._has_channels_last and x.ndim == 4 else x  # not of tokens
 
     def _in_order(self, found: Mapping[str, Tensor], num_blocks: int) -> tuple[Tensor, ...]:
         names = self.block_names[:num_blocks]
@@ -326,11 +320,3 @@ def _logits(output: Any) -> Tensor:
     elif isinstance(output, tuple | list):
         output = output[0]
     return cast(Tensor, output)
-
-
-def _last_layer(module: nn.Module, num_classes: int) -> str:
-    """The name of the last layer with an output for each class; empty if there is none."""
-    sizes = (
-        (name, getattr(each, "out_features", getattr(each, "out_channels", 0))) for name, each in module.named_modules()
-    )
-    return next((name for name, size in reversed([*sizes]) if size == num_classes), "")

@@ -81,6 +81,10 @@ class Pair(Staged):
         return (self.stages[index](x),)
 
 
+def rearranging(num_classes):
+    return nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def frozen(num_classes):
     return Staged(num_classes).requires_grad_(False)
 

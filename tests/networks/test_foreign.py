@@ -275,6 +275,29 @@ def test_a_network_that_no_stage_has_is_checked_too(tmp_path):
         check_foreign(loaded.model_copy(update={"data": loaded.data.model_copy(update={"classes": 10})}), [])
 
 
+@pytest.mark.parametrize(
+    ("network", "drawn"),
+    [
+        ({"timm": "deit_tiny_distilled_patch16_224", "depth": 1}, {"head", "head_dist"}),
+        ({"own": "Auxiliary"}, {"fc", "auxiliary"}),
+        ({"own": "rearranging"}, {"1"}),  # its first convolution has 48 channels; images have 3
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_every_head_is_drawn_anew(tmp_path, network, drawn):
+    """Each layer of a file's network that the number of classes shapes, under whatever name."""
+    torch.save(build_network(network, 7, NETS).plain.state_dict(), tmp_path / "model.pth")
+    other = build_network(network, 10, NETS)
+    before = {name: tensor.clone() for name, tensor in other.plain.state_dict().items() if tensor.any()}
+    load_weights(tmp_path / "model.pth", other, fresh_classifier=True)
+    after = other.plain.state_dict()
+    kept = {name.rpartition(".")[0] for name, tensor in before.items() if torch.equal(after[name], tensor)}
+    assert {name for name in kept if "norm" not in name} == drawn
+    with pytest.raises(RunError, match=r"of 7 classes, here are 10; .* draws a new classifier"):
+        load_weights(tmp_path / "model.pth", other)
+    other.settle(224 if "timm" in network else 16)
+
+
 def test_features_that_timm_misnames():
     """An HRNet's `stem` is none of its submodules; it teaches by its logits all the same."""
     small = {"timm": "hrnet_w18_small"}
