@@ -57,6 +57,7 @@ class Wrapped(Network):
         self._is_grey = first is not None and first.in_channels == 1
         self._has_channels_last = getattr(module, "output_fmt", None) == "NHWC"  # timm's word for outputs of blocks
         self._block_channels: tuple[int, ...] = ()
+        self.side = 0  # px, of the images that it was settled for
         self._called: list[list[str]] = []  # names of the submodules that each block calls, then the head
         self._graphs: dict[int, Callable[[Tensor], Mapping[str, Tensor]] | None] = {}  # by number of blocks
         self._walk: Callable[[int, Tensor], Tensor] | None = None
@@ -126,7 +127,7 @@ class Wrapped(Network):
         Raises RecipeError if it cannot take square images of `side` px, or gives anything but logits [B, K] and
         outputs [B, C_i, H_i, H_i].
         """
-        images, was_training = self._blank(side), self.training
+        images, was_training = self.blank(side), self.training
         self.eval()
         try:
             with torch.no_grad(), contained():
@@ -144,7 +145,7 @@ class Wrapped(Network):
             ) from error
         self.train(was_training)
         _check_outputs(self, logits, blocks)
-        self._block_channels = tuple(x.shape[1] for x in blocks)
+        self._block_channels, self.side = tuple(x.shape[1] for x in blocks), side
 
     def _named_outputs(self, images: Tensor) -> list[Tensor]:
         """Outputs of the blocks that the recipe names, or else of timm's features, if all are pictures.
@@ -163,7 +164,7 @@ class Wrapped(Network):
         """Freeze what the logits do not depend on, such as auxiliary heads: DDP waits for every gradient."""
         was_training = self.training
         with torch.enable_grad(), contained():
-            logits, _ = self.eval()(self._blank(side))
+            logits, _ = self.eval()(self.blank(side))
         if not logits.requires_grad:
             return  # its own code has frozen all of it, as of a teacher
         logits.sum().backward()
@@ -177,7 +178,8 @@ class Wrapped(Network):
             self._graphs[num_blocks] = _traced(self, self.block_names[:num_blocks])
         return self._graphs[num_blocks]
 
-    def _blank(self, side: int) -> Tensor:
+    def blank(self, side: int) -> Tensor:
+        """Two images of zeros, on the network's device."""
         return torch.zeros(2, 3, side, side, device=next(self.parameters()).device)
 
     def _taken(self, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from gowide_dist.networks.build import build_on, rehearsed
-from gowide_dist.networks.foreign import Foreign, Settings
+from gowide_dist.networks.foreign import Settings
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.recipe import Instance, Recipe
@@ -250,7 +250,6 @@ def memory_per_process(
     itemsize = COMPUTE_DTYPES[recipe.precision].itemsize
     teacher = recipe.instances[instance.teacher] if instance.teacher and teacher_runs else None
     num_views = 2 if teacher and teacher.normalise != instance.normalise else 1
-    is_ours = not (teacher and isinstance(teacher.architecture, Foreign))  # see `Teacher`
     activations, transient = (itemsize * (stage.epochs and n) // 4 for n in (cost.activations, cost.transient))
     weights, gradients = 4 * cost.weights, 4 * cost.trained if stage.epochs else 0
     optimizer = (gradients if optim and optim.momentum else 0) + (weights if optim and optim.ema else 0)
@@ -260,7 +259,7 @@ def memory_per_process(
         "optimizer": optimizer,  # momentum, and the moving average of the weights
         "activations": activations,  # of the images that a process takes at a time
         "transient": transient,
-        "teacher": (itemsize if is_ours else 4) * cost.teacher_weights if teacher_runs else 0,
+        "teacher": itemsize * cost.teacher_weights if teacher_runs else 0,
         "images": pixels * (1 + 4 * num_views),  # as bytes, and as input of student and teacher
         "loader": 2 * (num_threads + 3) * pixels,  # decoded batches that wait, of training and of validation
         "checkpoint": 3 * (weights + optimizer) // 2 if saves else 0,  # the copy, and its file in free blocks

@@ -64,6 +64,25 @@ class Values(Staged):
             stage[1].momentum = None
 
 
+class Branches(nn.Module):
+    """One convolution that its norm reads alone, if it is not also read `detached`, one with a skip, one run twice."""
+
+    def __init__(self, num_classes, detached=False):
+        super().__init__()
+        self.detached = detached
+        self.convs = nn.ModuleList(nn.Conv2d(channels, 4, 3, 2, 1) for channels in (3, 4, 4))
+        self.read, self.skipped, self.shared = (nn.BatchNorm2d(4) for _ in range(3))
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, images):
+        x = self.convs[0](images)
+        x = self.read(x) + (x.detach() if self.detached else 0)
+        x = self.convs[1](x)
+        x = x + self.skipped(x)
+        x = self.shared(self.convs[2](self.shared(self.convs[2](x))))
+        return self.fc(x.mean((2, 3)))
+
+
 class Extra(Staged):
     """Keeps more than tensors."""
 

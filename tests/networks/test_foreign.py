@@ -17,6 +17,7 @@ from gowide_dist import build_network, load_recipe
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.identity import identities
 from gowide_dist.networks.build import build_on_meta, build_unseeded
+from gowide_dist.networks.folding import fold_batch_norms
 from gowide_dist.networks.foreign import Timm
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights, save_weights
@@ -187,13 +188,42 @@ def test_blocks_end_behind_the_last_that_is_wanted():
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     stem = plain.bn1(plain.conv_stem(images))
     expected = plain.blocks[1](plain.blocks[0](stem))
-    ran.clear()
     teacher = Teacher(network)
-    assert torch.equal(teacher.blocks(images, 1)[0], expected)
+    ran.clear()
+    assert torch.allclose(teacher.blocks(images, 1)[0], expected, atol=1e-5)
     assert ran == ["blocks.1"]
     assert [x.shape[1] for x in teacher.blocks(images, 2)] == [24, 32] == [*teacher.block_channels]
     logits, blocks = teacher.outputs(images)
-    assert torch.equal(logits, plain(images)) and torch.equal(blocks[0], expected)
+    assert torch.allclose(logits, plain(images), atol=1e-5) and torch.allclose(blocks[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "left"),
+    [
+        (TIMM, set()),  # norms that activate too
+        ({**TIMM, "blocks": ["conv_stem"]}, {"bn1"}),  # its convolution is a block, as it is
+        ({"own": "Branches"}, {"skipped", "shared"}),
+        ({"own": "Branches", "detached": True}, {"read", "skipped", "shared"}),  # read unseen by autograd
+    ],
+    ids=str,
+)
+def test_norms_are_folded_where_nothing_else_reads_the_convolution(network, left):
+    torch.manual_seed(0)
+    network = build_network(network, 10, NETS).eval()
+    norms = {name: each for name, each in network.plain.named_modules() if isinstance(each, nn.BatchNorm2d)}
+    for norm in norms.values():
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias)
+    network.settle(32)
+    folded = fold_batch_norms(network)
+    assert {name for name in norms if isinstance(folded.plain.get_submodule(name), nn.BatchNorm2d)} == left
+    images = torch.randn(2, 3, 32, 32)
+    (logits, blocks), (expected, expected_blocks) = folded.outputs(images), network.outputs(images)
+    for x, y in zip((logits, *blocks), (expected, *expected_blocks), strict=True):
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # weights are as autocast would make them
+        assert torch.equal(Teacher(network, dtype=torch.bfloat16).logits(images), Teacher(network).logits(images))
 
 
 def test_blocks_of_a_graph_are_the_same(monkeypatch):
