@@ -82,8 +82,7 @@ def check_foreign(recipe: Recipe, instances: Collection[Instance]) -> None:
 
     Raises UserError if one cannot be built or does not fit.
     """
-    teachers = [recipe.instances[each.teacher] for each in instances if each.teacher]
-    if not any(isinstance(each.architecture, Foreign) for each in (*instances, *teachers)):
+    if not any(isinstance(each, Foreign) for each in recipe.architectures.values()):
         return
     from gowide_dist.train.fit import check_fit
 

@@ -8,7 +8,7 @@ import pytest
 
 from gowide_dist import load_recipe
 from gowide_dist.identity import EMA_FORMAT, IDENTITY_FORMAT, identities
-from gowide_dist.networks import architecture
+from gowide_dist.networks import architecture, foreign
 from gowide_dist.recipe import Recipe
 from gowide_dist.schema import Frozen
 
@@ -18,7 +18,7 @@ DEMO = Path(__file__).parents[1] / "jobs" / "demo.yaml"
 
 def recipe_models(base=Frozen):
     for model in base.__subclasses__():
-        if model.__module__ in ("gowide_dist.recipe", "gowide_dist.stages", architecture.__name__):
+        if model.__module__ in ("gowide_dist.recipe", "gowide_dist.stages", architecture.__name__, foreign.__name__):
             yield model
             yield from recipe_models(model)
 
@@ -27,9 +27,12 @@ def defaults():
     """Of every option of a recipe that has one, as JSON."""
     return {
         model.__name__: {
-            name: model.__pydantic_serializer__.to_python(model.model_construct(), mode="json", include={name})[name]
-            for name, field in model.model_fields.items()
+            name: value
+            for field_name, field in model.model_fields.items()
             if not field.is_required()
+            for name, value in model.__pydantic_serializer__.to_python(
+                model.model_construct(), mode="json", include={field_name}
+            ).items()  # of another's network its arguments stand beside its settings, and none is a default
         }
         for model in sorted({*recipe_models()}, key=lambda model: model.__name__)
         if not isabstract(model) and not all(field.is_required() for field in model.model_fields.values())

@@ -26,9 +26,9 @@ from gowide_dist.insight import text
 from gowide_dist.insight.latency import latency_ms
 from gowide_dist.insight.trained import BATCH_SIZE, Classifier, Images, Trained, predict
 from gowide_dist.networks.architecture import ARCHITECTURES, Architecture, MobileArchitecture
+from gowide_dist.networks.folding import fold_batch_norms
 from gowide_dist.networks.foreign import Foreign, Settings, Timm, Torchvision
 from gowide_dist.networks.normalise import DATASET
-from gowide_dist.networks.teacher import fold_batch_norms
 from gowide_dist.progress import say
 
 SAFETENSORS, PT2, ONNX, INT8_ONNX = "model.safetensors", "model.pt2", "model.onnx", "model.int8.onnx"

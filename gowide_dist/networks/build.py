@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from gowide_dist.networks.preactivation import PreActivationResNet
 from gowide_dist.networks.resnet import ResNet
 from gowide_dist.networks.sources import build_foreign
 from gowide_dist.schema import validate
+
+Result = TypeVar("Result")
 
 
 def build_network(
@@ -60,3 +62,22 @@ def build_unseeded(architecture: Settings, num_classes: int) -> Network:
         return build_on_meta(architecture, num_classes)
     with torch.random.fork_rng():
         return build_network(architecture, num_classes)
+
+
+def rehearsed(step: Callable[[torch.device], Result], networks: Iterable[Settings | None]) -> Result:
+    """What `step`, which runs these networks without data, gives on the meta device.
+
+    A network of others may look at values, as a batch norm without momentum does: then on the CPU, which takes longer.
+    """
+    try:
+        return step(torch.device("meta"))
+    except Exception:  # of their code, or of torch's meta device
+        if not any(isinstance(each, Foreign) for each in networks):
+            raise
+    with torch.random.fork_rng(devices=()):
+        return step(torch.device("cpu"))
+
+
+def build_on(device: torch.device, architecture: Settings, num_classes: int) -> Network:
+    """The network with fresh weights on the CPU, or without values on the meta device."""
+    return (build_on_meta if device.type == "meta" else build_network)(architecture, num_classes)

@@ -76,6 +76,9 @@ class Foreign(Frozen):
             return values
         fields = {key: value for key, value in values.items() if key in cls.model_fields and key != "options"}
         options = {key: value for key, value in values.items() if key not in fields}
+        if others := [key for key in FOREIGN if key in options]:
+            message = "names two networks, by {kind} and {other}; take one of them"
+            raise PydanticCustomError("two_networks", message, {"kind": cls.kind, "other": others[0]})
         for key in options:
             if str(key).startswith(("num_classes", *cls.refused)):
                 message = (
@@ -108,7 +111,7 @@ class Torchvision(Foreign):
     """A classifier of torchvision.models, its images normalised as its published weights expect."""
 
     kind = "torchvision"
-    refused = ("weights", "progress")
+    refused = ("weights", "pretrained", "progress")
     torchvision: str
     normalise: Normalise = Normalise(**IMAGENET)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,20 @@ from gowide_dist.networks.network import Network
 _HEADS = ("fc.", "classifier.", "head.", "last_linear.")  # before the names of a classifier's weights, elsewhere
 _COUNTER = "num_batches_tracked"  # of a batch norm: changes nothing, as momentums are fixed
 _WRAPPERS = {"module", "_orig_mod"}
+Names = tuple[str, ...]
 Shapes = dict[str, tuple[int, ...]]
 
 
 def find_weights(
-    path: Path, network: Network, fresh_classifier: bool = False, prefix: str | None = None
+    path: Path, network: Network, classifier: Callable[[], Names], fresh_classifier: bool, prefix: str | None
 ) -> tuple[dict[str, Tensor], str]:
     """A network's weights in a file, by the network's names, and the prefix that these have there.
 
-    Batch norms' counters may be missing. fresh_classifier: without the classifier's weights. Raises RunError if the
-    file holds no weights, several networks and no `prefix` says which, or another network.
+    Batch norms' counters may be missing. classifier: starts of the names of its weights; asked where they matter.
+    fresh_classifier: without these. Raises RunError if the file holds no weights, several networks and no `prefix` says
+    which, or another network.
     """
-    classifier = f"{network.classifier_name}."
-    drawn = (classifier,) if fresh_classifier else ()
+    drawn = classifier() if fresh_classifier else ()
     own = {_unwrapped(name): name for name in network.state_dict() if not _unwrapped(name).startswith(drawn)}
     tensors = dict(_tensors(_read(path)))
     counted = {name: None for name in own if not name.endswith(_COUNTER)}  # else they would decide between two networks
@@ -125,11 +126,8 @@ def _choose_prefix(path: Path, tensors: Mapping[str, Tensor], own: Collection[st
     return (averages or best or [""])[0]
 
 
-def _mismatch(own: Shapes, theirs: Shapes, classifier: str) -> str:
-    """Why weights of these shapes are not the network's, by the first cause that explains it; empty if they are.
-
-    classifier: before the names of its weights.
-    """
+def _mismatch(own: Shapes, theirs: Shapes, classifier: Callable[[], Names]) -> str:
+    """Why weights of these shapes are not the network's, by the first cause that explains it; empty if they are."""
     missing = [name for name in own if name not in theirs and not name.endswith(_COUNTER)]
     unknown = [name for name in theirs if name not in own]
     differing = [name for name in own if name in theirs and own[name] != theirs[name]]
@@ -144,7 +142,8 @@ def _mismatch(own: Shapes, theirs: Shapes, classifier: str) -> str:
         )
         if there != here:
             return f"of another depth: {layer} has {there} units there, {here} here"
-    heads = [name for name in (*missing, *unknown, *differing) if name.startswith(classifier)]
+    of_classifier = classifier()
+    heads = [name for name in (*missing, *unknown, *differing) if name.startswith(of_classifier)]
     heads += [name for name in unknown if name.startswith(_HEADS)]
     others = [name for name in (*missing, *unknown, *differing) if name not in heads]
     if others and others[0] in differing:
@@ -156,7 +155,7 @@ def _mismatch(own: Shapes, theirs: Shapes, classifier: str) -> str:
         told = {verb: ", ".join([name for name in names if name in others][:3]) for verb, names in verbs.items()}
         return f"of another network: it {', '.join(f'{verb} {names}' for verb, names in told.items() if names)}"
     fresh = "init: {file: ..., classifier: fresh} draws a new classifier"
-    weight = next((name for name in own if name.startswith(classifier) and name.endswith("weight")), "")
+    weight = next((name for name in own if name.startswith(of_classifier) and name.endswith("weight")), "")
     if weight in differing and own[weight][1] == theirs[weight][1]:
         return f"of {theirs[weight][0]:,} classes, here are {own[weight][0]:,}; {fresh}"
     return f"without this network's classifier ({', '.join([*missing, *differing])}); {fresh}"

@@ -8,11 +8,13 @@ from functools import cache, partial
 from types import FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gowide_dist.errors import RecipeError
 from gowide_dist.networks.foreign import INSTALL, Code, Foreign, Own, Timm, Torchvision
-from gowide_dist.networks.wrapped import Wrapped
+from gowide_dist.networks.wrapped import Wrapped, contained, reason_of
 from gowide_dist.schema import nearest
 
 
@@ -20,18 +22,34 @@ def build_foreign(settings: Foreign, num_classes: int) -> Wrapped:
     """Another's network with fresh weights. Raises RecipeError if there is none of this name, or it cannot be built."""
     build = _function(settings)
     try:
-        module = build(num_classes=num_classes, **settings.options)
-    except Exception as error:  # whatever it raises
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise RecipeError(f"{settings}: cannot be built: {reason}") from error
+        with contained():
+            module = build(num_classes=num_classes, **settings.options)
+    except (Exception, SystemExit) as error:  # whatever it raises
+        raise RecipeError(f"{settings}: cannot be built: {reason_of(error)}") from error
     if not isinstance(module, nn.Module):
         raise RecipeError(f"{settings}: gives {type(module).__name__}, not a torch.nn.Module")
-    names, classifier = settings.blocks, None
-    if isinstance(settings, Timm):
-        config: Any = getattr(module, "pretrained_cfg", {})
-        names, classifier = names or _features(module), config.get("classifier")
-    _check_names(settings, names, module)
-    return Wrapped(module, settings, num_classes, names, classifier if isinstance(classifier, str) else None)
+    if fault := _fault(module):
+        raise RecipeError(f"{settings}: {fault}")
+    _check_names(settings, settings.blocks, module)
+    names = settings.blocks or (_features(module) if isinstance(settings, Timm) else ())
+    return Wrapped(module, settings, num_classes, names)
+
+
+def _fault(module: nn.Module) -> str | None:
+    """Why a module cannot be trained, moved and saved as other networks are; None if it can."""
+    state, parameters = module.state_dict(), dict(module.named_parameters())
+    if isinstance(module, torch.jit.ScriptModule | nn.DataParallel) or hasattr(module, "_orig_mod"):
+        return f"gives a {type(module).__name__}, which wraps a network; give the network itself"
+    if not parameters:
+        return "has no parameters"
+    if lazy := [name for name, tensor in state.items() if is_lazy(tensor)]:
+        return f"{lazy[0]} has no shape before it has seen images; give its layer all sizes"
+    if other := [name for name, tensor in parameters.items() if tensor.dtype != torch.float32]:
+        kind = str(parameters[other[0]].dtype).removeprefix("torch.")
+        return f"{other[0]} is {kind}; build it in float32, `precision` says what it computes in"
+    if extra := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        return f"{extra[0]} of its state is no tensor, which no file of weights holds; make it a buffer"
+    return None
 
 
 def _function(settings: Foreign) -> Callable[..., object]:
@@ -60,9 +78,10 @@ def _timms(settings: Timm) -> Callable[..., object]:
 
 
 def _features(module: nn.Module) -> tuple[str, ...]:
-    """The submodules whose outputs timm calls features, as far as forward hooks see them."""
+    """The submodules whose outputs timm calls features; empty where a name is none's, as of its HRNets."""
     features: Any = getattr(module, "feature_info", [])
-    return tuple(feature["module"] for feature in features if isinstance(feature, dict) and feature.get("module"))
+    names = [feature["module"] for feature in features if isinstance(feature, dict) and feature.get("module")]
+    return tuple(names) if {*names} <= {name for name, _ in module.named_modules()} else ()
 
 
 def _torchvisions(settings: Torchvision) -> Callable[..., object]:
@@ -86,7 +105,7 @@ def _owns(settings: Own) -> Callable[..., object]:
         if isinstance(value, FunctionType | type) and value.__module__ == module.__name__ and not name.startswith("_")
     }
     if settings.own not in own:
-        hint = nearest(settings.own, own) if own else "it defines neither function nor class"
+        hint = _near(settings.own, [*own]) if own else "it defines neither function nor class"
         raise RecipeError(f"{settings}: {code.path} defines no such function or class, {hint}")
     return own[settings.own]
 
@@ -98,13 +117,12 @@ def _module(code: Code) -> ModuleType:
     module.__file__ = str(code.path)
     sys.modules[module.__name__] = module  # dataclasses and pickling look there
     try:
-        exec(compile(code.source, str(code.path), "exec", dont_inherit=True), vars(module))
-    except Exception as error:  # whatever it raises
-        lineno = getattr(error, "lineno", None) or _line(error, str(code.path))
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise RecipeError(
-            f"--networks: {code.path}, line {lineno}: {reason}; the file must stand alone, beside installed packages"
-        ) from error
+        with contained():
+            exec(compile(code.source, str(code.path), "exec", dont_inherit=True), vars(module))
+    except (Exception, SystemExit) as error:  # whatever it raises
+        where = f"{code.path}, line {getattr(error, 'lineno', None) or _line(error, str(code.path))}"
+        hint = "the file must stand alone, beside installed packages"
+        raise RecipeError(f"--networks: {where}: {reason_of(error)}; {hint}") from error
     return module
 
 

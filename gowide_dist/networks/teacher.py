@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from gowide_dist.networks.folding import fold_batch_norms
 from gowide_dist.networks.network import Network
 
 Output = TypeVar("Output")
@@ -29,8 +28,9 @@ class Teacher:
         self.normalise = network.normalise
         self._head = network.head_layers
         self._network = fold_batch_norms(network).requires_grad_(False)
-        if network.merges:  # batch norms that are left in another's network need float32 statistics
-            self._network.to(dtype)
+        for module in self._network.modules():
+            if type(module) in (nn.Conv2d, nn.Linear):  # norms that are left need float32 statistics
+                module.to(dtype)
         if compiled:
             self._network.compile_blocks()
         self._cache: dict[tuple[int, int | str], tuple[Tensor, Any]] | None = None
@@ -76,30 +76,3 @@ class Teacher:
     def copy_of_head(self) -> list[nn.Module]:
         """The layers behind the last block, their batch norms not folded; the classifier is the last."""
         return [copy.deepcopy(layer).requires_grad_(False) for layer in self._head]
-
-
-def fold_batch_norms(network: Network) -> Network:
-    """A copy in eval mode whose convolutions, with a bias each, do the scaling and shifting of their batch norms.
-
-    Another's network is only copied, for torch does not tell which norm reads which convolution. Works on any device,
-    the meta device too.
-    """
-    network = copy.deepcopy(network).eval()
-    for module in network.modules() if network.merges else ():
-        for conv_name, norm_name in _foldable(module):
-            conv, norm = getattr(module, conv_name), getattr(module, norm_name)
-            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-            setattr(module, norm_name, nn.Identity())
-    return network
-
-
-def _foldable(module: nn.Module) -> list[tuple[str, str]]:
-    """The names of a module's convolutions and of the batch norms that read them alone."""
-    if type(module).forward is not nn.Sequential.forward:
-        return list(getattr(module, "foldable", ()))
-    pairs = pairwise(module.named_children())
-    return [
-        (conv_name, norm_name)
-        for (conv_name, conv), (norm_name, norm) in pairs
-        if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d  # not one that activates too, as timm's
-    ]

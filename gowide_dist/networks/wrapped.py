@@ -14,8 +14,10 @@ and `forward`, which gives the same logits. What a block or the head trains lies
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -43,24 +45,19 @@ class Wrapped(Network):
     the first, or what it calls `logits`.
     """
 
-    classifier_name: str  # type: ignore[misc]  # each has its own
     architecture: Foreign  # type: ignore[assignment]
     merges = False
 
-    def __init__(
-        self, module: nn.Module, settings: Foreign, num_classes: int, block_names: Sequence[str] = (),
-        classifier_name: str | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, module: nn.Module, settings: Foreign, num_classes: int, block_names: Sequence[str] = ()) -> None:
         super().__init__(settings, num_classes)
         self.module = module
         self.block_names = tuple(block_names)
         self.is_walkable = not block_names and all(hasattr(module, name) for name in _PROTOCOL)
-        self.classifier_name = classifier_name or _last_layer(module, num_classes)
-        self.in_channels = next((each.in_channels for each in module.modules() if isinstance(each, nn.Conv2d)), 3)
-        if self.in_channels not in (1, 3):
-            raise RecipeError(f"{settings}: takes images of {self.in_channels} channels; here they have 3")
+        first = next((each for each in module.modules() if isinstance(each, nn.Conv2d)), None)
+        self._is_grey = first is not None and first.in_channels == 1
         self._has_channels_last = getattr(module, "output_fmt", None) == "NHWC"  # timm's word for outputs of blocks
         self._block_channels: tuple[int, ...] = ()
+        self.side = 0  # px, of the images that it was settled for
         self._called: list[list[str]] = []  # names of the submodules that each block calls, then the head
         self._graphs: dict[int, Callable[[Tensor], Mapping[str, Tensor]] | None] = {}  # by number of blocks
         self._walk: Callable[[int, Tensor], Tensor] | None = None
@@ -130,34 +127,47 @@ class Wrapped(Network):
         Raises RecipeError if it cannot take square images of `side` px, or gives anything but logits [B, K] and
         outputs [B, C_i, H_i, H_i].
         """
-        images, was_training = self._blank(side), self.training
+        images, was_training = self.blank(side), self.training
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contained():
                 logits, _ = self(images)
                 if self.is_walkable:
                     blocks, self._called = _walk(self, images)
                 else:
-                    blocks = list(self.blocks(images))
+                    blocks = self._named_outputs(images)
         except RecipeError:
             raise
-        except Exception as error:  # whatever it raises
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        except (Exception, SystemExit) as error:  # whatever it raises
             raise RecipeError(
-                f"{self.architecture}: cannot take images of {side} px: {reason}; change data.resolution, or the "
-                "options of the network, such as img_size"
+                f"{self.architecture}: cannot take images of {side} px: {reason_of(error)}; change data.resolution, or "
+                "the options of the network, such as img_size"
             ) from error
         self.train(was_training)
-        if not self.architecture.blocks and any(x.ndim != 4 for x in blocks):
-            self.block_names, blocks = (), []  # features that timm names, but tokens: none that a student could imitate
         _check_outputs(self, logits, blocks)
-        self._block_channels = tuple(x.shape[1] for x in blocks)
+        self._block_channels, self.side = tuple(x.shape[1] for x in blocks), side
+
+    def _named_outputs(self, images: Tensor) -> list[Tensor]:
+        """Outputs of the blocks that the recipe names, or else of timm's features, if all are pictures.
+
+        Features may also be tokens, or of a submodule that a forward pass does not call: no student can imitate them.
+        """
+        if self.architecture.blocks:
+            return list(self.blocks(images))
+        with suppress(RecipeError):
+            if all(map(_is_picture, blocks := list(self.blocks(images)))):
+                return blocks
+        self.block_names = ()
+        return []
 
     def freeze_unused(self, side: int) -> None:
         """Freeze what the logits do not depend on, such as auxiliary heads: DDP waits for every gradient."""
         was_training = self.training
-        with torch.enable_grad():
-            self.eval()(self._blank(side))[0].sum().backward()
+        with torch.enable_grad(), contained():
+            logits, _ = self.eval()(self.blank(side))
+        if not logits.requires_grad:
+            return  # its own code has frozen all of it, as of a teacher
+        logits.sum().backward()
         self.train(was_training)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.grad is not None)
@@ -168,14 +178,15 @@ class Wrapped(Network):
             self._graphs[num_blocks] = _traced(self, self.block_names[:num_blocks])
         return self._graphs[num_blocks]
 
-    def _blank(self, side: int) -> Tensor:
+    def blank(self, side: int) -> Tensor:
+        """Two images of zeros, on the network's device."""
         return torch.zeros(2, 3, side, side, device=next(self.parameters()).device)
 
     def _taken(self, images: Tensor) -> Tensor:
-        return images.mean(dim=1, keepdim=True) if self.in_channels == 1 else images
+        return images.mean(dim=1, keepdim=True) if self._is_grey else images
 
     def _turned(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2) if self._has_channels_last else x
+        return x.permute(0, 3, 1, 2) if self._has_channels_last and x.ndim == 4 else x  # not of tokens
 
     def _in_order(self, found: Mapping[str, Tensor], num_blocks: int) -> tuple[Tensor, ...]:
         names = self.block_names[:num_blocks]
@@ -211,6 +222,25 @@ def _keeping(module: nn.Module, names: Sequence[str], *, to_the_end: bool) -> It
             handle.remove()
 
 
+@contextmanager
+def contained() -> Iterator[None]:
+    """Inside, code of others prints to stderr, for JSON may be on stdout, and changes no default of torch's."""
+    dtype = torch.get_default_dtype()
+    try:
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torchvision's, of how it draws weights
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line of at most 200 characters; the text of some errors says nothing without their kind."""
+    text = " ".join(str(error).split())[:200]
+    kind = type(error).__name__
+    return f"{kind}: {text}" if isinstance(error, KeyError | SystemExit) else text or kind
+
+
 def _check_outputs(network: Wrapped, logits: Any, blocks: Sequence[Tensor]) -> None:
     """Raises RecipeError unless logits are [B, K] and outputs of blocks [B, C_i, H_i, H_i]."""
     if not isinstance(logits, Tensor) or logits.shape[1:] != (network.num_classes,):
@@ -218,12 +248,17 @@ def _check_outputs(network: Wrapped, logits: Any, blocks: Sequence[Tensor]) -> N
         fault = f"gives {given} for an image, not logits of {network.num_classes} classes"
         raise RecipeError(f"{network.architecture}: {fault}")
     for name, x in zip(network.block_names or map(str, range(network.num_blocks)), blocks, strict=True):
-        if x.ndim != 4 or x.shape[2] != x.shape[3]:
-            fault = f"block {name} gives {list(x.shape[1:])} for an image, not [channels, H, H]"
+        if not _is_picture(x):
+            given = list(x.shape[1:]) if isinstance(x, Tensor) else type(x).__name__
+            fault = f"block {name} gives {given} for an image, not [channels, H, H]"
             raise RecipeError(f"{network.architecture}: {fault}; choose others by `blocks`")
-    given = [x.shape[1] for x in blocks]
-    if network.is_walkable and (said := [*cast(Sequence[int], network.plain.block_channels)]) != given:
-        raise RecipeError(f"{network.architecture}: says block_channels {said}, gives {given}")
+    channels = [x.shape[1] for x in blocks]
+    if network.is_walkable and (said := [*cast(Sequence[int], network.plain.block_channels)]) != channels:
+        raise RecipeError(f"{network.architecture}: says block_channels {said}, gives {channels}")
+
+
+def _is_picture(x: object) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == x.shape[3]
 
 
 def synchronised(objective: Objective) -> Objective:
@@ -287,11 +322,3 @@ def _logits(output: Any) -> Tensor:
     elif isinstance(output, tuple | list):
         output = output[0]
     return cast(Tensor, output)
-
-
-def _last_layer(module: nn.Module, num_classes: int) -> str:
-    """The name of the last layer with an output for each class; empty if there is none."""
-    sizes = (
-        (name, getattr(each, "out_features", getattr(each, "out_channels", 0))) for name, each in module.named_modules()
-    )
-    return next((name for name, size in reversed([*sizes]) if size == num_classes), "")

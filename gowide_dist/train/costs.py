@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gowide_dist.networks.build import build_on_meta
-from gowide_dist.networks.foreign import Foreign, Settings
+from gowide_dist.networks.build import build_on, rehearsed
+from gowide_dist.networks.foreign import Settings
+from gowide_dist.networks.network import Network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import Stage
@@ -75,9 +76,13 @@ class StageCost(NamedTuple):
 @cache
 def network_cost(architecture: Settings, num_classes: int, resolution: int) -> NetworkCost:
     """Parameters and multiply-adds of a network for square images of side `resolution` px."""
-    network = build_on_meta(architecture, num_classes).eval()
-    images, _ = _batch(1, resolution)
-    return NetworkCost(_num_parameters(network), _flops(lambda: network(images)) / 2)
+
+    def count(device: torch.device) -> NetworkCost:
+        network = build_on(device, architecture, num_classes).eval()
+        images, _ = _batch(1, resolution, device)
+        return NetworkCost(_num_parameters(network), _flops(lambda: network(images)) / 2)
+
+    return rehearsed(count, [architecture])
 
 
 def stage_cost(
@@ -106,16 +111,25 @@ def training_macs(
 def _count(
     stage: Stage, student: Settings, taught_by: Settings | None, num_classes: int, side: int, num_images: int
 ) -> StageCost:
-    network = build_on_meta(taught_by, num_classes) if taught_by else None
-    learner = build_on_meta(student, num_classes)
+    def count(device: torch.device) -> StageCost:
+        network = build_on(device, taught_by, num_classes) if taught_by else None
+        learner = build_on(device, student, num_classes)
+        return _count_on(device, stage, learner, network, side, num_images)
+
+    return rehearsed(count, [student, taught_by])
+
+
+def _count_on(
+    device: torch.device, stage: Stage, learner: Network, network: Network | None, side: int, num_images: int
+) -> StageCost:
     for each in (network, learner):
         if each:
             each.settle(side)
     learner.freeze_unused(side)
-    with torch.device("meta"):
+    with device:
         teacher = Teacher(network) if network else None
         objective = build_objective(stage, learner, teacher)
-    images, labels = _batch(num_images, side)
+    images, labels = _batch(num_images, side, device)
     phases = [_count_phase(objective, teacher, phase, images, labels) for phase in range(objective.num_phases)]
     macs, trained, _, _ = zip(*phases, strict=True)
     _, _, activations, transient = max(phases, key=lambda phase: 8 * phase[1] + phase[2] + phase[3])
@@ -178,9 +192,9 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
 
-def _batch(num_images: int, side: int) -> tuple[Tensor, Tensor]:
-    images = torch.empty(num_images, 3, side, side, device="meta").to(memory_format=torch.channels_last)
-    return images, torch.zeros(num_images, dtype=torch.long, device="meta")
+def _batch(num_images: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    images = torch.zeros(num_images, 3, side, side, device=device).to(memory_format=torch.channels_last)
+    return images, torch.zeros(num_images, dtype=torch.long, device=device)
 
 
 def _conv_backward_flops(
@@ -236,7 +250,6 @@ def memory_per_process(
     itemsize = COMPUTE_DTYPES[recipe.precision].itemsize
     teacher = recipe.instances[instance.teacher] if instance.teacher and teacher_runs else None
     num_views = 2 if teacher and teacher.normalise != instance.normalise else 1
-    is_ours = not (teacher and isinstance(teacher.architecture, Foreign))  # see `Teacher`
     activations, transient = (itemsize * (stage.epochs and n) // 4 for n in (cost.activations, cost.transient))
     weights, gradients = 4 * cost.weights, 4 * cost.trained if stage.epochs else 0
     optimizer = (gradients if optim and optim.momentum else 0) + (weights if optim and optim.ema else 0)
@@ -246,7 +259,7 @@ def memory_per_process(
         "optimizer": optimizer,  # momentum, and the moving average of the weights
         "activations": activations,  # of the images that a process takes at a time
         "transient": transient,
-        "teacher": (itemsize if is_ours else 4) * cost.teacher_weights if teacher_runs else 0,
+        "teacher": itemsize * cost.teacher_weights if teacher_runs else 0,
         "images": pixels * (1 + 4 * num_views),  # as bytes, and as input of student and teacher
         "loader": 2 * (num_threads + 3) * pixels,  # decoded batches that wait, of training and of validation
         "checkpoint": 3 * (weights + optimizer) // 2 if saves else 0,  # the copy, and its file in free blocks

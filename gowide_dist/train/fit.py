@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from gowide_dist.errors import RecipeError
-from gowide_dist.networks.build import build_on_meta
+from gowide_dist.networks.build import build_on, build_on_meta, rehearsed
 from gowide_dist.networks.foreign import Foreign, Settings
 from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import BlocksStage, KlStage
@@ -20,7 +20,14 @@ Shape = tuple[int, ...]
 
 
 def check_fit(recipe: Recipe, instances: Iterable[Instance], num_classes: int) -> None:
-    """Raises UserError, naming the network, if one of others cannot be built or does not fit."""
+    """Raises UserError, naming the network, if one of others cannot be built or does not fit.
+
+    A network of the recipe that no stage has must be one that can be built: it may be a misspelt one.
+    """
+    used = {instance.network_name for instance in recipe.instances.values()}
+    for name, architecture in recipe.architectures.items():
+        if isinstance(architecture, Foreign) and name not in used:
+            _check_sides(name, architecture, {recipe.data.resolution}, num_classes)
     for instance in instances:
         teacher = recipe.instances[instance.teacher] if instance.teacher else None
         for each in filter(None, (instance, teacher)):
@@ -31,13 +38,24 @@ def check_fit(recipe: Recipe, instances: Iterable[Instance], num_classes: int) -
 
 
 def _check_network(each: Instance, instance: Instance, recipe: Recipe, num_classes: int) -> None:
-    """Raises RecipeError unless a network can be built, and takes images of all sizes that the stage has."""
-    ramp, option = instance.stage.ramp, f"networks.{each.network_name}"
-    for side in {recipe.data.resolution, *([ramp.start_px, ramp.end_px or recipe.data.resolution] if ramp else [])}:
+    """Raises RecipeError unless a network can be built, trained if it is to be, and takes all images of the stage."""
+    ramp = instance.stage.ramp
+    sides = {recipe.data.resolution, *([ramp.start_px, ramp.end_px or recipe.data.resolution] if ramp else [])}
+    _check_sides(each.network_name, each.architecture, sides, num_classes)
+    if each is instance and instance.stage.epochs and not _is_trainable(each.architecture, num_classes):
+        fault = f"{each.architecture}: its code freezes all its parameters"
+        raise RecipeError(
+            f"networks.{each.network_name}: {fault}, and {instance.key} is to train it; epochs: 0 does not"
+        )
+
+
+def _check_sides(name: str, architecture: Settings, sides: Iterable[int], num_classes: int) -> None:
+    """Raises RecipeError unless a network can be built, and takes images of all sides."""
+    for side in sorted(sides):
         try:
-            _shapes(each.architecture, num_classes, side)
+            _shapes(architecture, num_classes, side)
         except RecipeError as error:
-            raise RecipeError(f"{option}: {error}") from error
+            raise RecipeError(f"networks.{name}: {error}") from error
 
 
 def _check_blocks(instance: Instance, teacher: Instance, recipe: Recipe, num_classes: int) -> None:
@@ -73,16 +91,21 @@ def _check_blocks(instance: Instance, teacher: Instance, recipe: Recipe, num_cla
 @cache
 def _shapes(settings: Settings, num_classes: int, side: int) -> dict[str, Shape]:
     """[C_i, H_i, H_i] of every block's output, by its name or number. Raises RecipeError if it cannot be built."""
-    network = build_on_meta(settings, num_classes).eval()
-    network.settle(side)
-    with torch.no_grad():
-        outputs = network.blocks(torch.empty(2, 3, side, side, device="meta"))
-    names = (
-        settings.blocks if isinstance(settings, Foreign) and settings.blocks else getattr(network, "block_names", ())
-    )
-    return {
-        name: tuple(x.shape[1:]) for name, x in zip(names or map(str, range(1, len(outputs) + 1)), outputs, strict=True)
-    }
+
+    def shapes(device: torch.device) -> dict[str, Shape]:
+        network = build_on(device, settings, num_classes).eval()
+        network.settle(side)
+        with torch.no_grad():
+            outputs = network.blocks(torch.zeros(2, 3, side, side, device=device))
+        names = getattr(network, "block_names", ()) or map(str, range(1, len(outputs) + 1))
+        return {name: tuple(x.shape[1:]) for name, x in zip(names, outputs, strict=True)}
+
+    return rehearsed(shapes, [settings])
+
+
+@cache
+def _is_trainable(settings: Settings, num_classes: int) -> bool:
+    return any(parameter.requires_grad for parameter in build_on_meta(settings, num_classes).parameters())
 
 
 def _listed(shapes: dict[str, Shape]) -> str:

@@ -2,6 +2,7 @@
 
 from os import system  # noqa: F401  # imported, so that no recipe may name it
 
+import torch
 from torch import nn
 
 
@@ -52,6 +53,85 @@ class Auxiliary(nn.Module):
         x = self.conv(images)
         middle = self.relu(x)
         return self.fc(self.last(middle).mean((2, 3))), self.auxiliary(middle.mean((2, 3)))
+
+
+class Values(Staged):
+    """Looks at values in training, as norms without momentum do."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        for stage in self.stages:
+            stage[1].momentum = None
+
+
+class Branches(nn.Module):
+    """One convolution that its norm reads alone, if it is not also read `detached`, one with a skip, one run twice."""
+
+    def __init__(self, num_classes, detached=False):
+        super().__init__()
+        self.detached = detached
+        self.convs = nn.ModuleList(nn.Conv2d(channels, 4, 3, 2, 1) for channels in (3, 4, 4))
+        self.read, self.skipped, self.shared = (nn.BatchNorm2d(4) for _ in range(3))
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, images):
+        x = self.convs[0](images)
+        x = self.read(x) + (x.detach() if self.detached else 0)
+        x = self.convs[1](x)
+        x = x + self.skipped(x)
+        x = self.shared(self.convs[2](self.shared(self.convs[2](x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Extra(Staged):
+    """Keeps more than tensors."""
+
+    def get_extra_state(self):
+        return {"steps": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Pair(Staged):
+    """Its stages give tuples."""
+
+    def block(self, index, x):
+        return (self.stages[index](x),)
+
+
+def rearranging(num_classes):
+    return nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def frozen(num_classes):
+    return Staged(num_classes).requires_grad_(False)
+
+
+def double(num_classes):
+    print("printed")
+    torch.set_default_dtype(torch.float64)
+    return Staged(num_classes)
+
+
+def lazy(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def leaves(num_classes):
+    raise SystemExit(3)
+
+
+def lookup(num_classes):
+    return {}["width"]
+
+
+def wrapped(num_classes):
+    return nn.DataParallel(Staged(num_classes))
+
+
+def empty(num_classes):
+    return nn.Flatten()
 
 
 def features(num_classes):

@@ -16,12 +16,16 @@ from torch import nn
 from gowide_dist import build_network, load_recipe
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.identity import identities
-from gowide_dist.networks.build import build_unseeded
+from gowide_dist.networks.build import build_on_meta, build_unseeded
+from gowide_dist.networks.folding import fold_batch_norms
+from gowide_dist.networks.foreign import Timm
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights, save_weights
 from gowide_dist.networks.wrapped import synchronised
+from gowide_dist.prepare import check_foreign
 from gowide_dist.run import Run
 from gowide_dist.stages import BlocksStage
+from gowide_dist.train.costs import stage_cost
 from gowide_dist.train.fit import check_fit
 from gowide_dist.train.objectives import build_objective
 from gowide_dist.train.optim import MovingAverage
@@ -71,12 +75,23 @@ def recipe(tmp_path, wide, thin=THIN, **stage):
         ({"own": "_hidden"}, "defines no such function"),
         ({"own": "nothing"}, "gives NoneType, not a torch.nn.Module"),
         ({"own": "Staged", "depth": 3}, "cannot be built: .*depth"),
+        ({"torchvision": "resnet18", "pretrained": True}, "pretrained is not for a recipe to say"),
+        ({"torchvision": "resnet18", "timm": "resnet18"}, "names two networks, by timm and torchvision; take one"),
+        ({"own": "double"}, "stages.0.0.weight is float64; build it in float32"),
+        ({"own": "lazy"}, "1.weight has no shape before it has seen images"),
+        ({"own": "leaves"}, "cannot be built: SystemExit: 3"),
+        ({"own": "lookup"}, "cannot be built: KeyError: 'width'"),
+        ({"own": "wrapped"}, "gives a DataParallel, which wraps a network; give the network itself"),
+        ({"own": "empty"}, "has no parameters"),
+        ({"own": "Extra"}, "_extra_state of its state is no tensor"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_built_is_told(network, line):
+def test_what_cannot_be_built_is_told(network, line, capsys):
     with pytest.raises(RecipeError, match=line):
         build_network(network, 10, NETS)
+    assert not capsys.readouterr().out  # where JSON may be
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_no_classes():
@@ -173,13 +188,42 @@ def test_blocks_end_behind_the_last_that_is_wanted():
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     stem = plain.bn1(plain.conv_stem(images))
     expected = plain.blocks[1](plain.blocks[0](stem))
-    ran.clear()
     teacher = Teacher(network)
-    assert torch.equal(teacher.blocks(images, 1)[0], expected)
+    ran.clear()
+    assert torch.allclose(teacher.blocks(images, 1)[0], expected, atol=1e-5)
     assert ran == ["blocks.1"]
     assert [x.shape[1] for x in teacher.blocks(images, 2)] == [24, 32] == [*teacher.block_channels]
     logits, blocks = teacher.outputs(images)
-    assert torch.equal(logits, plain(images)) and torch.equal(blocks[0], expected)
+    assert torch.allclose(logits, plain(images), atol=1e-5) and torch.allclose(blocks[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "left"),
+    [
+        (TIMM, set()),  # norms that activate too
+        ({**TIMM, "blocks": ["conv_stem"]}, {"bn1"}),  # its convolution is a block, as it is
+        ({"own": "Branches"}, {"skipped", "shared"}),
+        ({"own": "Branches", "detached": True}, {"read", "skipped", "shared"}),  # read unseen by autograd
+    ],
+    ids=str,
+)
+def test_norms_are_folded_where_nothing_else_reads_the_convolution(network, left):
+    torch.manual_seed(0)
+    network = build_network(network, 10, NETS).eval()
+    norms = {name: each for name, each in network.plain.named_modules() if isinstance(each, nn.BatchNorm2d)}
+    for norm in norms.values():
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias)
+    network.settle(32)
+    folded = fold_batch_norms(network)
+    assert {name for name in norms if isinstance(folded.plain.get_submodule(name), nn.BatchNorm2d)} == left
+    images = torch.randn(2, 3, 32, 32)
+    (logits, blocks), (expected, expected_blocks) = folded.outputs(images), network.outputs(images)
+    for x, y in zip((logits, *blocks), (expected, *expected_blocks), strict=True):
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # weights are as autocast would make them
+        assert torch.equal(Teacher(network, dtype=torch.bfloat16).logits(images), Teacher(network).logits(images))
 
 
 def test_blocks_of_a_graph_are_the_same(monkeypatch):
@@ -241,6 +285,8 @@ def test_synchronised_norms_still_activate():
         ({"widen": "thin", "by": 2}, {"timm": "test_resnet"}, LABELS, "networks.wide.widen: thin is another's network"),
         ({"own": "Loose"}, THIN, KL, "scale is in no submodule that a block or the head calls"),
         ({"own": "Staged", "says": [1, 2]}, THIN, KL, r"says block_channels \[1, 2\], gives \[8, 16\]"),
+        ({"own": "Pair"}, THIN, KL, r"cannot take images of 28 px"),
+        ({"own": "frozen"}, THIN, KL, "frozen}: its code freezes all its parameters, and teacher/wide is to train it"),
         ({"own": "features"}, THIN, KL, r"gives \[10, 26, 26\] for an image, not logits of 10 classes"),
     ],
     ids=lambda value: str(value)[:30],
@@ -249,6 +295,60 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(tmp_path, teacher,
     with pytest.raises(RecipeError, match=line):
         loaded = load_recipe(recipe(tmp_path, teacher, student, **stage), networks=NETS)
         check_fit(loaded, loaded.instances.values(), 10)
+
+
+def test_a_network_that_no_stage_has_is_checked_too(tmp_path):
+    values = chain(tmp_path, networks={"wide": THIN, "thin": THIN, "spare": {"timm": "test_resnot"}})
+    values["stages"] = {"teacher": {"train": "wide", **LABELS}, "learn": {"train": "thin", **LABELS}}
+    loaded = load_recipe(write_job(tmp_path, values))
+    with pytest.raises(RecipeError, match=r"networks.spare: \{timm: test_resnot\}: .* did you mean 'test_resnet'"):
+        check_foreign(loaded.model_copy(update={"data": loaded.data.model_copy(update={"classes": 10})}), [])
+
+
+@pytest.mark.parametrize(
+    ("network", "drawn"),
+    [
+        ({"timm": "deit_tiny_distilled_patch16_224", "depth": 1}, {"head", "head_dist"}),
+        ({"own": "Auxiliary"}, {"fc", "auxiliary"}),
+        ({"own": "rearranging"}, {"1"}),  # its first convolution has 48 channels; images have 3
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_every_head_is_drawn_anew(tmp_path, network, drawn):
+    """Each layer of a file's network that the number of classes shapes, under whatever name."""
+    torch.save(build_network(network, 7, NETS).plain.state_dict(), tmp_path / "model.pth")
+    other = build_network(network, 10, NETS)
+    before = {name: tensor.clone() for name, tensor in other.plain.state_dict().items() if tensor.any()}
+    load_weights(tmp_path / "model.pth", other, fresh_classifier=True)
+    after = other.plain.state_dict()
+    kept = {name.rpartition(".")[0] for name, tensor in before.items() if torch.equal(after[name], tensor)}
+    assert {name for name in kept if "norm" not in name} == drawn
+    with pytest.raises(RunError, match=r"of 7 classes, here are 10; .* draws a new classifier"):
+        load_weights(tmp_path / "model.pth", other)
+    other.settle(224 if "timm" in network else 16)
+
+
+def test_features_that_timm_misnames():
+    """An HRNet's `stem` is none of its submodules; it teaches by its logits all the same."""
+    small = {"timm": "hrnet_w18_small"}
+    named = Timm.model_validate({**small, "blocks": ["stage2"]})
+    network = build_on_meta(Timm.model_validate(small), 3)
+    network.settle(32)
+    assert network.num_blocks == 0
+    with pytest.raises(RecipeError, match=r"block stage2 gives list for an image, not \[channels, H, H\]"):
+        build_on_meta(named, 3).settle(32)
+
+
+def test_a_network_that_looks_at_values_costs_what_it_costs_otherwise(tmp_path):
+    """The meta device has none: it is counted on the CPU."""
+    state = torch.get_rng_state()
+    costs = []
+    for name in ("Staged", "Values"):
+        loaded = load_recipe(recipe(tmp_path, {"own": name}, THIN, **KL), networks=NETS)
+        check_fit(loaded, loaded.instances.values(), 10)
+        costs.append([stage_cost(each, loaded, 10).macs for each in loaded.instances.values()])
+    assert costs[0] == costs[1]
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("prefix", ["frozen", "trained"])
