@@ -123,7 +123,7 @@ class Worker:
         signal.signal(WARNING_SIGNAL, signal.SIG_IGN)  # during interpreter shutdown it would kill this process
         if status == 128 + WARNING_SIGNAL:
             _ask_for_another_start()
-            status = 0
+            leave(0)  # interpreter shutdown would take a second or more of the grace time of a preemption
         elif status == 2:
             sys.stderr.write(f"{read_error(Path(os.environ[ERROR_FILE_VARIABLE])) or 'full disk'}\n")
         elif status == 128 + signal.SIGTERM:
