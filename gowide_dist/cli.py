@@ -416,14 +416,15 @@ def logs(
 
 
 @command()
-def cancel(run: RunDir) -> None:
+def cancel(run: RunDir, seeds: Seeds = None) -> None:
     """Cancel the queued and running jobs of a run. `gowide submit` continues it.
 
     Example: `gowide cancel runs/demo`
     """
-    from gowide_dist.insight.status import cancel_run
+    from gowide_dist.insight.status import cancel_runs
 
-    print_line("\n".join(f"cancelled {job}" for job in cancel_run(Run(run))) or f"{run}: no job is queued or running")
+    cancelled = cancel_runs(runs_of_seeds(Run(run), seeds_of(seeds)))
+    print_line("\n".join(f"cancelled {job}" for job in cancelled) or f"{run}: no job is queued or running")
 
 
 @command("eval")

@@ -537,11 +537,13 @@ def load_seeds(
     shared = {instances[key].stage_name for key in (recipe.select(teachers) if teachers else {})}
     keep = [f"stages.{name}.seed={recipe.seed}" for name in shared if recipe.stages[name].seed is None]
     return [
-        load_recipe(path, [*overrides, *keep, f"seed={seed}", f"name={run_of_seed(recipe, seed)}"], networks)
+        load_recipe(
+            path, [*overrides, *keep, f"seed={seed}", f"name={run_of_seed(recipe.name, recipe.seed, seed)}"], networks
+        )
         for seed in seeds
     ]
 
 
-def run_of_seed(recipe: Recipe, seed: int) -> str:
-    """The name of the run of another seed."""
-    return recipe.name if seed == recipe.seed else f"{recipe.name}-{seed}"
+def run_of_seed(name: str, own_seed: int | None, seed: int) -> str:
+    """The name of the run of a seed, where the recipe's own seed has the run `name`."""
+    return name if seed == own_seed else f"{name}-{seed}"

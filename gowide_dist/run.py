@@ -285,9 +285,14 @@ class Run:
 
 
 def runs_of_seeds(run: Run, seeds: Sequence[int]) -> list[Run]:
-    """The runs of `--seeds`, beside the run of the recipe's own seed; none: that run alone."""
-    recipe = run.recipe() if seeds else None
-    return [Run(run.path.with_name(run_of_seed(recipe, seed))) for seed in seeds] if recipe else [run]
+    """The runs of `--seeds`, beside the run of the recipe's own seed, which is absent if that is none of them.
+
+    Without seeds that run alone.
+    """
+    if not seeds:
+        return [run]
+    own_seed = run.recipe().seed if run.recipe_path.exists() else None
+    return [Run(run.path.with_name(run_of_seed(run.path.name, own_seed, seed))) for seed in seeds]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

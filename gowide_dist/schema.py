@@ -60,13 +60,14 @@ UserPath = Annotated[Path, AfterValidator(expanded)]
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
-def _not_base_60(pattern: re.Pattern[str]) -> re.Pattern[str]:
-    return re.compile(f"(?!.*:){pattern.pattern}", pattern.flags)
+def _decimal(pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """Of a pattern of YAML 1.1's numbers, those that mean the same to everybody."""
+    return re.compile(rf"(?!.*:)(?![-+]?0[0-7_]+$){pattern.pattern}", pattern.flags)
 
 
 class _Loader(yaml.SafeLoader):
     """A SafeLoader that refuses a duplicate key, of which PyYAML would silently take the last, and that reads 12:00:00
-    as text: YAML 1.1 reads it to the base of 60, as 43,200.
+    and 010 as text: YAML 1.1 reads them to the bases of 60 and 8, as 43,200 and 8.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -81,7 +82,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    start: [(tag, _not_base_60(pattern) if tag.endswith((":int", ":float")) else pattern) for tag, pattern in resolvers]
+    start: [(tag, _decimal(pattern) if tag.endswith((":int", ":float")) else pattern) for tag, pattern in resolvers]
     for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

@@ -34,6 +34,7 @@ from gowide_dist.train.costs import (
     HEAP_WASTE,
     HOST_PARTS,
     memory_per_process,
+    memory_together,
     network_cost,
     stage_cost,
     training_macs,
@@ -130,6 +131,10 @@ def plan(
         resources = profile.resources(instance)
         stages.append(_plan_stage(instance, recipe, size, resources, progress.get(key, 0), key not in known))
         warnings += _warnings(stages[-1], recipe, size, resources) if stages[-1].steps_left else []
+    planned = {stage.stage: stage for stage in stages if stage.steps_left}
+    for job in jobs:
+        if unfinished := [planned[instance.key] for instance in job if instance.key in planned]:
+            warnings += _memory_warning(unfinished, profile.resources(job[0]))
     left = [recipe.instances[stage.stage] for stage in stages if not isinstance(progress.get(stage.stage), str)]
     warnings += without_effect(recipe, left, size.train)
     notes = list(notes_on_logits(recipe, left, size, profile))
@@ -293,7 +298,7 @@ def _seconds(images: float, macs: float, size: DataSize, resources: Resources, d
 
 
 def _warnings(stage: StagePlan, recipe: Recipe, size: DataSize, resources: Resources) -> Iterator[str]:
-    """What looks wrong with a stage: too small a batch, slow data, too little memory, no checkpoints, short notice."""
+    """What looks wrong with a stage: too small a batch, slow data, no checkpoints, short notice."""
     key, device, on_gpu = stage.stage, device_of(resources), resources.gpus_per_node > 0
     if on_gpu and stage.batch_per_process < FEW_IMAGES_PER_GPU:
         yield (
@@ -307,17 +312,6 @@ def _warnings(stage: StagePlan, recipe: Recipe, size: DataSize, resources: Resou
             f"{key}: a GPU could take {images_per_s:,.0f} images/s, its {cpus} CPUs decode "
             f"{cpus * decoded_per_s(size, device):,.0f}: it will wait for data; raise cpus_per_task or encode "
             "smaller images (--max-side-px)"
-        )
-    needed = sum(num_bytes for part, num_bytes in stage.memory.items() if not on_gpu or part not in HOST_PARTS)
-    if device.memory_gb and needed > 1e9 * device.memory_gb:
-        of_batch = sum(stage.memory[part] for part in ("activations", "transient", "heap"))
-        left = 1e9 * device.memory_gb - needed + of_batch
-        accumulate = f"stages.{key.partition('/')[0]}.optim.accumulate={math.ceil(of_batch / left)} would do"
-        too_large = "even one image at a time does not fit: use a smaller network or other devices"
-        teacher = f", {gigabytes(stage.memory['teacher'])} of it the teacher's" if stage.memory["teacher"] else ""
-        yield (
-            f"{key}: needs about {gigabytes(needed)} per process{teacher}, but {device.name} has "
-            f"{device.memory_gb:,.0f} GB; {accumulate if left > 0 else too_large}"
         )
     saves = recipe.checkpoints
     if stage.requeues != 0 and not saves.every_steps and (saves.every_minutes or math.inf) > resources.timeout_min:
@@ -333,6 +327,28 @@ def _warnings(stage: StagePlan, recipe: Recipe, size: DataSize, resources: Resou
             f"({resources.signal_delay_s}): a time limit during it loses the steps since the last checkpoint; raise "
             "signal_delay_s"
         )
+
+
+def _memory_warning(stages: Sequence[StagePlan], resources: Resources) -> Iterator[str]:
+    """Whether the stage instances of one job need more memory than a process has."""
+    device, on_gpu = device_of(resources), resources.gpus_per_node > 0
+    memory = memory_together([stage.memory for stage in stages])
+    needed = sum(num_bytes for part, num_bytes in memory.items() if not on_gpu or part not in HOST_PARTS)
+    if not device.memory_gb or needed <= 1e9 * device.memory_gb:
+        return
+    of_batch = sum(memory[part] for part in ("activations", "transient", "heap"))
+    left = 1e9 * device.memory_gb - needed + of_batch
+    stage_name = stages[0].stage.partition("/")[0]
+    advice = "even one image at a time does not fit: use a smaller network or other devices"
+    if left > 0:
+        advice = f"stages.{stage_name}.optim.accumulate={math.ceil(of_batch / left)} would do"
+    teacher = f", {gigabytes(memory['teacher'])} of it the teacher's" if memory["teacher"] else ""
+    networks = ", ".join(stage.stage for stage in stages)
+    apart = "; or train the networks one by one: together: false, or --sequential" if len(stages) > 1 else ""
+    yield (
+        f"{networks}: {'need' if len(stages) > 1 else 'needs'} about {gigabytes(needed)} per process{teacher}, but "
+        f"{device.name} has {device.memory_gb:,.0f} GB; {advice}{apart}"
+    )
 
 
 def _assumptions(recipe: Recipe, size: DataSize, profile: Profile) -> dict[str, str]:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gowide_dist.data.info import check_split
@@ -209,10 +209,12 @@ def logs(run: Run, stage: str, *, follow: bool = False, rank: int = 0) -> Iterat
             follow = job is not None and not job.is_over  # over: what it has printed since the last turn is left
 
 
-def cancel_run(run: Run) -> list[str]:
-    """Cancel all jobs of a run that are queued or running; their names. Raises UserError if Slurm does not answer."""
-    jobs = newest_jobs(run.slurm, run.recipe().name)
-    active = {key: job.job_id for key, job in jobs.items() if job.is_waiting or job.is_running}
+def cancel_runs(runs: Sequence[Run]) -> list[str]:
+    """Cancel all jobs of runs that are queued or running; their names. Raises UserError if Slurm does not answer."""
+    active: dict[str, str] = {}
+    for run in runs:
+        jobs, prefix = newest_jobs(run.slurm, run.recipe().name), f"{run.path}: " if len(runs) > 1 else ""
+        active |= {f"{prefix}{key}": job.job_id for key, job in jobs.items() if job.is_waiting or job.is_running}
     if active:
         cancel(active.values())
-    return [f"{key}  job {job_id}" for key, job_id in active.items()]
+    return [f"{name}  job {job_id}" for name, job_id in active.items()]

@@ -23,7 +23,6 @@ from gowide_dist.launch.queue import (
     encoding_job,
     job_name,
     newest_jobs,
-    of_the_script_alone,
     read_jobs,
     write_job,
 )
@@ -111,8 +110,7 @@ class Chain:
         for job in self.jobs:
             script = sbatch_script(job, self.folder, self._dependency(job, {}))
             try:
-                with of_the_script_alone():
-                    answer = call("sbatch", "--test-only", script=script)
+                answer = call("sbatch", "--test-only", script=script)
             except SlurmError as error:
                 raise SlurmError(f"{job.key}: {error}") from error
             answers.append(f"{job.key}: {' '.join(answer.split())}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,13 +25,17 @@ _OWN_OPTIONS = {
     "requeue": "requeue", "no-requeue": "requeue",
 }  # fmt: skip
 _OWN_SRUN_OPTIONS = {
-    "--cpu-bind": "say {option} with cpu_bind", "--cpus-per-task": "say {option} with cpus_per_task",
-    "-c": "say {option} with cpus_per_task", "--kill-on-bad-exit": "{option} is set by gowide submit",
-    "-K": "{option} is set by gowide submit", "--output": "{option} is set by gowide submit",
-    "--error": "{option} is set by gowide submit", "--unbuffered": "{option} is set by gowide submit",
+    "--cpu-bind": "cpu_bind", "--cpus-per-task": "cpus_per_task", "-c": "cpus_per_task", "--nodes": "nodes",
+    "-N": "nodes", "--ntasks": "processes_per_node", "-n": "processes_per_node",
+    "--ntasks-per-node": "processes_per_node", "--export": "environment",
+}  # fmt: skip
+_RESERVED_SRUN_OPTIONS = {
+    "--kill-on-bad-exit", "-K", "--output", "-o", "--error", "-e", "--unbuffered", "-u", "--jobid", "--multi-prog",
+    "--pty", "--test-only",
 }  # fmt: skip
 _RESERVED_OPTIONS = {
-    "dependency", "kill-on-invalid-dep", "output", "error", "open-mode", "job-name", "array", "wckey",
+    "dependency", "kill-on-invalid-dep", "output", "error", "open-mode", "job-name", "array", "wckey", "parsable",
+    "wait", "test-only", "wrap",
 }  # fmt: skip
 
 
@@ -58,6 +64,16 @@ def _as_text(value: Any) -> Any:
     if value is False or not isinstance(value, str | int | float):
         raise ValueError("should be text or a number")
     return value if value is True else str(value)
+
+
+@functools.cache
+def _bash_fault(text: str) -> str:
+    """What bash finds wrong with the syntax of shell lines; empty if nothing, or if there is no bash here."""
+    try:
+        checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return checked.stderr.partition("\n")[0].removeprefix("bash: ") if checked.returncode else ""
 
 
 class Device(Frozen):
@@ -145,18 +161,33 @@ class Resources(Settings):
         if self.signal_delay_s >= 60 * self.timeout_min:
             raise ValueError("signal_delay_s: should be less than timeout_min")
         for option in self.srun:
-            name = option.partition("=")[0]
+            name = option.partition("=")[0] if option.startswith("--") else option[:2]  # -c4 has no =
             if not name.startswith("-"):
                 raise ValueError(f"srun: '{option}' should be an option, as --mpi=none")
             if name in _OWN_SRUN_OPTIONS:
-                raise ValueError(f"srun: {_OWN_SRUN_OPTIONS[name].format(option=name)}")
+                raise ValueError(f"srun: say {name} with {_OWN_SRUN_OPTIONS[name]}")
+            if name in _RESERVED_SRUN_OPTIONS:
+                raise ValueError(f"srun: {name} is set by gowide submit")
         for option in self.sbatch:
             name = option.lstrip("-").replace("_", "-")
             if name in _OWN_OPTIONS:
                 raise ValueError(f"sbatch.{option}: say it with {_OWN_OPTIONS[name]}")
             if name in _RESERVED_OPTIONS:
                 raise ValueError(f"sbatch.{option}: is set by gowide submit")
+        self._check_shell()
         return self
+
+    def _check_shell(self) -> None:
+        """Raises ValueError for what bash would not read: it would break the batch script, or never be run."""
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise ValueError(f"environment: '{name}' should be the name of a variable")
+        for line in self.setup:
+            if line.lstrip().startswith("#SBATCH"):
+                raise ValueError(f"setup: '{line}' comes too late for sbatch; say it under sbatch")
+        for key, text in (("setup", "\n".join(self.setup)), ("notify", self.notify), ("python", self.python)):
+            if text and (fault := _bash_fault(text)):
+                raise ValueError(f"{key}: bash cannot read it: {fault}")
 
     @property
     def gpus_of_node(self) -> str | None:

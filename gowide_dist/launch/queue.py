@@ -17,6 +17,7 @@ from gowide_dist.files import write_atomically
 ANSWER_WITHIN_S = 60
 ENCODE = "encode"  # the key of the job that encodes a dataset
 _QUEUE_FIELDS = ("JobID", "State", "Reason", "NodeList", "RestartCnt", "StartTime", "Name")  # a name may hold anything
+_OPTION_VARIABLES = ("SBATCH_", "SLURM_", "SRUN_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SCONTROL_")
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING"}
 
@@ -56,14 +57,15 @@ class JobState:
 
 
 @contextmanager
-def of_the_script_alone() -> Iterator[None]:
-    """Inside, the environment has none of the shell's SBATCH_* and SLURM_* variables: sbatch would prefer them to what
-    its script says. What says where Slurm is, and who we are, stays.
+def without_options_of_the_shell() -> Iterator[None]:
+    """Inside, the environment has none of the shell's variables that stand for options of Slurm's commands: sbatch
+    would prefer SBATCH_TIMELIMIT to what its script says, squeue with SQUEUE_STATES would hide jobs. What says where
+    Slurm is, and who we are, stays.
     """
     shells = {
         name: os.environ.pop(name)
         for name in [*os.environ]
-        if name.startswith(("SBATCH_", "SLURM_")) and name not in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+        if name.startswith(_OPTION_VARIABLES) and name not in ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
     }
     try:
         yield
@@ -78,9 +80,10 @@ def call(*command: str, script: str | None = None) -> str:
     """
     require(command[0])
     try:
-        result = subprocess.run(
-            command, input=script, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False
-        )
+        with without_options_of_the_shell():
+            result = subprocess.run(
+                command, input=script, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False
+            )
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]}: Slurm's controller does not answer; try again later") from error
     if result.returncode:

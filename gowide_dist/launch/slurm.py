@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from gowide_dist.errors import RunError, UserError
 from gowide_dist.launch.local import ERROR_FILE_VARIABLE, leave, leave_error, read_error
 from gowide_dist.launch.profile import Profile, Resources
-from gowide_dist.launch.queue import SlurmError, complaint, of_the_script_alone
+from gowide_dist.launch.queue import SlurmError, complaint, without_options_of_the_shell
 from gowide_dist.machine import mend_loopback
 from gowide_dist.stop import WARNING_SIGNAL
 
@@ -56,17 +56,20 @@ exit $status
 """
 # The profile's own line, which may fail, or hang, without harm to the job.
 NOTIFY = """\
-GOWIDE_STATE=$1 GOWIDE_RUN={run} GOWIDE_STAGE={stage} timeout 60 bash -c {line} || true"""
+GOWIDE_STATE=$1 GOWIDE_RUN={run} GOWIDE_STAGE={stage} timeout --signal=KILL 60 bash -c {line} || true"""
+# Slurm ends a script that has queued its job again by SIGTERM and, KillWait (30 s by default) later, SIGKILL.
 REQUEUE = """\
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }"""
 # Where a site forbids requeueing: a job of the same script, for which the children of this one then wait.
 FOLLOW_UP = """\
 again() {
   local next file child dependency
+  trap '' TERM  # what has begun is also noted when the grace time of a preemption ends
   next=$(
     id=$SLURM_JOB_ID
     unset $(compgen -v | grep -E '^(SLURM|SBATCH)_' | grep -vE '^SLURM_(CONF|CONF_SERVER|JWT)$')  # this job's
@@ -120,7 +123,7 @@ class Worker:
         signal.signal(WARNING_SIGNAL, signal.SIG_IGN)  # during interpreter shutdown it would kill this process
         if status == 128 + WARNING_SIGNAL:
             _ask_for_another_start()
-            status = 0
+            leave(0)  # interpreter shutdown would take a second or more of the grace time of a preemption
         elif status == 2:
             sys.stderr.write(f"{read_error(Path(os.environ[ERROR_FILE_VARIABLE])) or 'full disk'}\n")
         elif status == 128 + signal.SIGTERM:
@@ -182,7 +185,9 @@ def log_file(folder: Path, job_id: str, rank: int = 0) -> Path:
 
 
 def check_folder(folder: Path, profile: Profile) -> None:
-    """Raises RunError if other nodes cannot see `folder`."""
+    """Raises RunError if other nodes cannot see `folder`, or if Slurm would write its logs elsewhere."""
+    if "%" in str(folder):
+        raise RunError(f"{folder}: Slurm replaces what follows a % in names of logs; take another folder with --runs")
     for local in profile.node_local:
         if folder.is_relative_to(local):
             raise RunError(f"{folder}: {local} is local to each node; take a folder that all nodes share with --runs")
@@ -200,7 +205,8 @@ def submit_job(job: Job, folder: Path, dependency: str) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        with of_the_script_alone(), contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
+        # submitit repeats on stderr what it raises.
+        with without_options_of_the_shell(), contextlib.redirect_stderr(io.StringIO()):
             job_id: str = _executor(job, folder, dependency).submit(job.worker).job_id
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(complaint("sbatch", str(error))) from error
@@ -239,6 +245,7 @@ def _executor(job: Job, folder: Path, dependency: str) -> SlurmExecutor:
     if job.code:
         exports.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
         exports.append("export PYTHONSAFEPATH=1")  # else `python -m` prefers the folder where the command was given
+    exports.append("set +eu  # of the setup: they would end this script before the teardown")
     executor = Executor(folder, max_num_timeout=MANY_TIMEOUTS, python=resources.python)
     as_sbatch_has_them = {"partition", "account", "qos", "constraint", "exclude", "cpus_per_task", "signal_delay_s"}
     executor.update_parameters(

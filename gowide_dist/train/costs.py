@@ -6,7 +6,7 @@ counted: linear transforms, frozen blocks, the teacher. Multiply-adds are counte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from math import prod
@@ -266,6 +266,15 @@ def memory_per_process(
         "heap": 0 if on_gpu else round(HEAP_WASTE * (activations + transient)),
         "libraries": IMPORTS + FIRST_STEP,
     }
+
+
+def memory_together(memories: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Bytes that a process needs to train several students in one job, of those that it needs for each.
+
+    Each keeps its own state; in a step one comes after the other.
+    """
+    kept = ("weights", "gradients", "optimizer", "checkpoint")
+    return {part: (sum if part in kept else max)(memory[part] for memory in memories) for part in memories[0]}
 
 
 class Spent(NamedTuple):

@@ -22,7 +22,7 @@ from gowide_dist.run import Done
 from gowide_dist.stop import Stopped
 from gowide_dist.timeline import Batching
 from gowide_dist.train.context import TrainContext, Views, chunk, configure_backends
-from gowide_dist.train.costs import HOST_PARTS, memory_per_process
+from gowide_dist.train.costs import HOST_PARTS, memory_per_process, memory_together
 from gowide_dist.train.losses import balanced_weights
 from gowide_dist.train.metrics import mean_over_samples
 from gowide_dist.train.objectives import Losses
@@ -89,26 +89,26 @@ def _explaining_out_of_memory(instances: Sequence[Instance], ctx: TrainContext) 
 
 def _out_of_memory(instances: Sequence[Instance], ctx: TrainContext) -> str:
     """What needs how much memory by estimate, and what to do."""
-    instance, world = instances[0], ctx.world
-    optim, threads = instance.stage.optim, world.num_loader_threads
-    batching = Batching(ctx.recipe.batch_size, world.size, accumulate=optim.accumulate if optim else 1)
+    stage, world = instances[0].stage, ctx.world
+    batching = Batching(ctx.recipe.batch_size, world.size, accumulate=stage.optim.accumulate if stage.optim else 1)
     on_gpu = world.device.type != "cpu"
-    memory = memory_per_process(
-        instance,
-        ctx.recipe,
-        ctx.data.num_classes,
-        batching,
-        threads,
-        on_gpu=on_gpu,
-        teacher_runs=not instance.stage.has_stored_logits,
-    )
+    memory = memory_together(
+        [
+            memory_per_process(
+                instance, ctx.recipe, ctx.data.num_classes, batching, world.num_loader_threads,
+                on_gpu=on_gpu, teacher_runs=not stage.has_stored_logits,
+            )
+            for instance in instances
+        ]
+    )  # fmt: skip
     needed = sum(num_bytes for part, num_bytes in memory.items() if not (on_gpu and part in HOST_PARTS))
     of_images = sum(memory[part] for part in ("activations", "transient", "heap"))
     divisors = (n for n in range(batching.accumulate + 1, batching.local_batch + 1) if batching.local_batch % n == 0)
-    smaller = next((f"set stages.{instance.stage_name}.optim.accumulate={n}, or " for n in divisors), "")
+    smaller = next((f"set stages.{instances[0].stage_name}.optim.accumulate={n}, or " for n in divisors), "")
+    networks = f"{', '.join(each.network_name for each in instances)} {'need' if len(instances) > 1 else 'needs'}"
     apart = ", or with --sequential (on a cluster: together: false)" if len(instances) > 1 else ""
     return (
-        f"{display_name(instances)}: out of memory; {instance.network_name} needs about {needed / 1e9:.2f} GB per "
+        f"{display_name(instances)}: out of memory; {networks} about {needed / 1e9:.2f} GB per "
         f"process, {of_images / 1e9:.2f} GB of it for {batching.micro_batch} images at a time; "
         f"{smaller}train in more processes{apart}"
     )

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from gowide_dist.errors import RunError
+from gowide_dist.launch.profile import Profile
+from gowide_dist.launch.slurm import check_folder
 from tests.command import gowide, refused
 from tests.fashion import chain, write_job
 
@@ -63,6 +66,8 @@ def test_seeds_share_the_teacher(job):
 def test_a_folder_that_other_nodes_do_not_see(job, tmp_path):
     line = refused("submit", job, "--cluster", CLUSTERS / "gpu8.yaml", "--runs", "/tmp/runs")
     assert "/tmp/runs/chain/slurm: /tmp is local to each node; take a folder that all nodes share" in line
+    with pytest.raises(RunError, match="/50%j: Slurm replaces what follows a % in names of logs"):
+        check_folder(Path("/50%j"), Profile())
 
 
 def test_processes_that_cannot_share_the_batch(job):

@@ -5,7 +5,7 @@ import pytest
 
 from gowide_dist.errors import RecipeError
 from gowide_dist.launch.profile import Profile, load_profile
-from gowide_dist.launch.queue import of_the_script_alone
+from gowide_dist.launch.queue import call, without_options_of_the_shell
 from gowide_dist.launch.slurm import Job, Worker, sbatch_script
 from gowide_dist.recipe import Recipe
 from tests.fashion import chain
@@ -43,6 +43,14 @@ def load(tmp_path, text):
         ("gpu_option: gpus", "gpu_option: should be 'gpus-per-node' or 'gres'"),
         ("srun: [mpi=none]", "srun: 'mpi=none' should be an option, as --mpi=none"),
         ("srun: [--cpu-bind=none]", "say --cpu-bind with cpu_bind"),
+        ("srun: [-n3]", "srun: say -n with processes_per_node"),
+        ("srun: [--output=x]", "srun: --output is set by gowide submit"),
+        ("sbatch: {parsable: true}", "sbatch.parsable: is set by gowide submit"),
+        ("setup: [if true]", "setup: bash cannot read it: line 2: syntax error: unexpected end of file"),
+        ("setup: ['#SBATCH -N 2']", "setup: '#SBATCH -N 2' comes too late for sbatch"),
+        ("notify: echo it's over", "notify: bash cannot read it: line 1: unexpected EOF"),
+        ("python: python '", "python: bash cannot read it"),
+        ("environment: {NCCL DEBUG: 1}", "environment: 'NCCL DEBUG' should be the name of a variable"),
         ("partition: 3", "partition: should be a valid string"),
         ("- partition", "should hold a mapping"),
     ],
@@ -101,12 +109,13 @@ def test_an_override_that_does_not_fit(tmp_path):
         ("1-00:00:00", 1440),
         ("2-12", 3600),
         ("0-1:30", 90),
+        ("010", 10),
         ("'30'", 30),
         ("1:00:01", 61),
     ],
 )
 def test_times_as_sbatch_takes_them(tmp_path, text, minutes):
-    """YAML 1.1 would read 12:00:00 to the base of 60, as 43,200."""
+    """YAML 1.1 would read 12:00:00 to the base of 60, as 43,200, and 010 to the base of 8."""
     assert load(tmp_path, f"timeout_min: {text}\nstages: {{teacher: {{timeout_min: {text}}}}}").timeout_min == minutes
 
 
@@ -117,7 +126,7 @@ def test_times_as_sbatch_takes_them(tmp_path, text, minutes):
         ("gpus_per_node: a100:4\ngpu_option: gres", ["--gres=gpu:a100:4"]),
         ("gpus_per_node: 4\ngpu_option: gres", ["--gres=gpu:4"]),
         ("mem_gb: 0", ["--mem=0"]),
-        ('notify: curl -d "$GOWIDE_STATE" host', ["GOWIDE_STATE=$1 GOWIDE_RUN=/ GOWIDE_STAGE=a/thin timeout 60 bash"]),
+        ('notify: curl -d "$GOWIDE_STATE" host', ["GOWIDE_STATE=$1 GOWIDE_RUN=/ GOWIDE_STAGE=a/thin timeout "]),
         ("requeue: false", ["#SBATCH --no-requeue", 'sbatch --parsable --dependency="afterany:$id"']),
         ("mem_gb: 0.5", ["--mem=512M"]),
         ("mem_gb: 4.0", ["--mem=4G"]),
@@ -144,9 +153,13 @@ def test_jobs_without_gpus_where_others_have_gpus_of_a_type(tmp_path):
     assert profile.resources(instances["teacher/wide"]).gpus_of_node == "a100:4"
 
 
-def test_the_shells_variables_do_not_reach_sbatch(monkeypatch):
-    for name in ("SBATCH_TIMELIMIT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "SLURM_JWT"):
+def test_the_shells_variables_do_not_reach_slurm(monkeypatch):
+    variables = {"SBATCH_TIMELIMIT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SQUEUE_STATES", "SCANCEL_NAME"}
+    kept = {"SLURM_CONF", "SLURM_JWT"}
+    for name in variables | kept:
         monkeypatch.setenv(name, "1")
-    with of_the_script_alone():
-        assert {name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))} == {"SLURM_CONF", "SLURM_JWT"}
+    with without_options_of_the_shell():
+        assert (variables | kept) & os.environ.keys() == kept
     assert os.environ["SBATCH_TIMELIMIT"] == os.environ["SLURM_JOB_ID"] == "1"
+    asked = {line.partition("=")[0] for line in call("env").splitlines()}
+    assert (variables | kept) & asked == kept

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from gowide_dist import load_recipe
 from gowide_dist.files import try_lock
-from gowide_dist.insight.status import cancel_run, logs, status
+from gowide_dist.insight.status import cancel_runs, logs, status
 from gowide_dist.launch.chain import Action, prepare_chain
 from gowide_dist.launch.profile import load_profile
 from gowide_dist.launch.queue import SlurmError, newest_jobs, read_jobs, write_job
 from gowide_dist.prepare import write_run
+from gowide_dist.run import Run, runs_of_seeds
 from tests.command import refused
 from tests.fashion import chain, encode_part
 from tests.fashion import write_job as write_recipe
@@ -133,8 +135,22 @@ def test_jobs_of_a_stage_that_the_recipe_no_longer_has(prepared, slurm, tmp_path
     assert (row.stage, row.state, row.job, row.note) == ("old/thin", "queued", "104", "no longer in the recipe")
     (plan.run.slurm / "104_0_log.out").write_text("printed\n")
     assert list(logs(plan.run, "old")) == ["printed\n"]
-    assert cancel_run(plan.run) == ["old/thin  job 104"]
+    assert cancel_runs([plan.run]) == ["old/thin  job 104"]
     assert (folder / "scancel.asked").read_text() == "104\n"
+
+
+def test_the_runs_of_seeds_are_cancelled_children_first(prepared, slurm, tmp_path):
+    plan, _ = prepared()
+    write_run(plan)
+    names = [run.path.name for seeds in ([0, 3], [3]) for run in runs_of_seeds(plan.run, seeds)]
+    assert names == ["q", "q-3", "q-3"]
+    assert [run.path.name for run in runs_of_seeds(Run(tmp_path / "own-seed-absent"), [3])] == ["own-seed-absent-3"]
+    runs = runs_of_seeds(plan.run, [0, 3])
+    shutil.copytree(runs[0].path, runs[1].path)
+    write_job(runs[1].slurm, "imitate/thin", "103")
+    folder = slurm(squeue="".join(f"10{n}|PENDING|Priority||0|N/A|q:imitate/thin|\n" for n in (2, 3)))
+    assert cancel_runs(runs) == [f"{run.path}: imitate/thin  job 10{n}" for run, n in zip(runs, (2, 3), strict=True)]
+    assert (folder / "scancel.asked").read_text() == "103 102\n"
 
 
 def test_without_slurm_nothing_is_written(data, tmp_path, monkeypatch):

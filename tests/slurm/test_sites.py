@@ -32,7 +32,9 @@ def test_follow_up_jobs(cluster, long_stage, undisturbed, tmp_path):
     recipe = {**long_stage, "stages": {**long_stage["stages"], "imitate": imitate}}
     states = tmp_path / "states"
     notify = f'echo "$GOWIDE_STATE $GOWIDE_STAGE ${{GOWIDE_RUN##*/}} $SLURM_JOB_ID" >> {states}; exit 1'
-    submitted = Submitted(cluster, tmp_path, recipe, requeue=False, notify=notify, python=without_slurm(tmp_path))
+    submitted = Submitted(
+        cluster, tmp_path, recipe, requeue=False, notify=notify, python=without_slurm(tmp_path), setup=["set -eu"]
+    )
     submitted.submit()
     first, child = submitted.id(KEY), submitted.id(CHILD)
     submitted.reaches(KEY, 30)
@@ -62,7 +64,11 @@ def test_a_controller_that_refuses(cluster, long_stage, undisturbed, tmp_path):
     """And the package changes between the submission and the start of the job, which runs it as it was."""
     checkout = tmp_path / "checkout"
     shutil.copytree(PACKAGE, checkout / PACKAGE.name)
-    submitted = Submitted(cluster, tmp_path, long_stage, sbatch={"hold": True}, environment={"PYTHONPATH": ""})
+    states = tmp_path / "states"
+    submitted = Submitted(
+        cluster, tmp_path, long_stage, sbatch={"hold": True}, environment={"PYTHONPATH": ""},
+        notify=f"echo $GOWIDE_STATE >> {states}",
+    )  # fmt: skip
     arguments = ["submit", submitted.job, "--cluster", submitted.profile, "--runs", submitted.runs]
     own_code = {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
     assert gowide(*arguments, cwd=checkout, env=own_code).returncode == 0
@@ -77,6 +83,7 @@ def test_a_controller_that_refuses(cluster, long_stage, undisturbed, tmp_path):
     cluster.run("scontrol", "update", f"JobId={submitted.id(KEY)}", "Requeue=0")
     cluster.run("scancel", "--signal=USR2", submitted.id(KEY))
     until(lambda: submitted.squeue(KEY, "State") == "FAILED", "the end of the job")
+    assert states.read_text() == "failed\n"
     step = int(submitted.log(KEY).split("saved at step ")[1].split(" ")[0])
     told = f"Slurm refuses to queue its job again; saved at step {step}, `gowide submit` continues there"
     assert told in submitted.status()
@@ -149,10 +156,12 @@ def test_preemption_that_cancels(cluster, long, undisturbed, tmp_path):
     urgent = ["sbatch", "-p", "high", "-N", 4, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
     cluster.run("scontrol", "update", "PartitionName=main", "PreemptMode=CANCEL", "GraceTime=60")
     try:
-        submitted = long(python=without_slurm(tmp_path))
+        told = tmp_path / "told"
+        submitted = long(python=without_slurm(tmp_path), notify=f"sleep 1; echo $GOWIDE_STATE >> {told}")
         submitted.reaches(KEY, 30)
         cluster.run(*urgent)
         submitted.until(KEY, lambda: "continues at step" in submitted.log(KEY), "another start")
+        assert told.read_text() == "requeued\n"
         submitted.reaches(KEY, 130)
         cluster.run("scontrol", "update", "PartitionName=main", "GraceTime=0")
         cluster.run(*urgent)

@@ -21,6 +21,7 @@ export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -41,8 +42,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then
@@ -79,6 +81,7 @@ export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -99,8 +102,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then
@@ -137,6 +141,7 @@ export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -157,8 +162,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then
@@ -195,6 +201,7 @@ export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -215,8 +222,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then
@@ -252,6 +260,7 @@ export MALLOC_TRIM_THRESHOLD_=-1
 export MALLOC_MMAP_MAX_=0
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -272,8 +281,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then

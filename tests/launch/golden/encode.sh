@@ -22,6 +22,7 @@ export GOWIDE_COLLECTIVE_TIMEOUT_S=600
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/data/imagenet.slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -42,8 +43,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then

@@ -24,6 +24,7 @@ export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -44,8 +45,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then
@@ -85,6 +87,7 @@ export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -105,8 +108,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then
@@ -146,6 +150,7 @@ export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -166,8 +171,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then
@@ -207,6 +213,7 @@ export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -227,8 +234,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then
@@ -267,6 +275,7 @@ export GOWIDE_GPUS_PER_NODE=8
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/shared/runs/chain/slurm/code/DIGEST${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONSAFEPATH=1
+set +eu  # of the setup: they would end this script before the teardown
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -287,8 +296,9 @@ refused() {
   exit 1
 }
 again() {
-  notify requeued  # first: Slurm ends this script
+  trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || refused
+  notify requeued
   exit 0
 }
 if [ -e "${start}_saved" ]; then
