@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 import torchvision
 import yaml
@@ -20,10 +23,13 @@ from gowide_dist import load_model, load_recipe
 from gowide_dist.cli import main
 from gowide_dist.data.loader import Loader
 from gowide_dist.data.preprocessing import read_preprocessing
-from gowide_dist.errors import DataError, RunError, UserError
+from gowide_dist.errors import DataError, RunError
+from gowide_dist.export import compare, process
+from gowide_dist.export.counterparts import in_torchvision
+from gowide_dist.export.folder import export
+from gowide_dist.export.formats import Request
 from gowide_dist.files import sha256
-from gowide_dist.insight import export
-from gowide_dist.insight.trained import open_trained
+from gowide_dist.insight.trained import balanced_samples, open_trained
 from gowide_dist.networks.architecture import structure_of
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
@@ -89,26 +95,31 @@ def test_figures_of_the_report(finished_run, exported, val):
     done = finished_run.stage("distill/thin").done
     images, labels = val
     assert report["validation"]["images"] == 1000
-    assert report["calibration"]["images"] == 512
-    files = report["files"]
+    assert report["calibration"]["images"] == 510  # 51 of each class
+    formats = report["formats"]
+    files = {name: file["sha256"] for form in formats.values() for name, file in form["files"].items()}
     assert {path.name for path in folder.iterdir()} == {"config.json", "export.json", *files}
-    assert all(file["sha256"] == sha256(folder / name) for name, file in files.items())
-    assert done.model_sha256 == config["model_sha256"] == report["model_sha256"] == files["model.safetensors"]["sha256"]
-    for name in ("model.onnx", "model.int8.onnx"):
-        best = onnx_logits(folder / name, images).argmax(1)
-        assert files[name]["top1"] == pytest.approx(100 * (best == labels).mean(), abs=0.11)
-        assert name in printed
+    assert all(digest == sha256(folder / name) for name, digest in files.items())
+    assert done.model_sha256 == config["model_sha256"] == report["model_sha256"] == files["model.safetensors"]
+    ran = {name: form["runtimes"] for name, form in formats.items()}
+    for name, file in (("onnx", "model.onnx"), ("onnx-int8", "model.int8.onnx")):
+        best = onnx_logits(folder / file, images).argmax(1)
+        assert ran[name]["onnxruntime"]["top1"] == pytest.approx(100 * (best == labels).mean(), abs=0.11)
+        assert ran[name]["opencv"]["top1"] == pytest.approx(ran[name]["onnxruntime"]["top1"], abs=1)
+        assert ran[name]["opencv"]["with"]["opencv-python"]
+        assert file in printed
     assert report["pytorch"]["top1"] == pytest.approx(done.top1) == pytest.approx(config["top1"])
-    for name in ("model.onnx", "model.pt2"):
-        assert 0 < files[name]["largest_logit_difference"] < 1e-4
-        assert files[name]["top1_agreement"] == 100
+    for figures in (ran["onnx"]["onnxruntime"], ran["onnx"]["opencv"], ran["pt2"]["torch"]):
+        assert 0 < figures["largest_logit_difference"] < 1e-4
+        assert figures["top1_agreement"] == 100
     # Loose bounds: after seconds of training the logits of different classes are close.
-    assert done.top1 - files["model.int8.onnx"]["top1"] <= 3
-    assert 90 < files["model.int8.onnx"]["top1_agreement"] <= 100
-    for row in (report["pytorch"], files["model.pt2"], files["model.onnx"], files["model.int8.onnx"]):
-        assert row["latency_ms"]["1"] > 0 and row["latency_ms"]["64"] > 0
+    int8 = ran["onnx-int8"]["onnxruntime"]
+    assert done.top1 - int8["top1"] <= 3
+    assert 90 < int8["top1_agreement"] <= 100
+    for figures in (report["pytorch"], *(each for form in ran.values() for each in form.values())):
+        assert figures["latency_ms"]["1"] > 0
     assert (config["classes"][6], config["fingerprint"]) == ("Shirt", done.fingerprint)
-    assert config["torchvision"] is None
+    assert config["torchvision"] is config["timm"] is None
 
 
 def test_files_hold_no_paths_of_this_machine(exported):
@@ -125,7 +136,9 @@ def test_the_examples_of_the_documentation(finished_run, exported, val, tmp_path
         Image.fromarray(image).save(tmp_path / name)
     best = torch_logits(finished_run, "distill", val[0][:2]).argmax(1)
     classes = json.loads((exported[0] / "config.json").read_text())["classes"]
-    blocks = fenced_blocks(PAGE, "python")
+    blocks = [
+        block for block in fenced_blocks(PAGE, "python") if "import onnxruntime" in block or "torch.export" in block
+    ]
     assert len(blocks) == 2
     for block in blocks:
         code = f"import sys; sys.modules['gowide_dist'] = None\n{block}"
@@ -137,17 +150,18 @@ def test_the_examples_of_the_documentation(finished_run, exported, val, tmp_path
 def test_a_second_export_does_nothing_and_other_folders_are_refused(finished_run, exported, tmp_path, capsys):
     trained = open_trained(finished_run.path, "distill")
     folder = tmp_path / "export"
-    first = export.export(trained, folder, int8=False, images=64)
+    request = Request(("safetensors", "pt2"), images=64)
+    first = export(trained, folder, request)
     assert first["validation"]["images"] == 64
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert set(times) == {"config.json", "export.json", "model.safetensors", "model.pt2", "model.onnx"}
-    assert export.export(trained, folder, int8=False, images=64) == first
+    assert set(times) == {"config.json", "export.json", "model.safetensors", "model.pt2"}
+    assert export(trained, folder, request) == first
     assert capsys.readouterr().err.endswith(f"{folder}: already exported; nothing to do\n")
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     assert list(tmp_path.iterdir()) == [folder]
 
     with pytest.raises(RunError, match="contains files other than an export of these weights"):
-        export.export(open_trained(finished_run.path, "baseline/basic"), folder)
+        export(open_trained(finished_run.path, "baseline/basic"), folder, request)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").touch()
     line = refused("export", finished_run.path, "distill", "--to", tmp_path / "other")
@@ -156,17 +170,15 @@ def test_a_second_export_does_nothing_and_other_folders_are_refused(finished_run
 
 
 def test_a_copied_run_is_exported(moved, finished_run, exported, tmp_path):
-    """Without data compared on noise, and not quantised; with data as at home."""
-    shown = gowide("export", moved, "distill", "--to", tmp_path / "alone")
+    """Without data compared on noise, and not quantised."""
+    shown = gowide("export", moved, "distill", "--to", tmp_path / "alone", "--format", "pt2,onnx-int8")
     assert shown.returncode == 0, shown.stderr
-    assert (
-        "note: model.int8.onnx is left out: no training images to calibrate it; --data DIR says where" in shown.stderr
-    )
+    assert "note: onnx-int8 left out: no training images to calibrate; --data DIR says where they are" in shown.stderr
     report = json.loads((tmp_path / "alone" / "export.json").read_text())
-    assert set(report["files"]) == {"model.safetensors", "model.pt2", "model.onnx"}
+    assert set(report["formats"]) == {"safetensors", "pt2"}
     assert report["validation"] == {"data": "noise", "images": 64}
     assert report["pytorch"]["top1"] is None
-    assert report["files"]["model.onnx"]["largest_logit_difference"] < 1e-4
+    assert report["formats"]["pt2"]["runtimes"]["torch"]["largest_logit_difference"] < 1e-4
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "alone" / name).read_bytes() == (exported[0] / name).read_bytes()
     taken = load_model(finished_run.path, "distill").preprocessing
@@ -174,12 +186,8 @@ def test_a_copied_run_is_exported(moved, finished_run, exported, tmp_path):
     config = json.loads((tmp_path / "alone" / "config.json").read_text())
     assert config["normalise"] == {"mean": [*taken.mean], "std": [*taken.std], "of": "pixels / 255"}
 
-    data = finished_run.path.parents[1] / "data"
-    report = export.export(open_trained(moved, "distill"), tmp_path / "alone", images=32, data=data)
-    assert (report["validation"]["images"], report["calibration"]["images"]) == (32, 512)
-    assert report["files"]["model.int8.onnx"]["top1"] > 30
     with pytest.raises(DataError, match="not found"):
-        export.export(open_trained(moved, "distill"), tmp_path / "none", data=tmp_path)
+        export(open_trained(moved, "distill"), tmp_path / "none", Request(("safetensors", "pt2")), data=tmp_path)
 
 
 def test_interrupted_and_smaller_exports_are_replaced(finished_run, tmp_path):
@@ -189,20 +197,36 @@ def test_interrupted_and_smaller_exports_are_replaced(finished_run, tmp_path):
     (folder / ".partial" / "config.json").write_text(json.dumps({"model_sha256": trained.done.model_sha256}))
     (folder / "model.onnx").touch()  # already moved
     (folder / "model.int8.onnx").touch()
-    report = export.export(trained, folder, int8=False, images=8)
-    assert {path.name for path in folder.iterdir()} == {"config.json", "export.json", *report["files"]}
+    (folder / "timm").mkdir()
+    (folder / "timm" / "config.json").touch()
+    export(trained, folder, Request(("safetensors", "pt2"), images=8))
+    assert {path.name for path in folder.iterdir()} == {"config.json", "export.json", "model.safetensors", "model.pt2"}
 
 
-def test_basic_units_and_the_warning_of_a_loss(finished_run, val, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "MAX_INT8_LOSS", -100.0)
-    export.export(open_trained(finished_run.path, "baseline/basic"), tmp_path / "export", images=32)
-    assert "warning: model.int8.onnx loses " in capsys.readouterr().err
-    expected = torch_logits(finished_run, "baseline", val[0][:32], "basic")
-    assert np.abs(onnx_logits(tmp_path / "export" / "model.onnx", val[0][:32]) - expected).max() < 1e-4
+def test_options_of_onnx_and_the_warning_of_a_loss(moved, finished_run, val, tmp_path, monkeypatch, capsys):
+    """A fixed batch, which images fill up; a fixed opset; zero points of 0; the run's data at another place."""
+    monkeypatch.setattr(compare, "MAX_INT8_LOSS", -100.0)
+    request = Request(("safetensors", "onnx-int8"), opset=19, batch=5, symmetric=True, images=32)
+    data = finished_run.path.parents[1] / "data"
+    report = export(open_trained(moved, "baseline/basic"), tmp_path / "export", request, data)
+    assert "warning: model.int8.onnx in onnxruntime loses " in capsys.readouterr().err
+    assert (report["validation"]["images"], report["calibration"]["images"]) == (32, 510)
+    [figures, _] = report["formats"]["onnx-int8"]["runtimes"].values()
+    assert [*figures["latency_ms"]] == ["5"] and figures["top1_agreement"] > 80
+    assert not (tmp_path / "export" / "model.onnx").exists()  # not asked for
+    model = onnx.load(tmp_path / "export" / "model.int8.onnx")
+    assert model.opset_import[0].version == 19
+    shape = model.graph.input[0].type.tensor_type.shape
+    assert [each.dim_value for each in shape.dim] == [5, 28, 28, 3]
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    zero_points = [values[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert zero_points and not np.concatenate([each.ravel() for each in zero_points]).any()
+    expected = torch_logits(finished_run, "baseline", val[0][:5], "basic")
+    assert np.abs(onnx_logits(tmp_path / "export" / "model.int8.onnx", val[0][:5]) - expected).max() < 1
 
 
 def test_a_public_network(finished_run, val, tmp_path):
-    """torchvision loads the exported weights, if it has the architecture."""
+    """torchvision and timm load the exported weights, if they have the architecture."""
     public = torchvision.models.resnet18(num_classes=10)
     torch.save(public.state_dict(), tmp_path / "weights.pth")
     values = yaml.safe_load(finished_run.recipe_path.read_text())
@@ -211,7 +235,7 @@ def test_a_public_network(finished_run, val, tmp_path):
     prepared = prepare(load_recipe(write_job(tmp_path, {**values, "stages": {"take": stage}})), tmp_path / "runs")
     walk(prepared.run, ["take/public"])
     trained = open_trained(prepared.run.path, "take")
-    export.export(trained, tmp_path / "export", int8=False, images=8)
+    report = export(trained, tmp_path / "export", Request(("safetensors", "timm"), images=8))
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     build = getattr(torchvision.models, config["torchvision"]["model"])
     network = build(**config["torchvision"]["arguments"]).eval()
@@ -220,7 +244,12 @@ def test_a_public_network(finished_run, val, tmp_path):
     images = val[0][:8]
     with torch.inference_mode():
         expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std).numpy()
-    assert np.abs(onnx_logits(tmp_path / "export" / "model.onnx", images) - expected).max() < 1e-4
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'export' / 'timm'}", pretrained=True).eval()
+    with torch.inference_mode():
+        logits = theirs((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std).numpy()
+    assert np.abs(logits - expected).max() < 1e-4
+    assert theirs.pretrained_cfg["label_names"] == config["classes"]
+    assert report["formats"]["timm"]["runtimes"]["timm"]["top1_agreement"] == 100
 
 
 @pytest.mark.parametrize(
@@ -238,12 +267,12 @@ def test_a_public_network(finished_run, val, tmp_path):
     ],
 )
 def test_networks_of_torchvision(network, model, argument):
-    found = export._in_torchvision(structure_of(network).model_validate(network), 10)
-    assert found == (model and {"model": model, "arguments": {"num_classes": 10, **argument}})
+    found = in_torchvision(structure_of(network).model_validate(network))
+    assert found == (model and (model, argument))
 
 
 def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "LOGITS_TOLERANCE", 0.0)
+    monkeypatch.setattr(compare, "LOGITS_TOLERANCE", 0.0)
     command = [
         "gowide",
         "export",
@@ -251,7 +280,8 @@ def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatc
         "distill",
         "--to",
         tmp_path / "export",
-        "--no-int8",
+        "--format",
+        "pt2",
         "--images",
         8,
     ]
@@ -267,7 +297,58 @@ def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_the_packages(finished_run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"export needs onnxruntime: pip install .*'\.\[export\]'"):
-        export.export(open_trained(finished_run.path, "distill"), tmp_path / "export")
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--format", "litert"], "--format litert needs litert-torch: install them in an environment of their own"),
+        (["--format", "onxx"], "--format: no 'onxx', did you mean 'onnx'?"),
+        (["--format", "timm"], "--format timm: timm has no network like thin; leave timm out"),
+        (["--format", "pt2", "--opset", "20"], "--opset: is of ONNX files, and --format asks for none"),
+        (["--format", "onnx", "--symmetric"], "--symmetric: is of onnx-int8 and openvino-int8"),
+        (["--format", "safetensors", "--batch", "2"], "--batch: weights take any number of images"),
+        (["--converter", "litert=python"], "--converter litert=python: there is no python; give the python of"),
+        (["--converter", f"litert={sys.executable}"], "--converter litert: --format asks for no litert; add it"),
+        (["--format", "onnx", "--converter", "onnx=/bin/false"], "--converter: /bin/false is no Python that runs"),
+        (["--converter", "pt2=/bin/false"], "--converter pt2=/bin/false: should be FORMAT=PYTHON"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_any_work(finished_run, tmp_path, arguments, line, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["gowide", "export", str(finished_run.path), "distill", "--to", str(tmp_path / "to"), *arguments]
+    )
+    at_sigint = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as left:
+        main()
+    signal.signal(signal.SIGINT, at_sigint)
+    assert left.value.code == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"gowide: {line}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_and_a_runtime_that_fail(finished_run, exported, tmp_path):
+    """One line of their own, whatever the libraries write."""
+    job = {"convert": "onnx", "source": "nothing.pt2", "target": str(tmp_path / "a"), "opset": None, "batch": None}
+    with pytest.raises(process.BackendError, match=r"nothing\.pt2"):
+        process.convert(Path(sys.executable), job)
+    (tmp_path / "broken.onnx").write_bytes(b"broken")
+    job = {"run": "onnxruntime", "file": str(tmp_path / "broken.onnx"), "threads": 1, "batch": 1, "image": [8, 8, 3]}
+    with (
+        pytest.raises(process.BackendError, match="Protobuf parsing failed"),
+        process.running(Path(sys.executable), job, 10),
+    ):
+        pass
+    job |= {"file": str(exported[0] / "model.onnx"), "packages": ["onnxruntime"]}  # images of another size
+    with (
+        pytest.raises(process.BackendError, match="invalid dimensions"),
+        process.running(Path(sys.executable), job, 10),
+    ):
+        pass
+
+
+def test_calibration_images_are_balanced():
+    labels = np.array([0] * 90 + [1] * 8 + [3] * 2)
+    chosen = balanced_samples(labels, 15)
+    assert np.bincount(labels[chosen]).tolist() == [5, 5, 0, 2]
+    assert np.diff(chosen).min() > 0 and chosen[4] - chosen[0] == 89
+    assert np.bincount(labels[balanced_samples(labels, 1)]).tolist() == [1, 1, 0, 1]
