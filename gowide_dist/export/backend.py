@@ -91,8 +91,9 @@ def convert_litert(source: str, target: str, job: dict[str, Any]) -> None:
 
 def convert_litert_int8(source: str, target: str, job: dict[str, Any]) -> None:
     """model.tflite -> model.int8.tflite: weights quantised per channel, activations by the images of `calibration`."""
-    from ai_edge_quantizer import quantizer, recipe_manager
+    from ai_edge_quantizer import calibrator, quantizer, recipe_manager
     from ai_edge_quantizer.qtyping import TFLOperationName
+    from ai_edge_quantizer.utils import qsv_utils
 
     recipe = recipe_manager.RecipeManager()
     recipe.add_static_config(".*", TFLOperationName.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
@@ -101,7 +102,10 @@ def convert_litert_int8(source: str, target: str, job: dict[str, Any]) -> None:
     [(name, signature)] = _litert(source).get_signature_list().items()
     [images] = signature["inputs"]
     samples = [{images: batch} for batch in _in_batches(np.load(job["calibration"]), job["batch"])]
-    quantiser.quantize(quantiser.calibrate({name: samples})).export_model(target, overwrite=True)
+    # ranges of all images; by default a moving average over single images, which cuts off the rare large values
+    ranges = calibrator.Calibrator(source, qsv_update_func=qsv_utils.min_max_update)
+    ranges.calibrate({name: samples}, recipe)
+    quantiser.quantize(ranges.get_model_qsvs()).export_model(target, overwrite=True)
 
 
 def convert_executorch(source: str, target: str, job: dict[str, Any]) -> None:

@@ -25,12 +25,14 @@ from gowide_dist.data.loader import Loader
 from gowide_dist.data.preprocessing import read_preprocessing
 from gowide_dist.errors import DataError, RunError
 from gowide_dist.export import compare, process
-from gowide_dist.export.counterparts import in_torchvision
+from gowide_dist.export.counterparts import in_timm, in_torchvision, timm_weights
 from gowide_dist.export.folder import export
 from gowide_dist.export.formats import Request
 from gowide_dist.files import sha256
 from gowide_dist.insight.trained import balanced_samples, open_trained
 from gowide_dist.networks.architecture import structure_of
+from gowide_dist.networks.build import build_network
+from gowide_dist.networks.foreign import settings_class
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
 from gowide_dist.timeline import Batching
@@ -150,11 +152,11 @@ def test_the_examples_of_the_documentation(finished_run, exported, val, tmp_path
 def test_a_second_export_does_nothing_and_other_folders_are_refused(finished_run, exported, tmp_path, capsys):
     trained = open_trained(finished_run.path, "distill")
     folder = tmp_path / "export"
-    request = Request(("safetensors", "pt2"), images=64)
+    request = Request(("safetensors",), images=64)
     first = export(trained, folder, request)
     assert first["validation"]["images"] == 64
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert set(times) == {"config.json", "export.json", "model.safetensors", "model.pt2"}
+    assert set(times) == {"config.json", "export.json", "model.safetensors"}
     assert export(trained, folder, request) == first
     assert capsys.readouterr().err.endswith(f"{folder}: already exported; nothing to do\n")
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
@@ -199,8 +201,8 @@ def test_interrupted_and_smaller_exports_are_replaced(finished_run, tmp_path):
     (folder / "model.int8.onnx").touch()
     (folder / "timm").mkdir()
     (folder / "timm" / "config.json").touch()
-    export(trained, folder, Request(("safetensors", "pt2"), images=8))
-    assert {path.name for path in folder.iterdir()} == {"config.json", "export.json", "model.safetensors", "model.pt2"}
+    export(trained, folder, Request(("safetensors",), images=8))
+    assert {path.name for path in folder.iterdir()} == {"config.json", "export.json", "model.safetensors"}
 
 
 def test_options_of_onnx_and_the_warning_of_a_loss(moved, finished_run, val, tmp_path, monkeypatch, capsys):
@@ -344,6 +346,44 @@ def test_a_conversion_and_a_runtime_that_fail(finished_run, exported, tmp_path):
         process.running(Path(sys.executable), job, 10),
     ):
         pass
+
+
+def test_openvino(finished_run, tmp_path):
+    report = export(open_trained(finished_run.path, "distill"), tmp_path / "to", Request(("openvino", "openvino-int8")))
+    float32, int8 = (form["runtimes"]["openvino"] for form in report["formats"].values())
+    assert float32["top1_agreement"] == 100 and float32["largest_logit_difference"] < 1e-4
+    assert 90 < int8["top1_agreement"] < 100 and int8["with"]["openvino"]
+    names = {"model.xml", "model.bin", "model.int8.xml", "model.int8.bin", "config.json", "export.json"}
+    assert {path.name for path in (tmp_path / "to").iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("network", "model", "arguments"),
+    [
+        ({"arch": "resnet50", "width": 2}, "resnet50", {"base_width": 128}),
+        ({"arch": "mobilenet_v2", "channels": 0.35}, "mobilenetv2_035", {}),
+        ({"arch": "mobilenet_v2", "channels": 0.3}, None, {}),  # none of timm's
+        ({"arch": "resnet18", "stem": "small"}, None, {}),
+        ({"torchvision": "mobilenet_v2"}, "mobilenetv2_100", {}),
+        ({"torchvision": "resnet18", "zero_init_residual": True}, None, {}),
+        ({"timm": "convnext_atto", "drop_rate": 0.1}, "convnext_atto", {"drop_rate": 0.1}),
+    ],
+)
+def test_networks_of_timm(network, model, arguments):
+    """timm's network with our weights gives our logits."""
+    found = in_timm(settings_class(network).model_validate(network))
+    assert found == (model and (model, arguments))
+    if found and model.startswith("mobilenet"):  # others have torchvision's names
+        ours = build_network(network, 7).eval()
+        for module in ours.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.running_mean)
+                torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+        theirs = timm.create_model(model, num_classes=7, **arguments).eval()
+        theirs.load_state_dict(timm_weights(found, ours.plain.state_dict()))
+        images = torch.randn(2, 3, 64, 64)
+        with torch.inference_mode():
+            assert torch.allclose(theirs(images), ours(images)[0], atol=1e-4)
 
 
 def test_calibration_images_are_balanced():
