@@ -41,7 +41,8 @@ class Comparison:
     def runtimes(self, name: str, folder: Path) -> dict[str, Any]:
         """The figures of a format's file in each of its runtimes, by name; `not_run` says why where there are none.
 
-        Raises InternalError if logits of a float32 file differ too much, or its own runtime, the first, cannot run it.
+        Raises InternalError if a file's own runtime, the first, cannot run it, or gives other logits of a float32 file.
+        Of others that is only said: OpenCV reads ONNX, but not all of it, and computes a MobileNetV3 wrongly.
         """
         form, python = FORMATS[name], self._request.python(name)
         figures: dict[str, Any] = {}
@@ -69,8 +70,10 @@ class Comparison:
                 figures[runtime.name] = {"not_run": str(error)}
                 continue
             figures[runtime.name] = {**answer, **self._figures(logits)}
-            if not is_int8(name):
-                self._check(f"{file} in {runtime.name}", figures[runtime.name]["largest_logit_difference"])
+            if not is_int8(name) and (fault := self._fault(figures[runtime.name]["largest_logit_difference"])):
+                if runtime == form.runtimes[0]:
+                    raise InternalError(f"{file} in {runtime.name}: {fault}; nothing was written")
+                say(f"warning: {file} in {runtime.name}: {fault}; the file is right, take another runtime")
         return figures
 
     def _figures(self, logits: Tensor) -> dict[str, Any]:
@@ -81,21 +84,22 @@ class Comparison:
             "largest_logit_difference": float((logits - self._expected).abs().max()),
         }
 
-    def _check(self, what: str, difference: float) -> None:
+    def _fault(self, difference: float) -> str:
+        """What is wrong with float32 logits that differ from PyTorch's by so much; nothing if that is rounding."""
         allowed = LOGITS_TOLERANCE * max(1.0, float(self._expected.abs().max()))
-        if not difference <= allowed:  # also if it is NaN
-            raise InternalError(
-                f"{what}: its logits differ by up to {difference:.2g} from PyTorch's on {self.num_images:,} "
-                f"validation images, {allowed:.2g} is allowed; nothing was written"
-            )
+        if difference <= allowed:  # not if it is NaN
+            return ""
+        images = f"{self.num_images:,} validation images"
+        return f"logits differ by up to {difference:.2g} from PyTorch's on {images}, {allowed:.2g} is allowed"
 
     def warn_of_losses(self, formats: Mapping[str, Any]) -> None:
         """Say which files of 8 bits lose more accuracy than they should."""
         for name, form in formats.items():
             for runtime, figures in form["runtimes"].items() if is_int8(name) else ():
-                loss = (self.pytorch["top1"] or 0.0) - (figures.get("top1") or 100.0)
-                if loss > MAX_INT8_LOSS:
-                    say(f"warning: {FORMATS[name].files[0]} in {runtime} loses {loss:.2f} points of top-1")
+                own, top1 = self.pytorch["top1"], figures.get("top1")
+                if own is not None and top1 is not None and own - top1 > MAX_INT8_LOSS:
+                    file = FORMATS[name].files[0]
+                    say(f"warning: {file} in {runtime} loses {own - top1:.2f} points of top-1; take the float32 file")
 
 
 def table(report: Mapping[str, Any]) -> str:

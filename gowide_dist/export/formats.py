@@ -51,13 +51,12 @@ FORMATS = {  # each after those that it is made of
 }
 OFFERED = [name for name in FORMATS if name != FIXED_PT2]
 DEFAULT = (SAFETENSORS, PT2, "onnx", "onnx-int8")
-_APART = "install them in an environment of their own, and name its Python by --converter"
 INSTALL = {  # families, whose packages another Python may have, and how to get these
     "timm": "pip install -c constraints.txt -e '.[timm]'",
     "onnx": "pip install -c constraints.txt -e '.[export]'",
     "openvino": "pip install -c constraints.txt -e '.[openvino]'",
-    "litert": f"{_APART} litert=PYTHON",
-    "executorch": f"{_APART} executorch=PYTHON",
+    "litert": "install them in an environment of their own, and name its Python by --converter litert=PYTHON",
+    "executorch": "pip install -c constraints.txt -e '.[executorch]'",
 }
 
 

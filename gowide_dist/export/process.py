@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gowide_dist.errors import UserError
+from gowide_dist.launch.local import explain
 
 _SCRIPT = Path(__file__).with_name("backend.py")
 _MISSING = """
@@ -33,7 +34,7 @@ Forward = Callable[[Tensor], Tensor]  # images, uint8 [B, H, H, 3] -> logits, fl
 
 
 class BackendError(Exception):
-    """A conversion or a runtime failed; the message is the last line that it wrote."""
+    """A conversion or a runtime failed; the message says why, in a line."""
 
 
 @cache
@@ -51,7 +52,7 @@ def convert(python: Path, job: Mapping[str, Any]) -> None:
     with _started(python, job) as (process, log):
         process.communicate()
         if process.returncode:
-            raise BackendError(_last_line(log))
+            raise BackendError(_cause(process, log))
 
 
 @contextmanager
@@ -68,8 +69,7 @@ def running(python: Path, job: Mapping[str, Any], num_classes: int) -> Iterator[
             """Bytes of the process's stdout: so many, or a line."""
             values = stdout.readline() if size is None else stdout.read(size)
             if not values or len(values) < (size or 0):
-                process.wait()
-                raise BackendError(_last_line(log))
+                raise BackendError(_cause(process, log))
             return values
 
         def forward(images: Tensor) -> Tensor:
@@ -109,7 +109,10 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
-def _last_line(log: IO[bytes]) -> str:
+def _cause(process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
+    """Why a process has ended: the last line that it wrote, or the signal that killed it."""
+    if process.wait() < 0:
+        return f"its process {explain(process.returncode)}"
     log.seek(0)
     lines = log.read().decode(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without an error message")
+    return next((line.strip() for line in reversed(lines) if line.strip()), explain(process.returncode))

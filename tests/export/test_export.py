@@ -333,6 +333,11 @@ def test_a_conversion_and_a_runtime_that_fail(finished_run, exported, tmp_path):
     job = {"convert": "onnx", "source": "nothing.pt2", "target": str(tmp_path / "a"), "opset": None, "batch": None}
     with pytest.raises(process.BackendError, match=r"nothing\.pt2"):
         process.convert(Path(sys.executable), job)
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    with pytest.raises(process.BackendError, match="its process was killed by SIGKILL"):
+        process.convert(killed, job)
     (tmp_path / "broken.onnx").write_bytes(b"broken")
     job = {"run": "onnxruntime", "file": str(tmp_path / "broken.onnx"), "threads": 1, "batch": 1, "image": [8, 8, 3]}
     with (
