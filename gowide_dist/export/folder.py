@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def export(trained: Trained, to: Path, request: Request, data: Path | None = Non
     train, val = _data_files(trained, data)
     if not train and (left_out := [name for name in request.formats if is_int8(name)]):
         say(f"note: {', '.join(left_out)} left out: no training images to calibrate; --data DIR says where they are")
-        request = replace(request, formats=tuple(name for name in request.formats if name not in left_out))
+        request = request.without(left_out)
     if TIMM in request.formats and not in_timm(trained.instance.architecture):
         raise UserError(f"--format timm: timm has no network like {trained.instance.network_name}; leave timm out")
     check_packages(request)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +74,10 @@ def with_sources(names: Sequence[str]) -> list[str]:
     return [name for name in FORMATS if name in needed]
 
 
+def _has(names: Collection[str], family: str) -> bool:
+    return any(name.partition("-")[0] == family for name in names)
+
+
 @dataclass(frozen=True)
 class Request:
     """What a user wants exported."""
@@ -94,8 +98,21 @@ class Request:
         if self.batch and formats <= {SAFETENSORS, TIMM}:
             raise UserError("--batch: weights take any number of images; add a format of programs, or leave it out")
         for family in self.converters:
-            if not any(name.partition("-")[0] == family for name in self.formats):
+            if not _has(self.formats, family):
                 raise UserError(f"--converter {family}: --format asks for no {family}; add it, or leave this out")
+
+    def without(self, names: Collection[str]) -> Request:
+        """The same but for some formats, and for options that are of these alone."""
+        formats = tuple(name for name in self.formats if name not in names)
+        kept = {*with_sources(formats)}
+        return replace(
+            self,
+            formats=formats,
+            opset=self.opset if "onnx" in kept else None,
+            batch=None if kept <= {SAFETENSORS, TIMM} else self.batch,
+            symmetric=self.symmetric and "onnx-int8" in kept,
+            converters={family: path for family, path in self.converters.items() if _has(formats, family)},
+        )
 
     def python(self, name: str) -> Path:
         """The Python that has the packages of a format, its converter's and its runtime's."""
