@@ -460,22 +460,40 @@ def export(
     run: RunDir,
     stage: StageName,
     to: Annotated[Path, Option(help="Folder for the files: new, empty, or of an export of the same weights.")],
-    int8: Annotated[bool, Option(help="Also write model.int8.onnx.")] = True,
+    formats: Annotated[
+        str | None,
+        Option(
+            "--format",
+            help="Of pt2, onnx, onnx-int8, openvino, openvino-int8, litert, litert-int8, executorch and timm, with "
+            "commas between them; default: the first three. model.safetensors, the weights, always comes along.",
+        ),
+    ] = None,
+    batch: Annotated[int | None, Option(help="Images that the files take at once; default: any number.", min=1)] = None,
+    opset: Annotated[int | None, Option(help="Of the ONNX files; default: the exporter's own.", min=18, max=25)] = None,
+    symmetric: Annotated[bool, Option("--symmetric", help="8-bit ONNX and OpenVINO without zero points.")] = False,
+    converter: Annotated[
+        list[str] | None,
+        Option(help="FORMAT=PYTHON, if another environment has its packages: litert=~/litert/bin/python."),
+    ] = None,
     images: Annotated[int | None, Option(help="Compare on N validation images; default: all.", min=1)] = None,
     data: Annotated[Path | None, Option(help="Encoded folder of the same classes; default: the run's.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a finished network as safetensors, torch.export program, ONNX and int8 ONNX; compare and time each.
+    """Write a finished network in formats of other programs; compare each with PyTorch on all images, and time it.
 
     Where the run's data are not there and --data is not given, files are compared on noise, and int8 is left out.
 
-    Example: `gowide export runs/demo distill --to exports/demo`
+    Example: `gowide export runs/demo distill --to exports/demo --format onnx,openvino,openvino-int8`
     """
-    from gowide_dist.insight import export
+    from gowide_dist.export.compare import table
+    from gowide_dist.export.folder import export
+    from gowide_dist.export.formats import Request, parse_converters, parse_formats
     from gowide_dist.insight.trained import open_trained
 
-    report = export.export(open_trained(run, stage), to, int8=int8, images=images, data=data)
-    print_line(to_json(report) if as_json else export.table(report))
+    converters = parse_converters(converter or [])
+    request = Request(parse_formats(formats), opset, batch, symmetric, images, converters)
+    report = export(open_trained(run, stage), to, request, data)
+    print_line(to_json(report) if as_json else table(report))
 
 
 @command()

@@ -139,9 +139,11 @@ def replacing(folder: Path, marker: str) -> Iterator[Path]:
 
 
 def move_up(folder: Path, marker: str) -> None:
-    """Move all files of a folder into its parent; an old file `marker` is deleted first, the new one moved last."""
+    """Move all in a folder into its parent; an old file `marker` is deleted first, the new one moved last."""
     (folder.parent / marker).unlink(missing_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == marker):
+        if path.is_dir():
+            shutil.rmtree(folder.parent / path.name, ignore_errors=True)
         path.replace(folder.parent / path.name)
 
 

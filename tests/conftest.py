@@ -1,6 +1,7 @@
 """For all tests."""
 
 import os
+import shutil
 
 import pytest
 from hypothesis import settings
@@ -27,3 +28,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for index, name in enumerate(sorted(waiting, key=lambda name: -len(files[name]))):
         order += [name, *others[index * part : (index + 1) * part]]
     items[:] = [item for name in order or others for item in files[name]]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """Networks trained for seconds on 2,000 images of Fashion-MNIST: `data` beside `runs/demo`. The run."""
+    from tests.fashion import chain, encode_part, train
+
+    root = tmp_path_factory.mktemp("finished")
+    recipe = chain(encode_part(root, 2000, 1000), name="demo")
+    recipe["networks"] = {
+        "thin": {"block": "bottleneck", "depths": [1, 1], "base": 8, "stem": "strided"},
+        "basic": {"block": "basic", "depths": [1, 1], "base": 8, "stem": "small"},
+    }
+    stage = recipe["stages"]["teacher"]
+    recipe["stages"] = {
+        "distill": {**stage, "train": "thin", "epochs": 4},
+        "baseline": {**stage, "train": ["thin", "basic"], "epochs": 1},
+    }
+    (root / "runs").mkdir()
+    return train(root / "runs", recipe)
+
+
+@pytest.fixture(scope="module")
+def moved(finished_run, tmp_path_factory):
+    """The run's folder alone, on a machine where its data never were."""
+    folder = tmp_path_factory.mktemp("laptop")
+    shutil.copytree(finished_run.path, folder / "run")
+    recipe = folder / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(finished_run.path.parents[1] / "data"), "/nowhere/data"))
+    return folder / "run"

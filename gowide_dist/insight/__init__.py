@@ -1,1 +1,1 @@
-"""All that looks at recipes, runs and machines without training: plan, status, report, evaluation, export, doctor."""
+"""All that looks at recipes, runs and machines without training: plan, status, report, evaluation, doctor."""

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gowide_dist.data.beton import Beton
 from gowide_dist.data.decode import CenterCrop, Geometry
 from gowide_dist.data.folder import FolderImages
 from gowide_dist.data.info import check_split, read_dataset_info
@@ -29,6 +31,7 @@ from gowide_dist.timeline import Batching
 from gowide_dist.train.start import load_trained
 
 BATCH_SIZE = 64
+Samples: TypeAlias = NDArray[np.int64]  # numbers of images in a file
 
 
 class Images(Protocol):
@@ -76,10 +79,14 @@ class Trained:
         return load_trained(self.instance, self.run, len(self.preprocessing.classes)).eval()
 
     def training_images(self, path: Path, limit: int) -> Loader:
-        """At most `limit` images of an FFCV file of training images, evenly spaced over it and not augmented."""
+        """About `limit` images of an FFCV file of training images, not augmented: as many of each class, at least one.
+
+        Those of a class are evenly spaced over the file; a class with fewer images gives all it has.
+        """
         data = self.recipe.data
         is_any_size = data.augment.crop and not data.center_crop  # validation images alone have the recipe's resolution
-        return self._images(path, CenterCrop(1.0) if is_any_size else geometry_of(data, train=False), limit)
+        geometry = CenterCrop(1.0) if is_any_size else geometry_of(data, train=False)
+        return self._images(path, geometry, balanced_samples(Beton(path).labels, limit))
 
     def validation_images(self, path: Path, limit: int | None = None) -> Loader:
         """The images of an FFCV file, cut as for validation: all, or at most `limit`, evenly spaced over the file.
@@ -92,22 +99,35 @@ class Trained:
             raise DataError(f"{path}: not found here; `gowide eval` takes other images by --data or --images")
         data = self.recipe.data
         is_cut = data.center_crop or read_dataset_info(path).fixed_side_px == data.resolution
-        return self._images(path, geometry_of(data, train=False) if is_cut else CenterCrop(1.0), limit)
+        samples = evenly_spaced(np.arange(check_split(path).samples), limit)
+        return self._images(path, geometry_of(data, train=False) if is_cut else CenterCrop(1.0), samples)
 
     def folder_images(self, folder: Path) -> FolderImages:
         """The images of a folder of class folders. Raises DataError if it has other classes than the network."""
         return FolderImages(folder, self.preprocessing, BATCH_SIZE, num_cores())
 
-    def _images(self, path: Path, geometry: Geometry, limit: int | None) -> Loader:
+    def _images(self, path: Path, geometry: Geometry, samples: Samples) -> Loader:
         pairs = zip_longest(read_dataset_info(path).classes, self.preprocessing.classes, fillvalue="missing")
         for label, (name, expected) in enumerate(pairs):
             if name != expected:
                 other = f"class {label} is '{name}' instead of '{expected}'"
                 raise DataError(f"{path}: other classes than those of {self.instance.key} in {self.run.path}: {other}")
-        total, side, cores = check_split(path).samples, self.recipe.data.resolution, num_cores()
-        samples = np.linspace(0, total - 1, min(limit or total, total)).round().astype(np.int64)
+        side, cores = self.recipe.data.resolution, num_cores()
         load = partial(Loader, path, Batching(BATCH_SIZE), train=False, resolution=side)
         return load(geometry=geometry, samples=samples, num_threads=cores)
+
+
+def evenly_spaced(samples: Samples, limit: int | None) -> Samples:
+    """All samples [N], or `limit` of them."""
+    count = len(samples)
+    return samples[np.linspace(0, count - 1, min(limit or count, count)).round().astype(np.int64)]
+
+
+def balanced_samples(labels: Samples, limit: int) -> Samples:
+    """Samples of a file by the labels [N] of all, in order: of each class that has some, limit / K, at least one."""
+    classes = np.unique(labels)
+    each = max(1, limit // len(classes))
+    return np.sort(np.concatenate([evenly_spaced(np.flatnonzero(labels == label), each) for label in classes]))
 
 
 def open_trained(path: Path, name: str) -> Trained:
