@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ _NO_WEIGHTS = (
 _DOWNLOADED_INSTEAD = {  # by the first bytes of a file
     b"version https://git-lfs": "a pointer of Git LFS in place of the weights; get them with `git lfs pull`",
     b"<": "a web page in place of the weights; download the file again",
+    b"{": "JSON in place of the weights; download the file again, or of several files the weights themselves",
+    b"\x1f\x8b": "packed by gzip; unpack it",
+    b"\x89HDF": "HDF5, as Keras writes it; give PyTorch's weights",
+    b"\x93NUMPY": "an array of NumPy's; give PyTorch's weights",
 }
 
 
@@ -55,6 +60,8 @@ def no_weights(path: Path) -> str:
     with path.open("rb") as file:
         if not (head := file.read(64).lstrip()):
             return "empty; get the file again"
+    if is_safetensors(path) or (head.startswith(b"PK") and not zipfile.is_zipfile(path)):
+        return "cut short or damaged; download the file again"
     return next((cause for start, cause in _DOWNLOADED_INSTEAD.items() if head.startswith(start)), _NO_WEIGHTS)
 
 
