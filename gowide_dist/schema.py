@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -60,13 +61,13 @@ UserPath = Annotated[Path, AfterValidator(expanded)]
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
-def _not_base_60(pattern: re.Pattern[str]) -> re.Pattern[str]:
-    return re.compile(f"(?!.*:){pattern.pattern}", pattern.flags)
+def _decimal(pattern: re.Pattern[str]) -> re.Pattern[str]:
+    return re.compile(rf"(?!.*:|[-+]?0[0-9_]+$){pattern.pattern}", pattern.flags)
 
 
 class _Loader(yaml.SafeLoader):
     """A SafeLoader that refuses a duplicate key, of which PyYAML would silently take the last, and that reads 12:00:00
-    as text: YAML 1.1 reads it to the base of 60, as 43,200.
+    and 010 as text: YAML 1.1 reads them to the bases of 60 and 8, as 43,200 and 8.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -81,7 +82,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    start: [(tag, _not_base_60(pattern) if tag.endswith((":int", ":float")) else pattern) for tag, pattern in resolvers]
+    start: [(tag, _decimal(pattern) if tag.endswith((":int", ":float")) else pattern) for tag, pattern in resolvers]
     for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -197,7 +198,10 @@ def _describe(fault: ErrorDetails) -> str:
         return message.format(value=_quote(fault["input"]), **fault.get("ctx", {}))
     is_ours = fault["type"] == "value_error" or fault["type"] not in get_args(ErrorType)  # names the value, if useful
     message = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return message if is_ours else f"{message}, not {_quote(fault['input'])}"
+    if is_ours:
+        return message
+    is_unquoted = fault["type"] == "string_type" and isinstance(fault["input"], int | float | date)
+    return f"{message}, not {_quote(fault['input'])}{'; put it in quotes' if is_unquoted else ''}"
 
 
 def _quote(value: object) -> str:
