@@ -53,9 +53,6 @@ def find_weights(
     prefix = _choose_prefix(path, tensors, counted, prefix)
     found = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
     expected = {name: tuple(state[own_name].shape) for name, own_name in own.items()}
-    if fresh_classifier:
-        for name in _auxiliary_heads(expected, found, network.num_classes):
-            del expected[name], found[name]
     heads = (*drawn, *_HEADS) if fresh_classifier else ()
     found = {name: each for name, each in found.items() if name in own or (each.ndim and not name.startswith(heads))}
     if cause := _mismatch(expected, {name: tuple(each.shape) for name, each in found.items()}, classifier):
@@ -64,19 +61,6 @@ def find_weights(
         if cause := _unusable(each, state[own[name]], is_variance=name.endswith("running_var")):
             raise RunError(f"{path}: {name} {cause}")
     return {own[name]: each for name, each in found.items()}, prefix
-
-
-def _auxiliary_heads(own: Shapes, found: Mapping[str, Tensor], num_classes: int) -> list[str]:
-    """The weights and biases of heads for training alone, as GoogLeNet's: a row for each class, there and here.
-
-    own: without the network's classifier.
-    """
-    return [
-        name
-        for name, shape in own.items()
-        if name in found and shape and shape[0] == num_classes
-        if found[name].ndim and found[name].shape[0] != num_classes and tuple(found[name].shape[1:]) == shape[1:]
-    ]
 
 
 def _unusable(tensor: Tensor, own: Tensor, is_variance: bool) -> str:
