@@ -17,6 +17,7 @@ from typing import IO, BinaryIO
 from gowide_dist.errors import RunError, is_full
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{(\w+)\})")  # $NAME or ${NAME}
+_URL = re.compile("(https?|ftp|s3|gs|hf|abfss?|file):/")  # of two slashes, a Path keeps one
 PARTIAL = ".partial"  # folder of files that are being written
 _NO_WEIGHTS = (
     "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
@@ -34,8 +35,10 @@ _DOWNLOADED_INSTEAD = {  # by the first bytes of a file
 def expanded(path: str | Path) -> Path:
     """A path that a user has written, with its variables and then `~` or `~user` replaced, as a shell does.
 
-    Raises ValueError if a variable has no value, or if a user or a home is unknown.
+    Raises ValueError if it is a URL, if a variable has no value, or if a user or a home is unknown.
     """
+    if _URL.match(str(path)):
+        raise ValueError(f"{path}: a URL; nothing is ever downloaded, give a file that is here")
 
     def value_of(match: re.Match[str]) -> str:
         name = match[1] or match[2]

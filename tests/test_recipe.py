@@ -198,6 +198,7 @@ BAD = {
     "stages.imitate.class_weights=balanced": "stages.imitate: unknown key 'class_weights', did you mean 'block_weights'?",
     "stages.teacher.init={fil: x}": "stages.teacher.init: unknown key 'fil', did you mean 'file'?",
     "stages.teacher.init=5": "stages.teacher.init: should be a valid string, not '5'; put it in quotes",
+    "data.train=s3://bucket/train.beton": "data.train: s3:/bucket/train.beton: a URL; nothing is ever downloaded, give",
     "name=2024-01-01": "name: should be a valid string, not '2024-01-01'; put it in quotes",
     "batch_size=010": "batch_size: should be a valid integer, not '010'",  # YAML 1.1 reads it to the base of 8
     "stages.distill.optim={lr: 0.1, momentum: 0, nesterov: true}": "stages.distill.optim: nesterov needs a momentum",
