@@ -60,7 +60,7 @@ def find_weights(
     for name, each in found.items():
         if cause := _unusable(each, state[own[name]], is_variance=name.endswith("running_var")):
             raise RunError(f"{path}: {name} {cause}")
-    return {own[name]: each for name, each in found.items()}, prefix
+    return {own[name]: each.to_dense() for name, each in found.items()}, prefix
 
 
 def _unusable(tensor: Tensor, own: Tensor, is_variance: bool) -> str:

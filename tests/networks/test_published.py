@@ -56,6 +56,7 @@ WRAPPED = {
     "Lightning": {"state_dict": named("net."), "hyper_parameters": {"path": pathlib.PurePosixPath("/data")}},
     "an encoder beside a projector": {"state_dict": {**named("module.encoder."), "module.projector.weight": torch.ones(2, 2)}},
     "a name nobody has thought of": {"weights of mine": {"deeper": named("module.")}},
+    "sparse": {name: value.to_sparse() if name == "fc.weight" else value for name, value in PUBLIC.items()},
     "in half precision": {name: value.half() if value.is_floating_point() else value for name, value in PUBLIC.items()},
 }  # fmt: skip
 
