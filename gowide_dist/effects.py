@@ -21,7 +21,7 @@ def without_effect(recipe: Recipe, instances: Collection[Instance], num_images: 
         stage, num_phases = instance.stage, instance.stage.num_phases(instance.architecture.num_blocks)
         batching, steps_per_epoch = Batching(recipe.batch_size), num_images // recipe.batch_size
         timeline = Timeline(batching, steps_per_epoch, stage.epochs, num_phases)
-        of_stage = _of_stage(stage, timeline, recipe.data.resolution)
+        of_stage = [*_of_stage(stage, timeline, recipe.data.resolution), *_of_start(instance, recipe)]
         lines += [f"stages.{instance.stage_name}.{line}" for line in of_stage]
     return [*dict.fromkeys(lines)]  # networks of one stage say the same
 
@@ -29,6 +29,20 @@ def without_effect(recipe: Recipe, instances: Collection[Instance], num_images: 
 def _of_data(data: Data) -> Iterator[str]:
     if data.augment.translate and data.augment.crop:
         yield "data.augment.translate: has no effect beside crop, which draws the position already"
+    if data.val.resolve() == data.train.resolve():
+        yield "data.val: is the file of the training images: accuracies will be those of training"
+
+
+def _of_start(instance: Instance, recipe: Recipe) -> Iterator[str]:
+    """What the weights that a stage starts from leave without effect."""
+    stage, teacher = instance.stage, recipe.instances.get(instance.teacher or "")
+    if instance.init_file and instance.init_file.classifier == "fresh" and not stage.epochs:
+        yield "init.classifier: fresh stays as it is drawn, for epochs: 0: its blocks are of use, its logits are not"
+    if teacher is None or not stage.epochs:
+        return
+    takes_all = getattr(stage, "start", "fresh") != "fresh" and teacher.architecture == instance.architecture
+    if takes_all or instance.init == teacher.key:
+        yield "teacher: its weights are those that the stage starts from: they agree before the first step"
 
 
 def _of_stage(stage: Stage, timeline: Timeline, resolution: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import IO, BinaryIO
 from gowide_dist.errors import RunError, is_full
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{(\w+)\})")  # $NAME or ${NAME}
+_URL = re.compile("(https?|ftp|s3|gs|hf|abfss?|file):/")  # of two slashes, a Path keeps one
 PARTIAL = ".partial"  # folder of files that are being written
 _NO_WEIGHTS = (
     "holds no weights, or not all; give a .safetensors file, or a state dict as torchvision publishes it (.pth)"
@@ -23,14 +25,20 @@ _NO_WEIGHTS = (
 _DOWNLOADED_INSTEAD = {  # by the first bytes of a file
     b"version https://git-lfs": "a pointer of Git LFS in place of the weights; get them with `git lfs pull`",
     b"<": "a web page in place of the weights; download the file again",
+    b"{": "JSON in place of the weights; download the file again, or of several files the weights themselves",
+    b"\x1f\x8b": "packed by gzip; unpack it",
+    b"\x89HDF": "HDF5, as Keras writes it; give PyTorch's weights",
+    b"\x93NUMPY": "an array of NumPy's; give PyTorch's weights",
 }
 
 
 def expanded(path: str | Path) -> Path:
     """A path that a user has written, with its variables and then `~` or `~user` replaced, as a shell does.
 
-    Raises ValueError if a variable has no value, or if a user or a home is unknown.
+    Raises ValueError if it is a URL, if a variable has no value, or if a user or a home is unknown.
     """
+    if _URL.match(str(path)):
+        raise ValueError(f"{path}: a URL; nothing is ever downloaded, give a file that is here")
 
     def value_of(match: re.Match[str]) -> str:
         name = match[1] or match[2]
@@ -55,6 +63,8 @@ def no_weights(path: Path) -> str:
     with path.open("rb") as file:
         if not (head := file.read(64).lstrip()):
             return "empty; get the file again"
+    if is_safetensors(path) or (head.startswith(b"PK") and not zipfile.is_zipfile(path)):
+        return "cut short or damaged; download the file again"
     return next((cause for start, cause in _DOWNLOADED_INSTEAD.items() if head.startswith(start)), _NO_WEIGHTS)
 
 

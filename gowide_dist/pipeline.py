@@ -149,6 +149,11 @@ def find_finished(run: Run, stage: str, network: str | None = None) -> tuple[Rec
     recipe = run.recipe()
     key = key_of(f"{stage}/{network}" if network else stage, recipe.instances, run.path)
     if (done := run.finished(recipe).get(key)) is None:
+        if run.stage(key).done:
+            raise RunError(
+                f"{run.path}: {key} is finished, but not by this recipe.yaml on the stages that are here; copy the "
+                "run's whole folder, or run the recipe again"
+            )
         raise RunError(f"{run.path}: {key} is not finished; run the recipe again to continue it")
     return recipe, recipe.instances[key], done
 

@@ -131,7 +131,7 @@ class StageDir:
         if key in ("data.train", "data.val"):
             return f"{key}: the file is another"
         if key in ("init", "init.file", "teacher"):
-            return f"stages.{stage}.{key}: the network is another, or trained otherwise"
+            return f"stages.{stage}.{key}: the weights are others: of another file or network, or trained otherwise"
         room, _, rest = key.partition(".")
         path = {
             "stage": f"stages.{stage}.{rest}",

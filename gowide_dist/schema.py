@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -62,7 +63,7 @@ Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,6
 
 def _decimal(pattern: re.Pattern[str]) -> re.Pattern[str]:
     """Of a pattern of YAML 1.1's numbers, those that mean the same to everybody."""
-    return re.compile(rf"(?!.*:)(?![-+]?0[0-7_]+$){pattern.pattern}", pattern.flags)
+    return re.compile(rf"(?!.*:|[-+]?0[0-9_]+$){pattern.pattern}", pattern.flags)
 
 
 class _Loader(yaml.SafeLoader):
@@ -198,7 +199,10 @@ def _describe(fault: ErrorDetails) -> str:
         return message.format(value=_quote(fault["input"]), **fault.get("ctx", {}))
     is_ours = fault["type"] == "value_error" or fault["type"] not in get_args(ErrorType)  # names the value, if useful
     message = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return message if is_ours else f"{message}, not {_quote(fault['input'])}"
+    if is_ours:
+        return message
+    is_unquoted = fault["type"] == "string_type" and isinstance(fault["input"], int | float | date)
+    return f"{message}, not {_quote(fault['input'])}{'; put it in quotes' if is_unquoted else ''}"
 
 
 def _quote(value: object) -> str:

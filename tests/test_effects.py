@@ -45,6 +45,9 @@ def told(tmp_path, *overrides):
         (["teacher.optim.decay_norms=false"], "teacher.optim.decay_norms: has no effect without weight_decay"),
         (["teacher.label_smoothing=1"], "teacher.label_smoothing: 1 leaves nothing of the labels"),
         (["distill.labels_weight=1"], "distill.labels_weight: 1 leaves no weight to the teacher's logits: loss: kl"),
+        (["finetune.epochs=0", "finetune.init={file: a.pth, classifier: fresh}", "finetune.optim=null"], "finetune.init.classifier: fresh stays as it is drawn"),
+        (["distill.teacher=imitate/half"], "distill.teacher: its weights are those that the stage starts from"),
+        (["teacher.train=half", "imitate.train=half", "distill.train=half", "finetune.train=half", "distill.teacher=teacher", "imitate.start=teacher"], "imitate.teacher: its weights are those"),
         (["finetune.epochs=0", "finetune.mixup=1"], "finetune.epochs: 0 trains nothing, so that optim, mixup has no"),
     ],
 )  # fmt: skip
@@ -56,6 +59,7 @@ def test_a_setting_without_effect_is_told_once(tmp_path, overrides, line):
 @pytest.mark.parametrize(
     ("data", "line"),
     [
+        ("data.val=x/../train.beton", "data.val: is the file of the training images"),
         ("data.augment={crop: {}, translate: 4}", "data.augment.translate: has no effect beside crop"),
         ("stages.teacher.ramp={start_px: 28, until_epoch: 1}", "stages.teacher.ramp.start_px: 28 is the resolution"),
         (

@@ -54,7 +54,7 @@ def test_results_of_another_recipe_are_not_shown(data, tmp_path):
     assert [row.state for row in rows] == ["done", "absent", "absent", "absent"]
     assert rows[2].note == "its folder holds a result of another recipe or of other data"
     assert "1 of 4 stages done" in report([run], measure=False)[0]
-    with pytest.raises(RunError, match="distill/thin is not finished"):
+    with pytest.raises(RunError, match="distill/thin is finished, but not by this recipe"):
         find_finished(run, "distill")
 
 

@@ -193,12 +193,18 @@ def read_rgb(content: bytes, storage: Storage = Storage()) -> Decoded:
         elif file.mode == "F" or file.mode.startswith("I"):
             raise ValueError("floating-point or 32-bit pixels, whose white level is unknown; convert to 8 or 16 bits")
         image = image if turned is None else image.transpose(turned)
-        if not image.has_transparency_data:
-            return Decoded(np.asarray(image.convert("RGB")), peak)
-        image = image.convert("RGBA")
-        composed = image.getchannel("A").getextrema() != (255, 255)
-        ground = Image.new("RGBA", image.size, storage.background)
-        return Decoded(np.asarray(Image.alpha_composite(ground, image).convert("RGB")), peak, composed)
+        image, composed = composed_on(image, storage.background)
+        return Decoded(np.asarray(image), peak, composed)
+
+
+def composed_on(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
+    """An image in RGB, on `background` where it is transparent, and whether it is anywhere."""
+    if not image.has_transparency_data:
+        return image.convert("RGB"), False
+    image = image.convert("RGBA")
+    is_transparent = image.getchannel("A").getextrema() != (255, 255)
+    ground = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(ground, image).convert("RGB"), is_transparent
 
 
 def _is_16_bit(file: ImageFile.ImageFile) -> bool:

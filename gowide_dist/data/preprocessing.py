@@ -19,7 +19,7 @@ from gowide_dist.recipe import Data
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gowide_dist.data.images import Pixels
+    from gowide_dist.data.images import Decoded, Pixels
 
 METADATA = "gowide_dist"  # key in the metadata of a file of weights, the only one
 
@@ -28,7 +28,7 @@ class Preprocessing(BaseModel):
     """How images are prepared for a network, and the names of the classes of its logits.
 
     An image is resized so that its shorter side has `resize_px`, cut to the `resolution` px in its middle, and
-    normalised: (pixel / 255 - mean) / std.
+    normalised: (pixel / 255 - mean) / std. background, bits: as the training images were encoded, see `Storage`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,58 +38,76 @@ class Preprocessing(BaseModel):
     resize_px: int
     mean: Channels
     std: Channels
+    background: str = "white"
+    bits: int | None = None
 
     @classmethod
     def of(cls, data: Data, info: DatasetInfo, normalise: Normalise) -> Preprocessing:
         """Of a network that is trained on a recipe's data."""
-        return cls(
-            classes=info.classes,
-            resolution=data.resolution,
-            resize_px=round(data.resolution / (data.center_crop or 1.0)),
-            mean=normalise.mean or info.mean,
-            std=normalise.std or info.std,
+        encoding = {key: info.encoding[key] for key in ("background", "bits") if info.encoding.get(key) is not None}
+        return cls.model_validate(
+            {
+                "classes": info.classes,
+                "resolution": data.resolution,
+                "resize_px": round(data.resolution / (data.center_crop or 1.0)),
+                "mean": normalise.mean or info.mean,
+                "std": normalise.std or info.std,
+                **encoding,
+            }
         )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """As a file of weights holds it: `read_preprocessing` reads it."""
+        return {METADATA: self.model_dump_json(exclude_defaults=True)}
 
     def __call__(self, *images: Any) -> Tensor:
         """A network's input, float32 [B, 3, R, R], of images that `pixels` takes."""
         import torch
 
+        if not images or isinstance(images[0], list | tuple):
+            raise TypeError("images are arguments of their own: preprocessing(*images)")
         mean, std = (torch.tensor(channels) * 255 for channels in (self.mean, self.std))
         pixels = torch.stack([torch.from_numpy(self.pixels(image)) for image in images])
         return ((pixels - mean) / std).permute(0, 3, 1, 2)
 
+    def decode(self, path: Path) -> Decoded:
+        """The upright RGB pixels of an image file. Raises DataError if it cannot be decoded."""
+        from PIL import UnidentifiedImageError
+
+        from gowide_dist.data.images import Storage, read_rgb
+
+        try:
+            return read_rgb(path.read_bytes(), Storage(background=self.background, bits=self.bits))
+        except UnidentifiedImageError:
+            reason = "not an image in a format that Pillow knows"
+        except Exception as error:  # on damaged files Pillow and its plugins may raise anything
+            reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
+        raise DataError(f"{path}: {reason}; remove or mend it")
+
     def pixels(self, image: Any) -> Pixels:
         """The part of an image that the network sees, uint8 [R, R, 3], as torchvision's Resize and CenterCrop give it.
 
-        image: a path, an image of Pillow's, or RGB pixels, uint8 [H, W, 3]. Raises DataError if it cannot be decoded.
+        image: a path, an image of 8 bits of Pillow's, or RGB pixels, uint8 [H, W, 3]. Raises DataError if it cannot be
+        decoded, and TypeError if it is anything else.
         """
         import numpy as np
         from PIL import Image
 
+        from gowide_dist.data.images import composed_on
+
         if isinstance(image, str | Path):
-            image = _read(Path(image))
-        if not isinstance(image, Image.Image):
+            image = self.decode(Path(image)).pixels
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = Image.fromarray(image)
+        if not isinstance(image, Image.Image) or image.mode.startswith(("I", "F")):
+            kind = getattr(image, "mode", type(image).__name__)
+            raise TypeError(f"an image is a path, one of Pillow's of 8 bits, or uint8 [H, W, 3], not {kind}")
         shorter = min(image.size)
         size = [self.resize_px * side // shorter for side in image.size]
-        image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        image = composed_on(image, self.background)[0].resize(size, Image.Resampling.BILINEAR)
         left, top = (round((side - self.resolution) / 2) for side in size)
         return np.array(image.crop((left, top, left + self.resolution, top + self.resolution)))
-
-
-def _read(path: Path) -> Pixels:
-    """The upright RGB pixels of an image file, uint8 [H, W, 3]. Raises DataError if it cannot be decoded."""
-    from PIL import UnidentifiedImageError
-
-    from gowide_dist.data.images import read_rgb
-
-    try:
-        return read_rgb(path.read_bytes()).pixels
-    except UnidentifiedImageError:
-        reason = "not an image in a format that Pillow knows"
-    except Exception as error:  # on damaged files Pillow and its plugins may raise anything
-        reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
-    raise DataError(f"{path}: {reason}; remove or mend it")
 
 
 def read_preprocessing(weights: Path) -> Preprocessing | None:

@@ -37,11 +37,9 @@ class Tally:
 
     def check_peak(self) -> None:
         """Raises DataError if the images of 16 bits use fewer, and nobody said how many."""
-        if self._num_peaks and self._bits is None and (used := max(9, self._peak.bit_length())) < 16:
-            raise DataError(
-                f"{self._num_peaks:,} images of 16 bits a channel have values up to {self._peak:,}: they use {used} "
-                f"bits, and would be dark; give --bits {used}, or the camera's number, or --bits 16 to leave them so"
-            )
+        if self._bits is None:
+            option = "give --bits {}, or the camera's number, or --bits 16 to leave them so"
+            check_peak(self._num_peaks, self._peak, option)
 
     @property
     def mean_and_std(self) -> NDArray[np.float64]:
@@ -49,6 +47,18 @@ class Tally:
         mean, mean_square = self._moments / max(1, self._num_measured)
         variance = mean_square - mean**2  # rounding may make it negative where all pixels are alike
         return np.stack([mean, np.sqrt(variance.clip(min=MIN_STD**2))])
+
+
+def check_peak(num_images: int, peak: int, option: str, where: str = "") -> None:
+    """Raises DataError if images of 16 bits, whose highest value is `peak`, use fewer.
+
+    option: says what to do, with {} for the number of bits.
+    """
+    if num_images and (used := max(9, peak.bit_length())) < 16:
+        raise DataError(
+            f"{where}{num_images:,} images of 16 bits a channel have values up to {peak:,}: they use {used} bits, and "
+            f"would be dark; {option.format(used)}"
+        )
 
 
 def say_counts(dataset: SourceDataset) -> None:

@@ -24,6 +24,7 @@ from gowide_dist.data.loader import Loader
 from gowide_dist.files import write_atomically, writing_to
 from gowide_dist.insight import text
 from gowide_dist.insight.trained import Classifier, Trained, predict
+from gowide_dist.progress import say
 from gowide_dist.train.context import configure_backends
 from gowide_dist.train.losses import accuracy
 
@@ -50,8 +51,13 @@ def evaluate(
     configure_backends(trained.recipe, trained.instance.stage)
     classes, num_classes = trained.preprocessing.classes, len(trained.preprocessing.classes)
     with closing(trained.folder_images(folder) if folder else trained.validation_images(path)) as images:
+        if out:
+            with writing_to(out, "--out"):
+                out.mkdir(parents=True, exist_ok=True)
         if isinstance(images, Loader):
             images.preflight(num_classes)
+            if check_split(path).checksum == trained.train_checksum:
+                say(f"note: {path}: the images that {trained.instance.key} was trained on; others tell how good it is")
         classifier = Classifier(trained.network(), trained.preprocessing)
         classifier = classifier.to(device).to(memory_format=torch.channels_last)
         logits, labels = predict(lambda batch: classifier(batch.to(device)), images, trained.instance.key)
@@ -102,7 +108,7 @@ def write_evaluation(
 ) -> None:
     """Write `eval.json`, `confusion.csv`, `predictions.csv` and `logits.npy` (float32 [N, K], in the rows' order).
 
-    names: of the images. Raises RunError if the folder cannot be written.
+    folder: exists. names: of the images. Raises RunError if the folder cannot be written.
     """
     classes = evaluation["classes"]
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
@@ -110,7 +116,6 @@ def write_evaluation(
     array = io.BytesIO()
     np.save(array, logits.numpy())
     with writing_to(folder, "--out"):
-        folder.mkdir(parents=True, exist_ok=True)
         rows = zip(classes, evaluation["confusion"], strict=True)
         write_atomically(folder / "confusion.csv", _csv(["class", *classes], ([name, *row] for name, row in rows)))
         predictions = ((name, classes[label], classes[best], f"{part:.6f}") for name, label, best, part in images)

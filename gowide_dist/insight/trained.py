@@ -72,7 +72,8 @@ class Trained:
     instance: Instance
     done: Done
     preprocessing: Preprocessing
-    val_checksum: str  # of the validation images whose accuracies `done` holds
+    train_checksum: str  # of the images that it was trained on,
+    val_checksum: str  # and of the validation images whose accuracies `done` holds
 
     def network(self) -> Network:
         """The network on the CPU, in eval mode. Raises RunError if its weights have changed."""
@@ -141,7 +142,8 @@ def open_trained(path: Path, name: str) -> Trained:
     recipe, instance, done = find_finished(run, stage, network or None)
     identity = run.stage(instance.key).read_identity()
     assert identity is not None, "without one no stage is finished"
-    return Trained(run, recipe, instance, done, preprocessing_of(run, recipe, instance), identity["data"]["val"])
+    checksums = (identity["data"][split] for split in ("train", "val"))
+    return Trained(run, recipe, instance, done, preprocessing_of(run, recipe, instance), *checksums)
 
 
 @torch.inference_mode()

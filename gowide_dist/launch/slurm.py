@@ -34,6 +34,7 @@ TEARDOWN = """\
 status=$?
 job={folder}/$SLURM_JOB_ID
 start="${{job}}_${{SLURM_RESTART_COUNT:-0}}"
+limit="timeout --signal=KILL 60"
 notify() {{
   {notify}
 }}
@@ -56,11 +57,13 @@ exit $status
 """
 # The profile's own line, which may fail, or hang, without harm to the job.
 NOTIFY = """\
-GOWIDE_STATE=$1 GOWIDE_RUN={run} GOWIDE_STAGE={stage} timeout --signal=KILL 60 bash -c {line} || true"""
-# Slurm ends a script that has queued its job again by SIGTERM and, KillWait (30 s by default) later, SIGKILL.
+GOWIDE_STATE=$1 GOWIDE_RUN={run} GOWIDE_STAGE={stage} $limit bash -c {line} || true"""
+# Slurm ends a script that has queued its job again, and what it runs, by SIGTERM and, KillWait (30 s by default) later,
+# SIGKILL. `timeout` hears SIGTERM, whatever the script ignores.
 REQUEUE = """\
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
@@ -70,6 +73,7 @@ FOLLOW_UP = """\
 again() {
   local next file child dependency
   trap '' TERM  # what has begun is also noted when the grace time of a preemption ends
+  limit=
   next=$(
     id=$SLURM_JOB_ID
     unset $(compgen -v | grep -E '^(SLURM|SBATCH)_' | grep -vE '^SLURM_(CONF|CONF_SERVER|JWT)$')  # this job's

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gowide_dist.data.preprocessing import METADATA, Preprocessing
+from gowide_dist.data.preprocessing import Preprocessing
 from gowide_dist.errors import UserError
 from gowide_dist.files import sha256
 from gowide_dist.networks.weights import save_weights
@@ -132,7 +132,7 @@ class Student:
         self.metrics.close()
         preprocessing = Preprocessing.of(self.ctx.recipe.data, self.ctx.data.info, self.normalise)
         with self.averaged():
-            save_weights(self.stage_dir.model, self.objective.finished(), {METADATA: preprocessing.model_dump_json()})
+            save_weights(self.stage_dir.model, self.objective.finished(), preprocessing.metadata)
         done = Done(
             stage=self.instance.stage_name,
             network=self.instance.network_name,

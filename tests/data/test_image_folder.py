@@ -1,5 +1,6 @@
 import os
 import subprocess
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +168,19 @@ def test_names_with_spaces_and_unicode_and_links(tmp_path: Path):
     info = encode("imagefolder", tmp_path / "out", root, RAW)
     assert info.classes == ("linked class", "weißer Hai 鲨", "zebra")
     assert sorted(Beton(tmp_path / "out" / "train.beton").labels) == [0, 1, 2, 2]
+
+
+def test_a_folder_that_a_mac_has_spelt(tmp_path: Path):
+    """Its accents are letters of their own: the class is the same, and cannot be there twice."""
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    folder_of(tmp_path, f"{nfc}/0.png", "dog/0.png")
+    (tmp_path / "val" / nfc).rename(tmp_path / "val" / nfd)
+    dataset = read_image_folder(tmp_path)
+    assert dataset.classes == (nfc, "dog")
+    assert dataset.splits["val"].labels.tolist() == [0]
+    (tmp_path / "train" / nfd).mkdir()
+    with pytest.raises(DataError, match="two folders are called café, in different Unicode forms"):
+        read_image_folder(tmp_path)
 
 
 def test_one_class(tmp_path: Path):

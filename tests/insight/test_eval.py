@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import closing
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torchvision import transforms
 from gowide_dist import load_model
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.loader import Loader
+from gowide_dist.data.preprocessing import Preprocessing, read_preprocessing
 from gowide_dist.errors import DataError, RunError
 from gowide_dist.files import sha256
 from gowide_dist.insight.evaluate import NUM_BINS, calibration_error, evaluate, table
@@ -27,6 +29,8 @@ from gowide_dist.run import Run
 from gowide_dist.timeline import Batching
 from tests.command import gowide, refused
 from tests.fashion import encode_part, write_job
+
+DEEP = cv2.imencode(".png", np.full((8, 8), 4095, np.uint16))[1].tobytes()  # 12 bits in 16
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def test_printed_and_written_evaluations_agree(finished_run, tmp_path):
     assert sorted(path for path in finished_run.path.rglob("*")) == before
 
 
-def test_other_images(finished_run, other_data):
+def test_other_images(finished_run, other_data, capsys):
     trained = open_trained(finished_run.path, "distill/thin")
     own = evaluate(trained)
     evaluation = evaluate(trained, other_data / "val.beton")
@@ -112,6 +116,9 @@ def test_other_images(finished_run, other_data):
     lines = table(evaluation).splitlines()
     assert lines[0].endswith(f"on 300 images of {other_data / 'val.beton'}")
     assert "in training" not in lines[1]
+    assert "was trained on" not in capsys.readouterr().err
+    evaluate(trained, finished_run.path.parents[1] / "data" / "train.beton")
+    assert "train.beton: the images that distill/thin was trained on; others tell" in capsys.readouterr().err
     assert f"({own['top1']:.2f} in training)" in table(own)
     assert "[red]pear" in table({**own, "classes": ("[red]pear", *own["classes"][1:])})
 
@@ -156,6 +163,9 @@ def test_changed_weights_are_refused_and_older_ones_need_their_data(finished_run
     stage_dir.finish(stage_dir.done.model_copy(update={"model_sha256": sha256(older)}))
     assert open_trained(copy.path, "baseline/thin").preprocessing == own
     values = yaml.safe_load(copy.recipe_path.read_text())
+    copy.recipe_path.write_text(yaml.safe_dump({**values, "seed": 9}))
+    with pytest.raises(RunError, match=r"distill/thin is finished, but not by this recipe.yaml on the stages that are"):
+        open_trained(copy.path, "distill")
     values["data"]["train"] = str(encode_part(tmp_path, 60, 20) / "train.beton")
     copy.recipe_path.write_text(yaml.safe_dump(values))
     assert open_trained(copy.path, "baseline/basic").preprocessing.mean == own.mean
@@ -200,14 +210,15 @@ def test_a_plain_folder_of_images(moved, photos, tmp_path):
     """By Pillow, as torchvision's own pipeline prepares them; by name, whatever classes are absent."""
     photos = shutil.copytree(photos, tmp_path / "photos")
     (photos / "Bag" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(next((photos / "Bag").glob("*.jpg")).read_bytes())
+    shutil.copytree(photos / "Bag", photos / "T-shirt" / "top")
     shown = gowide("eval", moved, "distill", "--images", photos, "--out", tmp_path / "out", "--json")
     assert shown.returncode == 0, shown.stderr
     evaluation = json.loads(shown.stdout)
     counts = dict(zip(evaluation["classes"], evaluation["per_class_images"], strict=True))
-    assert {name for name, count in counts.items() if count} == {"Sandal", "Bag"}
-    assert evaluation["per_class_top1"][0] is None
+    assert {name for name, count in counts.items() if count} == {"Sandal", "Bag", "T-shirt/top"}
+    assert evaluation["per_class_top1"][1] is None
     assert evaluation["top1_in_training"] is None
-    assert evaluation["top1"] > 50
+    assert evaluation["per_class_top1"][5] > 50 > evaluation["per_class_top1"][0]
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open(errors="surrogateescape")))
     logits = np.load(tmp_path / "out" / "logits.npy")
     network = load_model(moved, "distill")
@@ -223,7 +234,7 @@ def test_a_plain_folder_of_images(moved, photos, tmp_path):
     assert len(rows) == len(logits) == evaluation["images"]
     for row, own in zip(rows, logits, strict=True):
         path = photos / row["image"]
-        assert path.parent.name == row["class"]
+        assert str(path.parent.relative_to(photos)) == row["class"]
         images = theirs(Image.open(path).convert("RGB"))[None]
         assert torch.allclose(taken(path), images, atol=1e-5)
         with torch.inference_mode():
@@ -245,7 +256,14 @@ def test_what_is_no_folder_of_the_classes_is_refused(moved, photos, tmp_path):
         f"{tmp_path}: class folder val is none of the network's 10 classes, valid: T-shirt/top"
     )
     assert line(tmp_path).endswith(f"; or give {tmp_path}/val")
-    assert line(tmp_path / "val" / "Bag").endswith("Bag: no class folders in it")
+    assert "Bag: no class folders in it (there are " in line(tmp_path / "val" / "Bag")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "val" / "Sandal" / "deep.png").write_bytes(DEEP)
+    trained, images = open_trained(moved, "distill"), tmp_path / "val"
+    with pytest.raises(RunError, match=r"file/out: cannot be written \(Not a directory\); choose another place with"):
+        evaluate(trained, folder=images, out=tmp_path / "file" / "out")
+    with pytest.raises(DataError, match="val: 1 images of 16 bits a channel have values up to 4,095: they use 12 bits"):
+        evaluate(trained, folder=images)
     assert (
         line(tmp_path / "val" / "Bag" / "none")
         == f"{tmp_path}/val/Bag/none: not a folder; it should hold a folder of images for each class"
@@ -254,10 +272,29 @@ def test_what_is_no_folder_of_the_classes_is_refused(moved, photos, tmp_path):
     shutil.rmtree(tmp_path / "val" / "Sandal")
     assert line(tmp_path / "val") == f"{tmp_path}/val: no images in its class folders"
     (tmp_path / "val" / "Coat" / "a.png").write_bytes(b"no image")
+    (tmp_path / "val" / "Coat" / "b.png").write_bytes(DEEP[:-30])
     damaged = line(tmp_path / "val")
     assert damaged.startswith(f"{tmp_path}/val/Coat/a.png: not an image")
+    assert damaged.endswith("; 1 more are damaged: Coat/b.png")
     both = refused("eval", moved, "distill", "--images", photos, "--data", tmp_path)
     assert both == "eval: --data and --images both say which images; keep one of them"
+
+
+def test_images_are_read_as_the_training_images_were(tmp_path):
+    settings = {"classes": ("a", "b"), "resolution": 8, "resize_px": 8, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    plain, encoded = Preprocessing(**settings), Preprocessing(**settings, bits=12, background="black")
+    (tmp_path / "deep.png").write_bytes(DEEP)
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert [float(each(tmp_path / "deep.png").max()) for each in (plain, encoded)] == pytest.approx([15 / 255, 1])
+    for image in (clear, tmp_path / "clear.png"):
+        assert [float(each(image).mean()) for each in (plain, encoded)] == [1, 0]
+    assert "bits" not in plain.metadata["gowide_dist"]  # so that weights have the bytes that they had before
+    save_file({}, tmp_path / "model.safetensors", encoded.metadata)
+    assert read_preprocessing(tmp_path / "model.safetensors") == encoded
+    for images in ([[clear]], [], [torch.zeros(3, 8, 8)], [Image.new("I;16", (8, 8))]):
+        with pytest.raises(TypeError, match=r"^images are arguments|^an image is a path"):
+            plain(*images)
 
 
 def test_imagenets_network_as_torchvision_has_it(photos, tmp_path):

@@ -1,6 +1,7 @@
 """Networks of others: by name, without running or downloading anything that a recipe says, as they are elsewhere."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,23 @@ def test_weights_have_the_names_that_the_world_knows(tmp_path):
             load_weights(path, other)
         load_weights(tmp_path / "model.pth", other, fresh_classifier=True)
         assert torch.equal(next(other.parameters()), next(plain.parameters()))
+
+
+def test_published_files_of_other_names_and_image_sizes(tmp_path):
+    """DenseNet's are of torchvision 0.3; a transformer's positions are for one size."""
+    path = tmp_path / "model.pth"
+    densenet = build_network({"torchvision": "densenet121"}, 10)
+    names = {name: re.sub(r"(denselayer\d+\.(?:norm|conv))", r"\1.", name) for name in densenet.plain.state_dict()}
+    assert names["features.denseblock1.denselayer1.norm1.weight"] == "features.denseblock1.denselayer1.norm.1.weight"
+    torch.save({names[name]: value + 1 for name, value in densenet.plain.state_dict().items()}, path)
+    before = {name: value.clone() for name, value in densenet.state_dict().items()}
+    load_weights(path, densenet)
+    assert all(torch.equal(value, before[name] + 1) for name, value in densenet.state_dict().items())
+    with pytest.raises(RunError, match=r"names its weights features.conv0.weight, .*, not conv1.weight"):
+        load_weights(path, build_network({"block": "basic", "depths": [1]}, 10))
+    torch.save(timm.create_model("test_vit", num_classes=10).state_dict(), path)
+    with pytest.raises(RunError, match="of another image size: pos_embed is"):
+        load_weights(path, build_network({"timm": "test_vit", "img_size": 64}, 10))
 
 
 def test_buffers_that_no_file_holds():

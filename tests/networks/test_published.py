@@ -29,8 +29,8 @@ def named(prefix, weights=PUBLIC):
     return {f"{prefix}{name}": value for name, value in weights.items()}
 
 
-def compiled_in_parts():
-    return {name.replace("layer2.", "layer2._orig_mod."): value for name, value in PUBLIC.items()}
+def within(wrapper):
+    return {name.replace("layer2.", f"layer2.{wrapper}."): value for name, value in PUBLIC.items()}
 
 
 class Arguments:  # as a training script keeps them beside the weights
@@ -45,7 +45,9 @@ WRAPPED = {
     "torch.compile": named("_orig_mod."),
     "both": named("_orig_mod.module."),
     "both, the other way round": named("module._orig_mod."),
-    "compiled in parts": compiled_in_parts(),
+    "compiled in parts": within("_orig_mod"),
+    "FullyShardedDataParallel": named("_fsdp_wrapped_module.", within("_fsdp_wrapped_module")),
+    "activation checkpointing": within("_checkpoint_wrapped_module"),
     "DeiT": {"model": PUBLIC, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(4)}}}, "args": argparse.Namespace(lr=0.1)},
     "torchvision's reference": {"model": named("module."), "lr_scheduler": {"last_epoch": 3}, "epoch": 3},
     "its moving average": {"model": named("module.", network(seed=2).state_dict()), "model_ema": {"n_averaged": torch.tensor(7), **named("module.")}},
@@ -54,6 +56,7 @@ WRAPPED = {
     "Lightning": {"state_dict": named("net."), "hyper_parameters": {"path": pathlib.PurePosixPath("/data")}},
     "an encoder beside a projector": {"state_dict": {**named("module.encoder."), "module.projector.weight": torch.ones(2, 2)}},
     "a name nobody has thought of": {"weights of mine": {"deeper": named("module.")}},
+    "sparse": {name: value.to_sparse() if name == "fc.weight" else value for name, value in PUBLIC.items()},
     "in half precision": {name: value.half() if value.is_floating_point() else value for name, value in PUBLIC.items()},
 }  # fmt: skip
 
@@ -68,10 +71,12 @@ def test_weights_load_whatever_they_are_wrapped_in(tmp_path, name):
         assert torch.equal(value, PUBLIC[key].half().to(value) if "half" in name else PUBLIC[key])
 
 
-def test_prefixes_in_safetensors_and_in_the_format_before_zip(tmp_path):
+def test_every_format_under_every_name(tmp_path):
     save_file(named("module.model."), tmp_path / "weights.safetensors")
+    save_file(PUBLIC, tmp_path / "other.pth")
+    torch.save(PUBLIC, tmp_path / "other.safetensors")
     torch.save({"state_dict": named("module.")}, tmp_path / "weights.pth.tar", _use_new_zipfile_serialization=False)
-    for name in ("weights.safetensors", "weights.pth.tar"):
+    for name in ("weights.safetensors", "weights.pth.tar", "other.pth", "other.safetensors"):
         loaded = network()
         load_weights(tmp_path / name, loaded)
         assert torch.equal(loaded.conv1.weight, PUBLIC["conv1.weight"])
@@ -80,7 +85,7 @@ def test_prefixes_in_safetensors_and_in_the_format_before_zip(tmp_path):
 OTHERS = {
     "other classes": (network(7).state_dict(), "of 7 classes, here are 5; init: {file: ..., classifier: fresh} draws"),
     "no classifier": (HEADLESS, r"without this network's classifier \(fc.weight, fc.bias\); init: {file: ..., classifier: fresh}"),
-    "another classifier": ({**HEADLESS, "fc.0.weight": torch.ones(5, 8)}, r"without this network's classifier \(fc.weight, fc.bias\)"),
+    "another classifier": ({**HEADLESS, "fc.0.weight": torch.ones(5, 9)}, r"without this network's classifier \(fc.weight, fc.bias\)"),
     "another width": (network(width=2).state_dict(), r"of another width: layer1.0.conv1.weight is \(8, 4, 3, 3\) there, \(4, 4, 3, 3\) here"),
     "other channels": (network(base=8).state_dict(), r"of another width: conv1.weight is \(8, 3, 7, 7\) there, \(4, 3, 7, 7\) here"),
     "another depth": (network(depths=[1, 4]).state_dict(), "of another depth: layer2 has 4 units there, 2 here"),
@@ -93,6 +98,14 @@ OTHERS = {
     "other names": ({"resnet.stem.weight": torch.ones(3), "resnet.head.weight": torch.ones(3)}, "names its weights resnet.stem.weight, resnet.head.weight, not conv1.weight"),
     "many equal layers": ({f"layers.{n}.{part}": torch.ones(3) for n in range(4) for part in ("conv1.weight", "attn.q", "attn.k", "attn.v")}, "names its weights layers.0.conv1.weight, layers.0.attn.q, not conv1"),
     "two networks": ({"student": named("module."), "teacher": PUBLIC}, "holds several networks, student. and teacher.; take one by init: {file: ..., prefix: student.}"),
+    "a classifier of another name": ({**HEADLESS, "linear.weight": torch.ones(5, 8), "linear.bias": torch.ones(5)}, r"names its classifier linear.\*, not fc.\*; rename it there, or init: {file: ..., classifier: fresh}"),
+    "a classifier that convolves": ({**PUBLIC, "fc.weight": torch.ones(5, 8, 1, 1)}, r"without this network's classifier \(fc.weight\)"),
+    "masks": ({**{n: v for n, v in PUBLIC.items() if n != "fc.weight"}, "fc.weight_orig": torch.ones(5, 8), "fc.weight_mask": torch.ones(5, 8)}, "fc.weight_orig there is pruned by masks; call torch.nn.utils.prune.remove"),
+    "codes of 8 bits": ({**PUBLIC, "conv1.weight": torch.ones(4, 3, 7, 7, dtype=torch.int8)}, "conv1.weight holds int8; save"),
+    "complex numbers": ({**PUBLIC, "fc.bias": torch.ones(5) + 1j}, "fc.bias holds complex64"),
+    "no values": ({**PUBLIC, "fc.bias": torch.ones(5, device="meta")}, "fc.bias has no values"),
+    "negative variances": ({**PUBLIC, "bn1.running_var": -torch.ones(4)}, "bn1.running_var is negative"),
+    "8-bit floats that overflowed": ({**PUBLIC, "fc.bias": torch.full((5,), torch.nan).to(torch.float8_e4m3fn)}, "fc.bias is not finite"),
     "no weights": ({"epoch": 3}, "holds no weights"),
     "a loss that diverged": ({**PUBLIC, "conv1.weight": torch.full((4, 3, 7, 7), torch.nan)}, "conv1.weight is not finite"),
     "a list": ([PUBLIC], "holds no weights"),
@@ -119,19 +132,15 @@ def test_what_does_not_fit_is_named_by_its_cause(tmp_path, name):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a pointer of Git LFS"),
         (b"\n<!DOCTYPE html><html>", "a web page in place"),
         (b"no pickle", "holds no weights"),
+        (b'{"message": "Not Found"}', "JSON in place"),
+        (b"PK\x03\x04 and no end", "cut short or damaged"),
+        ((1000).to_bytes(8, "little") + b'{"fc.weight": {', "cut short or damaged"),
     ],
 )
 def test_what_was_downloaded_instead_is_named(tmp_path, content, cause):
     (tmp_path / "weights.pth").write_bytes(content)
     with pytest.raises(RunError, match=cause):
         load_weights(tmp_path / "weights.pth", network())
-
-
-def test_safetensors_under_another_name(tmp_path):
-    save_file(PUBLIC, tmp_path / "weights.pth")
-    loaded = network()
-    load_weights(tmp_path / "weights.pth", loaded)
-    assert torch.equal(loaded.conv1.weight, PUBLIC["conv1.weight"])
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
@@ -162,20 +171,24 @@ def test_a_fresh_classifier_is_the_networks_own(tmp_path, weights):
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["teacher", "teacher.", "teacher.module."])
+@pytest.mark.parametrize("prefix", ["teacher", "teacher.", "teacher.module.", "state_dict.teacher"])
 def test_one_of_several_networks(tmp_path, prefix):
-    torch.save({"student": named("module.", network(seed=2).state_dict()), "teacher": PUBLIC}, tmp_path / "weights.pth")
+    both = {**named("student.module.", network(seed=2).state_dict()), **named("teacher.")}
+    torch.save({"state_dict": both}, tmp_path / "weights.pth")
     loaded = network()
     load_weights(tmp_path / "weights.pth", loaded, prefix=prefix)
     assert torch.equal(loaded.conv1.weight, PUBLIC["conv1.weight"])
     assert (
         check_weights(tmp_path / "weights.pth", loaded.architecture, 5, fresh_classifier=False, prefix=prefix)
-        == "teacher."
+        == "state_dict.teacher."
     )
     with pytest.raises(
-        RunError, match=r"no weights behind the prefix tutor.; there are some behind student. and teacher."
+        RunError, match=r"behind the prefix tutor.; there are some behind state_dict.student. and state_dict.teacher."
     ):
         load_weights(tmp_path / "weights.pth", loaded, prefix="tutor")
+    torch.save(PUBLIC, tmp_path / "weights.pth")
+    with pytest.raises(RunError, match=r"behind the prefix model.; the names there have none"):
+        load_weights(tmp_path / "weights.pth", loaded, prefix="model")
 
 
 class Harm:

@@ -21,7 +21,6 @@ from gowide_dist.data.encode import encode
 from gowide_dist.data.idx import read_idx
 from gowide_dist.data.info import read_dataset_info
 from gowide_dist.data.loader import Loader
-from gowide_dist.data.preprocessing import METADATA
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.files import sha256
 from gowide_dist.identity import fingerprint
@@ -487,7 +486,7 @@ def test_weights_of_a_file_and_how_their_images_are_normalised(train, tmp_path, 
     assert notes(tmp_path / "public.pth", "networks.wide.normalise=imagenet") == []  # said once
     weights.save_weights(
         tmp_path / "other.safetensors", load_model(own.path, "teacher"),
-        {METADATA: load_model(own.path, "teacher").preprocessing.model_copy(update={"classes": tuple("abcdefghij")}).model_dump_json()},
+        load_model(own.path, "teacher").preprocessing.model_copy(update={"classes": tuple("abcdefghij")}).metadata,
     )  # fmt: skip
     with pytest.raises(
         RunError, match=r"classifies a, b ..., the data are T-shirt/top, Trouser ...; classifier: fresh"

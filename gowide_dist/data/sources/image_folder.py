@@ -2,7 +2,9 @@
 
 import mimetypes
 import os
+import unicodedata
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -27,6 +29,7 @@ from gowide_dist.progress import say
 from gowide_dist.schema import nearest
 
 _MANY_CLASSES = 20  # with more, an error names a few
+_nfc = partial(unicodedata.normalize, "NFC")
 _THREADS = 16  # that list folders: a file server answers many at once
 _DROPPINGS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}  # folders of systems
 _NO_IMAGES = {
@@ -119,11 +122,12 @@ def list_split(
         beside, folder = [folder, *beside], folder / "images"
         names, files = _entries(folder)
     if names and not (split == "val" and val_labels):
-        if unknown := sorted(set(names) - set(classes)):
+        spelt, unknown = _match(names, classes)
+        if unknown:
             raise DataError(f"{folder}: class folder {unknown[0]} has no counterpart among the training images")
         if files:
             say(f"note: {folder}: left out {len(files):,} files beside the class folders: {listed(files)}")
-        images = _list_classes(folder, classes)
+        images = _list_classes(folder, spelt)
         if not len(images):
             raise DataError(f"{folder}: no images; fill it, or remove it and use --held-out")
         return images
@@ -154,16 +158,29 @@ def read_labelled_folder(folder: Path, classes: tuple[str, ...]) -> ImageList:
         raise DataError(f"{folder}: not a folder; it should hold a folder of images for each class")
     names, _ = _entries(folder)
     if not names:
-        raise DataError(f"{folder}: no class folders in it")
-    if unknown := [name for name in names if name not in classes]:
+        raise DataError(f"{folder}: no class folders in it ({contents(folder)}); images go into {folder}/CLASS/")
+    spelt, unknown = _match(names, classes)
+    if unknown:
         known = nearest(unknown[0], classes) if len(classes) <= _MANY_CLASSES else f"such as {', '.join(classes[:3])}"
         inside = next((f"; or give {path}" for split, path in split_folders(folder).items() if split != "train"), "")
         raise DataError(
             f"{folder}: class folder {unknown[0]} is none of the network's {len(classes):,} classes, {known}{inside}"
         )
-    if not len(images := _list_classes(folder, classes)):
+    if not len(images := _list_classes(folder, spelt)):
         raise DataError(f"{folder}: no images in its class folders")
     return images
+
+
+def _match(folders: tuple[str, ...], classes: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
+    """The folder of each class, and the folders of none.
+
+    A Mac spells an accent as a letter of its own (NFD); a class with a slash, as T-shirt/top, is a folder in a folder.
+    """
+    by_name = {_nfc(name): name for name in folders}
+    outermost = {_nfc(name).partition("/")[0] for name in classes}
+    return tuple(by_name.get(_nfc(name), name) for name in classes), [
+        name for alike, name in by_name.items() if alike not in outermost
+    ]
 
 
 def _entries(folder: Path) -> tuple[tuple[str, ...], list[str]]:
@@ -173,6 +190,10 @@ def _entries(folder: Path) -> tuple[tuple[str, ...], list[str]]:
     for entry in os.scandir(folder):
         if not is_no_image(entry.name, is_folder=entry.is_dir()):
             (folders if entry.is_dir() else files).append(entry.name)
+    spelt: dict[str, str] = {}
+    for name in folders:
+        if spelt.setdefault(_nfc(name), name) != name:
+            raise DataError(f"{folder}: two folders are called {_nfc(name)}, in different Unicode forms; make them one")
     return tuple(sorted(folders)), sorted(files)
 
 

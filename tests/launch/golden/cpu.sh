@@ -32,6 +32,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -43,6 +44,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
@@ -92,6 +94,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -103,6 +106,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
@@ -152,6 +156,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -163,6 +168,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
@@ -212,6 +218,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -223,6 +230,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
@@ -271,6 +279,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -282,6 +291,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0

@@ -33,6 +33,7 @@ srun --unbuffered --output /shared/data/imagenet.slurm/%j_%t_log.out --kill-on-b
 status=$?
 job=/shared/data/imagenet.slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -44,6 +45,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0

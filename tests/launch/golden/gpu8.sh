@@ -35,6 +35,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -46,6 +47,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
@@ -98,6 +100,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -109,6 +112,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
@@ -161,6 +165,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -172,6 +177,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
@@ -224,6 +230,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -235,6 +242,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
@@ -286,6 +294,7 @@ srun --unbuffered --output /shared/runs/chain/slurm/%j_%t_log.out --kill-on-bad-
 status=$?
 job=/shared/runs/chain/slurm/$SLURM_JOB_ID
 start="${job}_${SLURM_RESTART_COUNT:-0}"
+limit="timeout --signal=KILL 60"
 notify() {
   true
 }
@@ -297,6 +306,7 @@ refused() {
 }
 again() {
   trap '' TERM
+  limit=
   scontrol requeue "$SLURM_JOB_ID" || refused
   notify requeued
   exit 0
