@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from gowide_dist.errors import RunError, is_full
+from gowide_dist.errors import FULL_DISK, RunError, is_full
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{(\w+)\})")  # $NAME or ${NAME}
 _URL = re.compile("(https?|ftp|s3|gs|hf|abfss?|file):/")  # of two slashes, a Path keeps one
@@ -120,13 +120,13 @@ class HashingFile:
 def writing_to(path: Path, option: str) -> Iterator[None]:
     """Turns an OSError into a RunError that says: `path` cannot be written, choose another with `option`.
 
-    But a full disk, which `errors.fixable` explains: it stays an OSError.
+    Or that its disk is full.
     """
     try:
         yield
     except OSError as error:
         if is_full(error):
-            raise
+            raise RunError(f"{path}: {FULL_DISK}") from error
         raise RunError(
             f"{path}: cannot be written ({error.strerror or error}); choose another place with {option}"
         ) from error

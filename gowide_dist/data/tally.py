@@ -63,6 +63,8 @@ def check_peak(num_images: int, peak: int, option: str, where: str = "") -> None
 
 def say_counts(dataset: SourceDataset) -> None:
     """Show the number of images of each class, and say where they are very unequal."""
+    if len(dataset.classes) == 1:
+        say(f"note: {dataset.classes[0]} is the only class: nothing can be learnt; --root may be a folder too high")
     for split, images in dataset.splits.items():
         counts = np.bincount(images.labels, minlength=len(dataset.classes))
         fewest, most = int(np.where(counts, counts, len(images) + 1).argmin()), int(counts.argmax())

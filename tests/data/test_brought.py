@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -58,6 +59,7 @@ def write(path: Path, content: bytes) -> Path:
         "train/cat/Thumbs.db", "train/cat/.DS_Store", "train/dog/desktop.ini", "train/dog/labels.csv",
         "val/dog/README.txt", "train/dog/list.json", "train/cat/0.xmp", "train/dog/movie.mp4", "train/dog/all.zip",
         "train/cat/._0.png", "train/readme.md", "val/labels.csv",
+        "train/cat/0.png~", "train/cat/0.png:Zone.Identifier", "train/dog/train.beton", "train/dog/0.png.crdownload",
     ],
 )  # fmt: skip
 def test_what_is_no_image_is_left_out_and_said(root: Path, tmp_path: Path, name: str, capsys):
@@ -292,7 +294,11 @@ def test_counts_are_shown_and_very_unequal_ones_said(root: Path, tmp_path: Path,
     (root / "val" / "dog" / "0.png").unlink()
     encode("imagefolder", tmp_path / "out", root, RAW)
     encode("imagefolder", tmp_path / "few", root, Options(subset=2, workers=1))
+    shutil.rmtree(root / "train" / "dog")
+    shutil.rmtree(root / "val" / "dog")
+    encode("imagefolder", tmp_path / "one", root, RAW)
     lines = capsys.readouterr().err
+    assert lines.count("note: cat is the only class: nothing can be learnt") == 1
     assert "train: 34 images in 2 classes: cat 32, dog 2\n" in lines
     assert "note: very unequal classes: cat has 32 images, dog 2; `class_weights: balanced`" in lines
     assert "note: val: no images of 1 classes: dog\n" in lines

@@ -118,6 +118,12 @@ def archives_by_class(root: Path, images: Images) -> None:
     write_devkit(root, images)
 
 
+def unpacked_under_their_names(root: Path, images: Images) -> None:
+    class_folders(root, images)
+    for split in images:
+        (root / split).rename(root / f"ILSVRC2012_img_{split}")
+
+
 def flat_val_with_names(root: Path, images: Images) -> None:
     write_train_folders(root, images)
     write_flat_val(root, images)
@@ -212,7 +218,7 @@ def expected(images: Images, tmp_path_factory: pytest.TempPathFactory) -> list[b
 
 LAYOUTS = [
     class_folders, official_archives, archives_by_class, flat_val_with_names, flat_val_with_numbers,
-    flat_val_with_lines, kaggle, parquet, parquet_without_names, webdataset, webdataset_in_folders,
+    flat_val_with_lines, unpacked_under_their_names, kaggle, parquet, parquet_without_names, webdataset, webdataset_in_folders,
 ]  # fmt: skip
 
 
@@ -294,6 +300,21 @@ def rewrite(root: Path, column: str, values: list) -> None:
     pq.write_table(table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type)), path)
 
 
+def reverse_names(root: Path) -> None:
+    path = root / "data" / "train-00001-of-00002.parquet"
+    features = {"info": {"features": {"label": {"names": WNIDS[::-1]}}}}
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+
+
+def retype(root: Path, values: list) -> None:
+    """Labels of another type: `values` in turns."""
+    path = root / "data" / "train-00001-of-00002.parquet"
+    table = pq.read_table(path)
+    at = table.schema.get_field_index("label")
+    labels = pa.array([values[number % len(values)] for number in range(len(table))])
+    pq.write_table(table.set_column(at, pa.field("label", labels.type), labels), path)
+
+
 def rename_in_shards(root: Path, old: str, new: str) -> None:
     for path in root.glob("*.tar"):
         with tarfile.open(path) as archive:
@@ -328,6 +349,9 @@ def write_label(root: Path, label: str) -> None:
         (parquet, lambda root: (root / "data/train-00001-of-00002.parquet").unlink(), "train-00001-of-00002: missing, as 1 of 2 files"),
         (parquet, lambda root: rewrite(root, "label", [0, None, -1]), "train-00001-of-00002.parquet: 2 of 120 rows have no label, first row 1"),
         (parquet, lambda root: rewrite(root, "image", [{"bytes": None, "path": "a"}] * 120), "paths of images, not the images"),
+        (parquet, lambda root: retype(root, [1.0, 2.0]), "train-00001-of-00002.parquet: its column label is double"),
+        (parquet, lambda root: retype(root, [[1], [1, 2]]), "train-00001-of-00002.parquet: its column label is list<.*int64>"),
+        (parquet, reverse_names, "train-00001-of-00002.parquet: its class names, or their order, are not those"),
         (webdataset, lambda root: cut(root / "imagenet1k-train-0001.tar"), "train-0001.tar: (cut off|cannot be read)"),
         (webdataset, compress, "it is compressed: unpack it"),
         (webdataset, lambda root: rename_in_shards(root, ".cls", ".txt"), r"80 of 80 images have no label KEY.cls: .* \(KEY.txt, KEY.json is not read\)"),
@@ -372,6 +396,20 @@ def test_a_file_of_labels_can_be_given(tmp_path: Path, images: Images, expected:
     result = gowide("encode", "imagefolder", *folders, *options)
     assert result.returncode == 0, result.stderr
     assert stored(tmp_path / "out") == expected
+
+
+def test_labels_for_images_that_have_theirs_are_refused(tmp_path: Path, images: Images):
+    parquet(tmp_path / "root", images)
+    with pytest.raises(DataError, match="has its labels with its images; leave out --val-labels"):
+        encode("imagenet", tmp_path / "out", tmp_path / "root", Options(val_labels="mine"))
+
+
+def test_archives_beside_what_was_unpacked_of_them_are_left_out_and_said(tmp_path: Path, images: Images, capsys):
+    official_archives(tmp_path / "root", images)
+    (tmp_path / "root" / "train" / "n01440764").mkdir(parents=True)
+    with pytest.raises(DataError):
+        encode("imagenet", tmp_path / "out", tmp_path / "root", KEEP)
+    assert "ILSVRC2012_img_train.tar: left out; the images are taken from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", ["mkdir root", "mkdir -p root/a/b", "true", "touch root"])

@@ -205,7 +205,7 @@ def test_after_a_full_disk(tmp_path: Path):
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True
     )
-    assert "gowide: disk full or quota exceeded; free space and run the same command again" in done.stderr
+    assert "gowide: small/out: disk full or quota exceeded; free space and run the same command again" in done.stderr
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("status 2\n")
     (before,) = re.findall(r"^(\d+) of 2,000 images have been encoded before", done.stderr, re.MULTILINE)

@@ -35,8 +35,9 @@ _DROPPINGS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume
 _NO_IMAGES = {
     ".db", ".ini", ".lnk", ".aae", ".xmp", ".thm", ".log", ".yaml", ".yml", ".toml", ".lock", ".md5", ".sha1",
     ".sha256", ".npy", ".npz", ".pkl", ".pt", ".pth", ".parquet", ".tfrecord", ".lmdb", ".mat", ".url", ".sqlite",
-    ".ipynb", ".cfg", ".part", ".tmp", ".bak",
+    ".ipynb", ".cfg", ".part", ".tmp", ".bak", ".crdownload", ".beton", ".ffcv",
 }  # fmt: skip
+_DROPPED_ENDS = ("~", ":zone.identifier", "icon\r")  # of editors, of Windows through WSL, of macOS
 _TYPES = mimetypes.MimeTypes()  # Python's own: a machine's would make the result differ between machines
 
 
@@ -55,8 +56,10 @@ def is_no_image(name: str, *, is_folder: bool = False) -> bool:
         return name.startswith(".") or name.lower() in _DROPPINGS
     suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
     kind = _TYPES.guess_type(f"a{suffix}")[0]
-    return suffix in _NO_IMAGES or (
-        kind is not None and not kind.startswith("image/") and suffix not in Image.registered_extensions()
+    return (
+        suffix in _NO_IMAGES
+        or name.lower().endswith(_DROPPED_ENDS)
+        or (kind is not None and not kind.startswith("image/") and suffix not in Image.registered_extensions())
     )
 
 

@@ -26,6 +26,8 @@ def read_imagenet(root: Path, val_labels: Path | None = None) -> SourceDataset:
         raise DataError(f"{root}: not found, or no folder")
     folder = next((root / path for path in _KAGGLE if (root / path).is_dir()), root)
     folders = split_folders(folder)
+    unpacked: dict[SplitName, Path] = {"train": folder / Path(_TRAIN_TAR).stem, "val": folder / Path(_VAL_TAR).stem}
+    folders = {split: path for split, path in unpacked.items() if path.is_dir()} | folders
     has_classes = (folder / _TRAIN_TAR).exists() or ("train" in folders and _is_by_class(folders["train"]))
     if has_classes:
         return _read_classes(root, folder, folders, val_labels)
@@ -36,6 +38,8 @@ def read_imagenet(root: Path, val_labels: Path | None = None) -> SourceDataset:
         for place in (root, root / "data"):
             if place.is_dir() and files(place):
                 say(f"{root}: {name} files")
+                if val_labels is not None:
+                    raise DataError(f"{root}: has its labels with its images; leave out --val-labels")
                 return read(place)
     raise DataError(
         f"{root}: no form of ImageNet that is known here ({contents(root)}); it has "
@@ -67,6 +71,9 @@ def _read_classes(root: Path, folder: Path, folders: dict[SplitName, Path], val_
         train_tar = folders["train"]
     is_packed = train_tar == folders.get("train") or ("train" not in folders and train_tar.exists())
     say(f"{root}: training images in {'archives by class' if is_packed else 'class folders'}")
+    for split, archive in (("train", train_tar), ("val", val_tar)):
+        if split in folders and archive.is_file():  # that may have stopped half-way
+            say(f"note: {archive}: left out; the images are taken from {folders[split]}")
     classes, train = list_class_archives(train_tar) if is_packed else list_train(folders["train"])
     splits: dict[SplitName, ImageList] = {"train": train.shuffled()}
     # Kaggle's csv lies above ILSVRC/Data/CLS-LOC, wherever in there the root is.

@@ -83,7 +83,10 @@ def read_parquet(root: Path) -> SourceDataset:
     for split, paths in parquet_files(root).items():
         listers[split] = Lister()
         for path in paths:
-            own_column, labels, images, names = _read_columns(path)
+            own_column, labels, images, own_names = _read_columns(path)
+            if names and own_names and own_names != names:
+                raise DataError(f"{path}: its class names, or their order, are not those of the files before it")
+            names = names or own_names
             if column not in ("", own_column):
                 raise DataError(f"{path}: its images are in {own_column}, those of other files in {column}")
             column = own_column
@@ -148,6 +151,8 @@ def _read_columns(path: Path) -> tuple[str, list[str], list[str], tuple[str, ...
     children = [] if image is None else [child.name for child in _children(schema.field(image).type)]
     if image is None or label is None or (children and "bytes" not in children):
         raise DataError(f"{path}: has columns {listed(schema.names)}, and not `image` with bytes and `label`")
+    if not str(kind := schema.field(label).type).removeprefix("large_").startswith(("int", "uint", "string", "dict")):
+        raise DataError(f"{path}: its column {label} is {kind}; one whole number or one text for each image is needed")
     columns = [label, *([f"{image}.path"] if "path" in children else [])]
     table = _reading(path, lambda: file.read(columns))
     labels = [_UNLABELLED if value is None else str(value) for value in table[label].to_pylist()]
