@@ -307,6 +307,6 @@ def table(report: Mapping[str, Any]) -> str:
         row = figures | figures.get("latency_ms", {})
         cells = ("" if row.get(key) is None else format(row[key], form) for key, form in columns.values())
         rows.append([name, *cells])
-    validation, cpu = report["validation"], f"{report['asked']['threads']} threads of {report['cpu']}"
+    validation, cpu = report["validation"], f"{report['cpu']}, threads: {report['asked']['threads']}"
     note = f"compared on {validation['images']:,} images of {validation['data']}; latency: medians, {cpu}"
     return f"{text.table(['file', *columns], rows)}\n\n{note}"
