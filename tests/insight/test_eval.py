@@ -245,7 +245,9 @@ def test_what_is_no_folder_of_the_classes_is_refused(moved, photos, tmp_path):
         f"{tmp_path}: class folder val is none of the network's 10 classes, valid: T-shirt/top"
     )
     assert line(tmp_path).endswith(f"; or give {tmp_path}/val")
-    assert line(tmp_path / "val" / "Bag").endswith("Bag: no class folders in it")
+    assert line(tmp_path / "val" / "Bag").endswith(
+        "Bag: no class folders in it; it should hold a folder of images for each class"
+    )
     assert (
         line(tmp_path / "val" / "Bag" / "none")
         == f"{tmp_path}/val/Bag/none: not a folder; it should hold a folder of images for each class"

@@ -80,7 +80,8 @@ def read_image_folder(root: Path, val_labels: Path | None = None) -> SourceDatas
     folders = split_folders(root)
     if "train" not in folders:
         raise DataError(
-            f"{root / 'train'}: not found ({contents(root)}); images go into {root}/train/CLASS/ and {root}/val/CLASS/"
+            f"{root / 'train'}: not found ({contents(root)}); images go into {root}/train/CLASS/ and "
+            f"{root}/val/CLASS/; --held-out N makes up for a val/ that is not there"
         )
     classes, train = list_train(folders["train"])
     splits: dict[SplitName, ImageList] = {"train": train.shuffled()}
@@ -96,7 +97,7 @@ def list_train(folder: Path) -> tuple[tuple[str, ...], ImageList]:
     """The names of the classes and the images of a folder of class folders. Raises DataError for an empty one."""
     classes, beside = _entries(folder)
     if not classes:
-        raise DataError(f"{folder}: no class folders in it")
+        raise DataError(f"{folder}: no class folders in it; images go into {folder}/CLASS/")
     if beside:
         say(f"note: {folder}: left out {len(beside):,} files beside the class folders: {listed(beside)}")
     images = _list_classes(folder, classes)
@@ -120,7 +121,7 @@ def list_split(
         names, files = _entries(folder)
     if names and not (split == "val" and val_labels):
         if unknown := sorted(set(names) - set(classes)):
-            raise DataError(f"{folder}: class folder {unknown[0]} has no counterpart among the training images")
+            raise DataError(f"{folder}: class folder {unknown[0]} is none of training's, {_known(unknown[0], classes)}")
         if files:
             say(f"note: {folder}: left out {len(files):,} files beside the class folders: {listed(files)}")
         images = _list_classes(folder, classes)
@@ -145,6 +146,11 @@ def list_split(
     return label_flat(folder, entries, labels, classes)
 
 
+def _known(name: str, classes: tuple[str, ...]) -> str:
+    """A hint at the classes that there are, for a name that is none of them."""
+    return nearest(name, classes) if len(classes) <= _MANY_CLASSES else f"such as {', '.join(classes[:3])}"
+
+
 def read_labelled_folder(folder: Path, classes: tuple[str, ...]) -> ImageList:
     """The images of class folders, labelled by the folders' names; any of `classes` may be absent.
 
@@ -154,12 +160,12 @@ def read_labelled_folder(folder: Path, classes: tuple[str, ...]) -> ImageList:
         raise DataError(f"{folder}: not a folder; it should hold a folder of images for each class")
     names, _ = _entries(folder)
     if not names:
-        raise DataError(f"{folder}: no class folders in it")
+        raise DataError(f"{folder}: no class folders in it; it should hold a folder of images for each class")
     if unknown := [name for name in names if name not in classes]:
-        known = nearest(unknown[0], classes) if len(classes) <= _MANY_CLASSES else f"such as {', '.join(classes[:3])}"
         inside = next((f"; or give {path}" for split, path in split_folders(folder).items() if split != "train"), "")
         raise DataError(
-            f"{folder}: class folder {unknown[0]} is none of the network's {len(classes):,} classes, {known}{inside}"
+            f"{folder}: class folder {unknown[0]} is none of the network's {len(classes):,} classes, "
+            f"{_known(unknown[0], classes)}{inside}"
         )
     if not len(images := _list_classes(folder, classes)):
         raise DataError(f"{folder}: no images in its class folders")
