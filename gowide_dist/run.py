@@ -48,6 +48,11 @@ class Done(BaseModel):
     world_size: int
 
 
+def top5_is_telling(num_classes: int) -> bool:
+    """Whether a label may be missing from the five best: top-5 of fewer classes is always 100 %."""
+    return num_classes > 5
+
+
 @dataclass(frozen=True)
 class StageDir:
     """The folder of one stage instance, `stages/<stage>/<network>`: `key` is `stage/network`."""
@@ -230,7 +235,9 @@ class Run:
     def recipe(self) -> Recipe:
         """The recipe that the run was written for. Raises RunError if this is no run, RecipeError if it is damaged."""
         if not self.recipe_path.exists():
-            raise RunError(f"{self.path}: not a run directory: it has no {self.recipe_path.name}")
+            inside = sorted(self.path.glob(f"*/{self.recipe_path.name}"))[:3]
+            runs = f"; runs in it: {', '.join(str(path.parent) for path in inside)}" if inside else ""
+            raise RunError(f"{self.path}: not a run directory: it has no {self.recipe_path.name}{runs}")
         return load_recipe(self.recipe_path, networks=self.networks if self.networks.exists() else None)
 
     @property

@@ -124,6 +124,6 @@ def table(report: Mapping[str, Any]) -> str:
         rows.append([file, runtime, *cells])
         if reason := figures.get("not_run"):
             notes.append(f"{file} not run in {runtime}: {reason}")
-    validation, cpu = report["validation"], f"{report['asked']['threads']} threads of {report['cpu']}"
+    validation, cpu = report["validation"], f"{report['cpu']}, threads: {report['asked']['threads']}"
     notes.append(f"compared on {validation['images']:,} images of {validation['data']}; latency: medians, {cpu}")
     return f"{text.table(['file', 'runtime', *columns], rows, left=(0, 1))}\n\n" + "\n".join(notes)

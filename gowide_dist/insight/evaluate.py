@@ -25,6 +25,7 @@ from gowide_dist.files import write_atomically, writing_to
 from gowide_dist.insight import text
 from gowide_dist.insight.trained import Classifier, Trained, predict
 from gowide_dist.progress import say
+from gowide_dist.run import top5_is_telling
 from gowide_dist.train.context import configure_backends
 from gowide_dist.train.losses import accuracy
 
@@ -134,10 +135,11 @@ def table(evaluation: Mapping[str, Any]) -> str:
     """The evaluation for the terminal: of many classes the worst, and the most frequent confusions."""
     e, names, images = evaluation, evaluation["classes"], evaluation["per_class_images"]
     in_training = "" if e["top1_in_training"] is None else f" ({e['top1_in_training']:.2f} in training)"
+    top5 = f"top-5 {e['top5']:.2f} %, " if top5_is_telling(len(names)) else ""
     head = (
         f"{e['run']}  {e['stage']}/{e['network']} on {e['images']:,} images of {e['data']}\n"
         f"top-1 {e['top1']:.2f} %{in_training}, its mean over classes {e['balanced_top1']:.2f} %, "
-        f"top-5 {e['top5']:.2f} %, negative log-likelihood {e['nll']:.4f}, calibration error {e['ece']:.2f} % "
+        f"{top5}negative log-likelihood {e['nll']:.4f}, calibration error {e['ece']:.2f} % "
         f"({NUM_BINS} bins)"
     )
     classes, title = [row for row in zip(names, images, e["per_class_top1"], strict=True) if row[1]], "class"

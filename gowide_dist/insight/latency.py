@@ -69,7 +69,7 @@ def measure_networks(run: Run, recipe: Recipe) -> dict[str, Row]:
 def _latency(run: Run, key: str, side: int) -> Row:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_model(run.path, *key.split("/")).to(device).to(memory_format=torch.channels_last)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     images = torch.rand(64, 3, side, side, device=device).to(memory_format=torch.channels_last)
     with torch.inference_mode():  # to the CPU: waits for a GPU
         times = {size: latency_ms(lambda batch: network(batch)[0].cpu(), images[:size]) for size in (1, 64)}

@@ -12,7 +12,7 @@ from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from gowide_dist.files import write_atomically
 from gowide_dist.insight.results import RunResults
@@ -83,6 +83,7 @@ def draw(*panels: Callable[[Axes], None], png: Path | None = None) -> str:
         figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
         for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel(ax)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # epochs
             for line in [line for line in ax.lines if not len(line.get_xdata())]:
                 line.remove()
             if ax.get_legend_handles_labels()[0]:

@@ -13,7 +13,7 @@ from typing import Any
 from gowide_dist.files import write_atomically, writing_to
 from gowide_dist.insight.results import Group, Row, RunResults, group_runs, read_results
 from gowide_dist.insight.text import table, used_columns
-from gowide_dist.run import Run
+from gowide_dist.run import Run, top5_is_telling
 
 COLUMNS = {  # of results.csv; those of a run's table with their title and format
     "stage": ("stage", ""), "network": ("network", ""), "parameters": ("parameters", ","), "mflops": ("MFLOPs", ",.3f"),
@@ -36,10 +36,13 @@ SPREADS = [
 GROUPS_CSV = ["recipe", "seeds", *GROUP_KEY, *(f"{name}_{key}" for name, key in SPREADS)]
 CAPTION = (
     "Epochs and seconds are of the stage alone; student epochs and train TFLOPs include the stages that it started "
-    "from and the teacher's forward passes. FLOPs are multiply-adds. Balanced: mean of the classes' top-1, where they "
-    "have unequally many validation images. Agreement: fraction of validation images for "
-    "which network and teacher predict the same class. Latency: median of batches of 1 and 64, PyTorch float32. "
+    "from and the teacher's forward passes. FLOPs are multiply-adds."
 )
+CAPTIONS = {  # of columns that not every table has
+    "balanced_top1": "Balanced: mean of the classes' top-1, which have unequally many validation images.",
+    "agreement": "Agreement: fraction of validation images for which network and teacher predict the same class.",
+    "latency_ms_1": "Latency: median of batches of 1 and 64, PyTorch float32;",
+}
 CURVES_CAPTION = (
     "Lines: training images, dots: validation. Imitation does not train the classifier: with `classifier: fresh` its "
     "top-1 is near chance."
@@ -111,15 +114,19 @@ def _report_groups(groups: list[Group], folder: Path) -> tuple[str, dict[str, An
 
 
 def _run_section(results: RunResults) -> Section:
-    rows = []
+    rows, explained = [], set()
     for row in results.rows.values():
         if row["balanced_top1"] == row["top1"]:  # so it is where the classes have equally many images
             row = {**row, "balanced_top1": None}
+        if not top5_is_telling(results.num_classes):
+            row = {**row, "top5": None}
+        explained |= {name for name in CAPTIONS if row[name] is not None}
         rows.append(["" if row[name] is None else format(row[name], spec) for name, (_, spec) in SHOWN.items()])
     progress = f"{results.run.path}: {len(rows)} of {len(results.recipe.instances)} stages done"
     places = sorted({measured["where"] for measured in results.measured.values() if "where" in measured})
     title, head = f"{results.run.path}, seed {results.recipe.seed}", [title for title, _ in SHOWN.values()]
-    return Section(title, head, rows, [progress, *results.notes()], caption=CAPTION + "; ".join(places))
+    caption = [CAPTION, *(text for name, text in CAPTIONS.items() if name in explained), "; ".join(places)]
+    return Section(title, head, rows, [progress, *results.notes()], caption=" ".join(caption).rstrip())
 
 
 def _group_section(group: Group) -> Section:

@@ -89,13 +89,18 @@ class RunResults:
         last = f", top-1 {accuracies[-1]:.2f} % when last evaluated" if accuracies else ""
         return f"epoch {self.metrics[key][-1]['epoch']:.2f} of {self.recipe.instances[key].stage.epochs}{last}"
 
+    @property
+    def num_classes(self) -> int:
+        num_classes = self.recipe.data.classes
+        assert num_classes is not None, "a run's recipe is resolved"
+        return num_classes
+
     @cached_property
     def rows(self) -> dict[str, Row]:
         """A row of results.csv for each finished instance, parents first."""
         from gowide_dist.train.costs import network_cost, spent
 
-        num_classes = self.recipe.data.classes
-        assert num_classes is not None, "a run's recipe is resolved"
+        num_classes = self.num_classes
         rows = {}
         for key, done in self.done.items():
             instance, measured = self.recipe.instances[key], self.measured[key]

@@ -18,7 +18,7 @@ from gowide_dist.data.loader import Loader
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.progress import Track, clock
 from gowide_dist.recipe import Instance
-from gowide_dist.run import Done
+from gowide_dist.run import Done, top5_is_telling
 from gowide_dist.stop import Stopped
 from gowide_dist.timeline import Batching
 from gowide_dist.train.context import TrainContext, Views, chunk, configure_backends
@@ -244,11 +244,13 @@ class StageTraining:
     def _finish(self, results: Sequence[dict[str, float]]) -> dict[str, Done]:
         """Write what the students leave behind; rank 0 only."""
         done = {}
+        num_classes = self.ctx.data.num_classes
         for student, means in zip(self.students, results, strict=True):
             key = student.instance.key
             done[key] = student.finish(self.step, means, str(self.stream.digest))
+            top5 = f"top-5 {done[key].top5:.2f} %, " if top5_is_telling(num_classes) else ""
             self.track.line(
-                f"{key}  done: top-1 {done[key].top1:.2f} %, top-5 {done[key].top5:.2f} %, "
+                f"{key}  done: top-1 {done[key].top1:.2f} %, {top5}"
                 f"{done[key].epochs} epochs in {clock(done[key].seconds)}"
             )
         return done

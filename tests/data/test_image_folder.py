@@ -207,10 +207,11 @@ def test_70_000_classes(tmp_path: Path):
     ("damage", "message"),
     [
         ("mkdir train/three", "1 class folders without images .three."),
-        ("rm -r train", "train: not found"),
+        ("mv val/one val/One", "class folder One is none of training's, did you mean 'one'"),
+        ("rm -r train", "train: not found .*--held-out N"),
         ("rm -r train/*", "train: no class folders"),
         ("rm -r val", "no validation images; --held-out takes"),
-        ("mkdir val/other", "class folder other has no counterpart"),
+        ("mkdir val/other", "class folder other is none of training's, valid: one, two"),
         ("rm val/one/*", "val: no images"),
     ],
 )

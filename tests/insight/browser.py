@@ -25,6 +25,7 @@ addEventListener("load", async () => {
       words: [...page.querySelectorAll("figure text, figure [id^=text_] g")].map(words => getComputedStyle(words).fill),
       paper: getComputedStyle(page.body).backgroundColor,
       text: page.body.innerText,
+      hidden: [...page.querySelectorAll(".scroll")].map(box => box.scrollWidth - box.clientWidth),
       overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
       asked: frame.contentWindow.performance.getEntriesByType("resource").map(entry => entry.name),
     };

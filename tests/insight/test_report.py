@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import time
+from dataclasses import replace
 from statistics import mean, stdev
 
 import pytest
@@ -14,8 +15,9 @@ from gowide_dist import load_model, load_recipe
 from gowide_dist.files import sha256
 from gowide_dist.insight.latency import latency_ms
 from gowide_dist.insight.plots import draw
-from gowide_dist.insight.report import report
-from gowide_dist.insight.results import spread
+from gowide_dist.insight.report import _run_section, report
+from gowide_dist.insight.results import read_results, spread
+from gowide_dist.insight.text import table
 from gowide_dist.insight.trained import open_trained
 from gowide_dist.pipeline import walk
 from gowide_dist.prepare import prepare
@@ -104,6 +106,18 @@ def test_accuracy_in_the_mean_of_classes_stands_beside_top1(copy):
         done = json.loads(path.read_text())
         path.write_text(json.dumps({key: value for key, value in done.items() if key != "balanced_top1"}))
     assert "balanced" not in report([copy], measure=False)[0]
+
+
+def test_top5_is_left_out_where_it_is_always_all(runs):
+    """And nothing is explained that the table does not have."""
+    results = read_results(runs[0])
+    for classes, shown in ((6, True), (5, False)):
+        data = results.recipe.data.model_copy(update={"classes": classes})
+        section = _run_section(replace(results, recipe=results.recipe.model_copy(update={"data": data})))
+        assert ("top-5 %" in table(section.head, section.rows)) is shown
+        assert "Balanced" in section.caption
+    unmeasured = _run_section(replace(results, measured={key: {} for key in results.done}))
+    assert "Latency" not in unmeasured.caption and "Agreement" not in unmeasured.caption
 
 
 @pytest.mark.filterwarnings("error")
@@ -259,7 +273,7 @@ def test_the_page_in_a_browser(reported, runs, tmp_path, several):
         pytest.skip("no Chromium here (Debian: apt-get install chromium)")
     _, data = report(runs if several else runs[:1], out=tmp_path / "report")
     page = tmp_path / "report" / ("runs.html" if several else "report.html")
-    seen, asked = look_at(page, [1280, 400], chromium, tmp_path / "chromium")
+    seen, asked = look_at(page, [1280, 800, 400], chromium, tmp_path / "chromium")
     dark, _ = look_at(page, [400], chromium, tmp_path / "chromium", dark=True)
     assert (seen["400"]["ink"], seen["400"]["paper"]) == ("rgb(31, 35, 41)", "rgb(255, 255, 255)")
     assert (dark["400"]["ink"], dark["400"]["paper"]) == ("rgb(230, 237, 243)", "rgb(15, 19, 24)")
@@ -271,6 +285,8 @@ def test_the_page_in_a_browser(reported, runs, tmp_path, several):
         assert set(shown["words"]) == (set() if several else {shown["ink"]})
         assert all(drawn > 100 and width > 200 for drawn, width in shown["figures"]), width
         assert shown["overflow"] <= 0, width
+        assert shown["hidden"] and max(shown["hidden"]) <= 0, width  # no column has to be scrolled to
+        assert "`" not in shown["text"]
         assert shown["asked"] == []
         assert all(number in shown["text"] for number in numbers)
         assert "not measured" not in shown["text"] or several

@@ -48,5 +48,6 @@ def test_a_run_on_this_machine(run):
 
 def test_no_run_and_no_job(run, tmp_path):
     assert "not a run directory" in refused("status", tmp_path / "nothing")
+    assert refused("status", run.path.parent).endswith(f"runs in it: {run.path}")
     assert "no stage of it was submitted to Slurm" in refused("logs", run.path, "teacher")
     assert gowide("cancel", run.path).stdout == f"{run.path}: no job is queued or running\n"

@@ -86,7 +86,8 @@ def read_image_folder(root: Path, val_labels: Path | None = None) -> SourceDatas
     folders = split_folders(root)
     if "train" not in folders:
         raise DataError(
-            f"{root / 'train'}: not found ({contents(root)}); images go into {root}/train/CLASS/ and {root}/val/CLASS/"
+            f"{root / 'train'}: not found ({contents(root)}); images go into {root}/train/CLASS/ and "
+            f"{root}/val/CLASS/; --held-out N makes up for a val/ that is not there"
         )
     classes, train = list_train(folders["train"])
     splits: dict[SplitName, ImageList] = {"train": train.shuffled()}
@@ -102,7 +103,7 @@ def list_train(folder: Path) -> tuple[tuple[str, ...], ImageList]:
     """The names of the classes and the images of a folder of class folders. Raises DataError for an empty one."""
     classes, beside = _entries(folder)
     if not classes:
-        raise DataError(f"{folder}: no class folders in it")
+        raise DataError(f"{folder}: no class folders in it; images go into {folder}/CLASS/")
     if beside:
         say(f"note: {folder}: left out {len(beside):,} files beside the class folders: {listed(beside)}")
     images = _list_classes(folder, classes)
@@ -127,7 +128,7 @@ def list_split(
     if names and not (split == "val" and val_labels):
         spelt, unknown = _match(names, classes)
         if unknown:
-            raise DataError(f"{folder}: class folder {unknown[0]} has no counterpart among the training images")
+            raise DataError(f"{folder}: class folder {unknown[0]} is none of training's, {_known(unknown[0], classes)}")
         if files:
             say(f"note: {folder}: left out {len(files):,} files beside the class folders: {listed(files)}")
         images = _list_classes(folder, spelt)
@@ -152,6 +153,11 @@ def list_split(
     return label_flat(folder, entries, labels, classes)
 
 
+def _known(name: str, classes: tuple[str, ...]) -> str:
+    """A hint at the classes that there are, for a name that is none of them."""
+    return nearest(name, classes) if len(classes) <= _MANY_CLASSES else f"such as {', '.join(classes[:3])}"
+
+
 def read_labelled_folder(folder: Path, classes: tuple[str, ...]) -> ImageList:
     """The images of class folders, labelled by the folders' names; any of `classes` may be absent.
 
@@ -164,10 +170,10 @@ def read_labelled_folder(folder: Path, classes: tuple[str, ...]) -> ImageList:
         raise DataError(f"{folder}: no class folders in it ({contents(folder)}); images go into {folder}/CLASS/")
     spelt, unknown = _match(names, classes)
     if unknown:
-        known = nearest(unknown[0], classes) if len(classes) <= _MANY_CLASSES else f"such as {', '.join(classes[:3])}"
         inside = next((f"; or give {path}" for split, path in split_folders(folder).items() if split != "train"), "")
         raise DataError(
-            f"{folder}: class folder {unknown[0]} is none of the network's {len(classes):,} classes, {known}{inside}"
+            f"{folder}: class folder {unknown[0]} is none of the network's {len(classes):,} classes, "
+            f"{_known(unknown[0], classes)}{inside}"
         )
     if not len(images := _list_classes(folder, spelt)):
         raise DataError(f"{folder}: no images in its class folders")
