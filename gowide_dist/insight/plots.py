@@ -58,7 +58,7 @@ def _losses(results: RunResults, name: str, ax: Axes) -> None:
             dots = results.curve(instance.key, "val", metric)
             ax.plot(*dots, "o", color=line.get_color(), fillstyle=line.get_fillstyle())
     ax.set(title=name, xlabel="epoch", ylabel=LOSSES.get(stage.objective, "loss"), yscale="log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # plain numbers, also for less than a decade
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # plain numbers, also for less than a decade
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
 
