@@ -135,7 +135,7 @@ class Wrapped(Network):
                 if self.is_walkable:
                     blocks, self._called = _walk(self, images)
                 else:
-                    blocks = self._named_outputs(images)
+                    blocks = _named_outputs(self, images)
         except RecipeError:
             raise
         except (Exception, SystemExit) as error:  # whatever it raises
@@ -146,19 +146,6 @@ class Wrapped(Network):
         self.train(was_training)
         _check_outputs(self, logits, blocks)
         self._block_channels, self.side = tuple(x.shape[1] for x in blocks), side
-
-    def _named_outputs(self, images: Tensor) -> list[Tensor]:
-        """Outputs of the blocks that the recipe names, or else of timm's features, if all are pictures.
-
-        Features may also be tokens, or of a submodule that a forward pass does not call: no student can imitate them.
-        """
-        if self.architecture.blocks:
-            return list(self.blocks(images))
-        with suppress(RecipeError):
-            if all(map(_is_picture, blocks := list(self.blocks(images)))):
-                return blocks
-        self.block_names = ()
-        return []
 
     def freeze_unused(self, side: int) -> None:
         """Freeze what the logits do not depend on, such as auxiliary heads: DDP waits for every gradient."""
@@ -193,6 +180,20 @@ class Wrapped(Network):
         if missing := [name for name in names if name not in found]:
             raise RecipeError(f"{self.architecture}: block {missing[0]} does not run")
         return tuple(self._turned(found[name]) for name in names)
+
+
+def _named_outputs(network: Wrapped, images: Tensor) -> list[Tensor]:
+    """Outputs of the blocks that the recipe names, or else of timm's features, if all are pictures.
+
+    Features may also be tokens, or of a submodule that a forward pass does not call: no student can imitate them.
+    """
+    if network.architecture.blocks:
+        return list(network.blocks(images))
+    with suppress(RecipeError):
+        if all(map(_is_picture, blocks := list(network.blocks(images)))):
+            return blocks
+    network.block_names = ()
+    return []
 
 
 @contextmanager

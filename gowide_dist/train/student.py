@@ -96,7 +96,8 @@ class Student:
                 f"weights that stages.{self.instance.stage_name} starts from, at its loss and at precision"
             )
         if bad_step is not None:
-            raise self._diverged(bad_step, self.ctx.world.on_main(self._newest_checkpoint))
+            newest = self.ctx.world.on_main(self._newest_checkpoint)
+            raise _diverged(self.instance, self.timeline, bad_step, newest)
         return means
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -110,7 +111,7 @@ class Student:
         Raises TrainingError if a parameter is not finite: the last good checkpoint must stay.
         """
         if not all(parameter.isfinite().all() for parameter in self.objective.parameters()):
-            raise self._diverged(step, self._newest_checkpoint())
+            raise _diverged(self.instance, self.timeline, step, self._newest_checkpoint())
         state = {
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -177,14 +178,15 @@ class Student:
         self.writer.wait()
         return max(self.stage_dir.checkpoints.glob("step-*.pt"), default=None)
 
-    def _diverged(self, step: int, newest: Path | None) -> TrainingError:
-        """The error for a loss that is not finite at `step`, counted from 1. newest: the last checkpoint."""
-        lr = learning_rate(step - 1, self.timeline, self.instance.stage)
-        kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint has been written yet"
-        return TrainingError(
-            f"{self.instance.key}: the loss is not finite at step {step:,} (learning rate {lr:g}); "
-            f"lower stages.{self.instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
-        )
+
+def _diverged(instance: Instance, timeline: Timeline, step: int, newest: Path | None) -> TrainingError:
+    """The error for a loss that is not finite at `step`, counted from 1. newest: the last checkpoint."""
+    lr = learning_rate(step - 1, timeline, instance.stage)
+    kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint has been written yet"
+    return TrainingError(
+        f"{instance.key}: the loss is not finite at step {step:,} (learning rate {lr:g}); "
+        f"lower stages.{instance.stage_name}.optim.lr or lengthen its warm-up; {kept}"
+    )
 
 
 def _seed(*of: int) -> None:
