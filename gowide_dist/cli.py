@@ -489,7 +489,9 @@ def export(
     from gowide_dist.export.folder import export
     from gowide_dist.export.formats import Request, parse_converters, parse_formats
     from gowide_dist.insight.trained import open_trained
+    from gowide_dist.stop import raise_on_sigterm
 
+    raise_on_sigterm()
     converters = parse_converters(converter or [])
     request = Request(parse_formats(formats), opset, batch, symmetric, images, converters)
     report = export(open_trained(run, stage), to, request, data)

@@ -3,9 +3,10 @@
 A program of its own that imports nothing of this package, so that any Python that has the format's packages can run it.
 A file takes images, uint8 [B, H, H, 3], and gives logits, float32 [B, K].
 
-`{"convert": FORMAT, "source": PATH, "target": PATH, ...}` writes a file. `{"run": RUNTIME, "file": PATH, ...}` opens
-one, answers on stdout with a line of JSON, its versions and latency, and from then on with logits for images: the
-number of images, int64, goes before their bytes on stdin, and nothing before those of the logits, [B, K].
+`{"convert": FORMAT, "source": PATH, "target": PATH, ...}` writes a file, while stdin is open. `{"run": RUNTIME,
+"file": PATH, ...}` opens one, answers on stdout with a line of JSON, its versions and latency, and from then on with
+logits for images: the number of images, int64, goes before their bytes on stdin, and nothing before those of the
+logits, [B, K].
 
 On failure the last line on stderr says why.
 """
@@ -18,6 +19,7 @@ import os
 import statistics
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -269,6 +271,13 @@ def run(job: dict[str, Any], stdin: BinaryIO, stdout: BinaryIO) -> None:
         stdout.flush()
 
 
+def _end_with_stdin() -> None:
+    """End when stdin does: whoever wanted the file was killed."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def main() -> None:
     """Do the job that the command line gives. What libraries print goes to stderr, whatever they print it to."""
     job = json.loads(sys.argv[1])
@@ -276,6 +285,7 @@ def main() -> None:
     os.dup2(2, 1)
     try:
         if "convert" in job:
+            threading.Thread(target=_end_with_stdin, daemon=True).start()
             CONVERT[job["convert"]](job["source"], job["target"], job)
         else:
             run(job, sys.stdin.buffer, stdout)

@@ -58,8 +58,12 @@ def export(trained: Trained, to: Path, request: Request, data: Path | None = Non
         with writing_to(to, "--to"), replacing(to, REPORT) as folder:
             report = _write(folder, trained, request, train, val) | {"asked": asked}
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        for name in {name for form in FORMATS.values() for name in form.files} - _digests(report).keys():
-            (to / name).unlink(missing_ok=True)  # of an earlier export
+        offered = {name for form in FORMATS.values() for name in form.files}
+        earlier = sorted(name for name in offered - _digests(report).keys() if (to / name).exists())
+        for name in earlier:
+            (to / name).unlink()
+        if earlier:
+            say(f"note: {', '.join(earlier)} of an earlier export removed; --format names all formats of a folder")
     finally:
         for folder in (to / "timm", to):
             with contextlib.suppress(OSError):

@@ -157,5 +157,5 @@ def parse_converters(pairs: Sequence[str]) -> dict[str, Path]:
             )
         converters[family] = Path(path).expanduser().absolute()
         if not converters[family].is_file():
-            raise UserError(f"--converter {pair}: there is no {path}; give the python of an environment")
+            raise UserError(f"--converter {pair}: there is no file {path}; give the python of an environment")
     return converters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -22,13 +23,16 @@ from gowide_dist.launch.local import explain
 
 _SCRIPT = Path(__file__).with_name("backend.py")
 _MISSING = """
+import json
 import sys
 from importlib import metadata
+missing = []
 for name in sys.argv[1:]:
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:
-        print(name)
+        missing.append(name)
+print(json.dumps(missing))
 """
 Forward = Callable[[Tensor], Tensor]  # images, uint8 [B, H, H, 3] -> logits, float32 [B, K]
 
@@ -42,17 +46,22 @@ def missing_packages(python: Path, packages: tuple[str, ...]) -> list[str]:
     """Those of the packages, by their names in pip, that a Python does not have. Raises UserError if it is none."""
     try:
         command = [*_command(python), "-c", _MISSING, *packages]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=_environment()).stdout.split()
-    except (OSError, subprocess.CalledProcessError) as error:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
+        missing: list[str] = json.loads(done.stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:  # ValueError: it ignores what it is told
         raise UserError(f"--converter: {python} is no Python that runs; give an environment's bin/python") from error
+    return missing
 
 
 def convert(python: Path, job: Mapping[str, Any]) -> None:
     """Write a file as `job` says. Raises BackendError if that fails."""
     with _started(python, job) as (process, log):
-        process.communicate()
-        if process.returncode:
+        assert process.stdout is not None
+        process.stdout.read()  # until it ends; its stdin stays open, whose end would end it
+        if process.wait():
             raise BackendError(_cause(process, log))
+    if not Path(job["target"]).is_file():
+        raise BackendError(f"{python} ended without writing it")
 
 
 @contextmanager
@@ -88,11 +97,12 @@ def _started(python: Path, job: Mapping[str, Any]) -> Iterator[tuple[subprocess.
     command = [*_command(python), str(_SCRIPT), json.dumps(job)]
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=_environment())
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=_environment(), process_group=0)
         try:
             yield process, log
         except BaseException:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started, as a script around a Python does
             raise
         finally:
             with suppress(BrokenPipeError):

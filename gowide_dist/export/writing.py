@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 from collections.abc import Collection
@@ -69,7 +70,9 @@ class FormatWriter:
         trained = self._trained
         classifier = Classifier(fold_batch_norms(trained.network()), trained.preprocessing).eval()
         program = _program(classifier, trained.recipe.data.resolution, batch)
-        torch.export.save(program, path)
+        content = io.BytesIO()  # PyTorch's own writing of a file aborts the process on a full disk
+        torch.export.save(program, content)
+        path.write_bytes(content.getbuffer())
 
     def _convert(self, name: str, path: Path) -> None:
         source = FORMATS[name].source

@@ -1,10 +1,12 @@
 """`gowide export`: logits of the files in their runtimes against the network's own, on real images."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -192,7 +194,7 @@ def test_a_copied_run_is_exported(moved, finished_run, exported, tmp_path):
         export(open_trained(moved, "distill"), tmp_path / "none", Request(("safetensors", "pt2")), data=tmp_path)
 
 
-def test_interrupted_and_smaller_exports_are_replaced(finished_run, tmp_path):
+def test_interrupted_and_smaller_exports_are_replaced(finished_run, tmp_path, capsys):
     trained = open_trained(finished_run.path, "distill")
     folder = tmp_path / "export"
     (folder / ".partial").mkdir(parents=True)  # left by a process that was killed
@@ -203,6 +205,7 @@ def test_interrupted_and_smaller_exports_are_replaced(finished_run, tmp_path):
     (folder / "timm" / "config.json").touch()
     export(trained, folder, Request(("safetensors",), images=8))
     assert {path.name for path in folder.iterdir()} == {"config.json", "export.json", "model.safetensors"}
+    assert "note: model.int8.onnx, model.onnx, timm/config.json of an earlier export removed" in capsys.readouterr().err
 
 
 def test_options_of_onnx_and_the_warning_of_a_loss(moved, finished_run, val, tmp_path, monkeypatch, capsys):
@@ -299,6 +302,18 @@ def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_the_disk_does_not_hold_leaves_nothing(finished_run, exported, tmp_path):
+    """PyTorch's own writing of a file would abort the process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((exported[0] / "model.pt2").stat().st_size // 2, limits[1]))
+    try:
+        with pytest.raises(RunError, match="cannot be written"):
+            export(open_trained(finished_run.path, "distill"), tmp_path / "to", Request(("pt2",)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -308,9 +323,11 @@ def test_a_file_with_other_logits_is_not_kept(finished_run, tmp_path, monkeypatc
         (["--format", "pt2", "--opset", "20"], "--opset: is of ONNX files, and --format asks for none"),
         (["--format", "onnx", "--symmetric"], "--symmetric: is of onnx-int8 and openvino-int8"),
         (["--format", "safetensors", "--batch", "2"], "--batch: weights take any number of images"),
-        (["--converter", "litert=python"], "--converter litert=python: there is no python; give the python of"),
+        (["--converter", "litert=python"], "--converter litert=python: there is no file python; give the python of"),
         (["--converter", f"litert={sys.executable}"], "--converter litert: --format asks for no litert; add it"),
         (["--format", "onnx", "--converter", "onnx=/bin/false"], "--converter: /bin/false is no Python that runs"),
+        (["--format", "onnx", "--converter", "onnx=/bin/echo"], "--converter: /bin/echo is no Python that runs"),
+        (["--format", "onnx", "--converter", "onnx=/bin/true"], "--converter: /bin/true is no Python that runs"),
         (["--converter", "pt2=/bin/false"], "--converter pt2=/bin/false: should be FORMAT=PYTHON"),
     ],
 )
@@ -338,6 +355,14 @@ def test_a_conversion_and_a_runtime_that_fail(finished_run, exported, tmp_path):
     killed.chmod(0o755)
     with pytest.raises(process.BackendError, match="its process was killed by SIGKILL"):
         process.convert(killed, job)
+    killed.write_text("#!/bin/sh\nexit 0\n")
+    with pytest.raises(process.BackendError, match="ended without writing it"):
+        process.convert(killed, job)
+    killed.write_text("#!/bin/sh\necho '{}'\nsleep 30\n")
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), process.running(killed, job, 10):
+        raise KeyboardInterrupt
+    assert time.monotonic() - start < 15, "waited for what the script had started"
     (tmp_path / "broken.onnx").write_bytes(b"broken")
     job = {"run": "onnxruntime", "file": str(tmp_path / "broken.onnx"), "threads": 1, "batch": 1, "image": [8, 8, 3]}
     with (
