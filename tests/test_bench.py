@@ -82,9 +82,11 @@ def test_the_limit_ends_a_stage_sooner(job, monkeypatch):
         run_steps(stored, ["distill/thin"], 1)
 
 
-def test_steps_count_when_they_are_warm():
+def test_steps_count_when_they_are_warm(job):
+    short = load_recipe(job, ["batch_size=10", "log_every_steps=2"])
     cold, fast, slow = ({"images_per_s": rate, "data_wait": wait} for rate, wait in ((1, 0.9), (10, 0.1), (5, 0.4)))
-    step_s, data_wait = _warm_means([cold, fast, cold, slow], batch_size=10)  # of two blocks
+    of_two_blocks = [(1, cold), (2, cold), (4, fast), (5, cold), (6, cold), (8, slow)]
+    step_s, data_wait = _warm_means([{"step": step, **line} for step, line in of_two_blocks], short)
     assert step_s == pytest.approx((1 + 2) / 2)
     assert data_wait == pytest.approx((1 * 0.1 + 2 * 0.4) / 3)
-    assert _warm_means([cold], batch_size=10) == (10, 0.9)  # rather than nothing
+    assert _warm_means([{"step": 1, **fast}, {"step": 2, **cold}], short) == (10, 0.9)  # rather than nothing

@@ -49,7 +49,8 @@ def _fold_others(network: Wrapped) -> Wrapped:
 
     Its code may look at them unseen: if its answers change by more than rounding, it stays as it is.
     """
-    if not (network.side and (pairs := _pairs(network))):
+    # Of a copy: some keep what they have computed, here with its graph, which nothing can copy.
+    if not (network.side and (pairs := _pairs(copy.deepcopy(network)))):
         return network
     folded = copy.deepcopy(network)
     for conv_name, norm_name in pairs:

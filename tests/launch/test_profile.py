@@ -126,7 +126,7 @@ def test_times_as_sbatch_takes_them(tmp_path, text, minutes):
         ("gpus_per_node: a100:4\ngpu_option: gres", ["--gres=gpu:a100:4"]),
         ("gpus_per_node: 4\ngpu_option: gres", ["--gres=gpu:4"]),
         ("mem_gb: 0", ["--mem=0"]),
-        ('notify: curl -d "$GOWIDE_STATE" host', ["GOWIDE_STATE=$1 GOWIDE_RUN=/ GOWIDE_STAGE=a/thin timeout "]),
+        ('notify: curl -d "$GOWIDE_STATE" host', ["GOWIDE_STATE=$1 GOWIDE_RUN=/ GOWIDE_STAGE=a/thin $limit "]),
         ("requeue: false", ["#SBATCH --no-requeue", 'sbatch --parsable --dependency="afterany:$id"']),
         ("mem_gb: 0.5", ["--mem=512M"]),
         ("mem_gb: 4.0", ["--mem=4G"]),
