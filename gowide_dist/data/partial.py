@@ -150,7 +150,7 @@ class SplitFile:
         return log.read(int(self._records["offset"][number]), int(self._records["size"][number]))
 
     def _damaged(self, number: int) -> bool:
-        return _crc(self._records[number], self._read(number)) != self._records["crc"][number]
+        return _crc(self._records[number], self._read(number)) != int(self._records["crc"][number])
 
     def take(self, number: int, label: int) -> Sample:
         """Write the image of a record that `find` gave as the next one."""
