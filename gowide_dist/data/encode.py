@@ -16,7 +16,7 @@ from gowide_dist.data.beton import Beton
 from gowide_dist.data.images import BadImage, Sample, Storage, encode_sample, image_key
 from gowide_dist.data.info import FILE_NAME, DatasetInfo, Split, read_dataset_info
 from gowide_dist.data.partial import SplitFile
-from gowide_dist.data.sources import FileList, ImageList, SourceDataset, SplitName, stratified
+from gowide_dist.data.sources import SPLIT_NAMES, FileList, ImageList, SourceDataset, SplitName, stratified
 from gowide_dist.data.sources.cifar import read_cifar
 from gowide_dist.data.sources.fashion_mnist import FASHION_MNIST_ROOT, read_fashion_mnist
 from gowide_dist.data.sources.ffcv import read_ffcv
@@ -122,8 +122,9 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
         read = partial(_WITH_VAL_LABELS[dataset], val_labels=Path(options.val_labels))
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is not a folder; choose another --out")
-    if out.resolve() == root.resolve():
-        raise DataError(f"{out}: is the folder of the images; choose another --out")
+    _refuse_among_images(out, root)
+    if options.jpg_share == 0 and options.quality != Options.quality:
+        say(f"note: --quality {options.quality}: changes nothing, for no image is stored as JPEG")
     encoding: Encoding = {"dataset": dataset, "root": str(root.resolve()), **options.non_default()}
     if info := find_encoded(out, encoding):
         return info
@@ -138,10 +139,20 @@ def encode(dataset: str, out: Path, root: Path | None = None, options: Options |
     return write_dataset(out, _divide(source, options), encoding, options)
 
 
+def _refuse_among_images(out: Path, root: Path) -> None:
+    """Raises DataError for a folder that the next encode would take for a class."""
+    if out.resolve() == root.resolve():
+        raise DataError(f"{out}: is the folder of the images; choose another --out")
+    if out.resolve().is_relative_to(root.resolve()):
+        split = out.resolve().relative_to(root.resolve()).parts[0]
+        if any(split.lower() in names for names in SPLIT_NAMES.values()):
+            raise DataError(f"{out}: is among the images of {root / split}; choose another --out")
+
+
 def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
     """The dataset in `out`, if it is whole and was made by the same `encoding`; None if it must be made.
 
-    Raises DataError if `out` holds a dataset of another `encoding`.
+    Raises DataError if `out` holds a dataset of another `encoding`, and names what differs.
     """
     if not (out / FILE_NAME).exists():
         return None
@@ -153,9 +164,13 @@ def find_encoded(out: Path, encoding: Encoding) -> DatasetInfo | None:
         say(f"{error}; encoding now")
         return None
     if info.encoding != encoding:
-        options = ", ".join(f"{name} {value}" for name, value in info.encoding.items())
-        raise DataError(f"{out}: holds another dataset ({options}); remove it or choose another --out")
-    say(f"{out}: already encoded ({info.summary}); nothing to do")
+        default = vars(Options())
+        old, new = ({**default, **made_by} for made_by in (info.encoding, encoding))
+        differences = ", ".join(
+            f"{name} {old.get(name)}, not {new.get(name)}" for name in old | new if old.get(name) != new.get(name)
+        )
+        raise DataError(f"{out}: holds another dataset ({differences}); remove it or choose another --out")
+    say(f"{out}: already encoded ({info.summary}); nothing to do. If images have changed since, remove it")
     return info
 
 
@@ -225,9 +240,9 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
         share = _measured_share(images, options) if name == "train" else 0.0
         with SplitFile(folder, name, len(images)) as file:
             samples = _write_samples(file, images, options, share)
-            for sample in track(samples, f"encoding {name}", len(images)):
+            for index, sample in enumerate(track(samples, f"encoding {name}", len(images))):
                 if isinstance(sample, Sample):
-                    tally.add(sample)
+                    tally.add(sample, images.items[index])
                 elif sample not in bad:
                     bad[sample] = None
                     say(f"bad image {sample.path}: {sample.reason}")
@@ -236,6 +251,8 @@ def _write_files(folder: Path, dataset: SourceDataset, encoding: Encoding, optio
             splits[name] = file.finish()
     tally.check_peak()
     _refuse(bad, options)
+    if options.bits and not tally.num_peaks:
+        say(f"note: --bits {options.bits}: changes nothing, for no image has 16 bits a channel")
     if tally.num_composed:
         say(f"note: {tally.num_composed:,} images with transparent pixels, on {options.background} (see --background)")
     if bad:

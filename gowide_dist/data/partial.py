@@ -1,14 +1,16 @@
 """A split's FFCV file while it is written: what an encode that stops has done, the next one takes over.
 
 NAME.beton grows image by image, and NAME.journal by a record of each, written after the image has reached the disk. An
-image is known by a key, a hash of all that determines its bytes. Those that come in the same order again stay in their
-place; where the order has changed, the rest of the file moves to NAME.aside and is copied back image by image. So the
-file has the same bytes as if it had been written at once.
+image is known by a key, a hash of all that determines its bytes, and taken over only if it still has its checksum: a
+disk that was full or lost its power may hold anything. Those that come in the same order again stay in their place;
+where the order has changed, the rest of the file moves to NAME.aside and is copied back image by image. So the file has
+the same bytes as if it had been written at once.
 """
 
 import errno
 import os
 import time
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,11 +22,13 @@ from numpy.typing import NDArray
 from gowide_dist.data.beton import BetonWriter, EncodedImage
 from gowide_dist.data.images import Sample
 from gowide_dist.data.info import Split
+from gowide_dist.progress import say, track
 
 _RECORD = np.dtype([
-    ("key", "S32"), ("mode", "u1"), ("height", "<u2"), ("width", "<u2"), ("offset", "<u8"), ("size", "<u4"),
-    ("peak", "<u2"), ("composed", "?"), ("moments", "<f8", (2, 3)),
+    ("crc", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("key", "S32"), ("mode", "u1"), ("height", "<u2"),
+    ("width", "<u2"), ("peak", "<u2"), ("composed", "?"), ("moments", "<f8", (2, 3)),
 ])  # fmt: skip
+_PLACE_BYTES = 16  # crc, offset and size, which come first
 _SYNC_EVERY_S = 10.0
 _COPIED_BYTES = 1 << 24
 _ROOM_BYTES = 1 << 16  # for what a file system adds
@@ -35,6 +39,11 @@ def _ends(records: NDArray[np.void]) -> NDArray[np.uint64]:
     return np.asarray(records["offset"] + records["size"])
 
 
+def _crc(record: NDArray[np.void] | np.void, image: bytes) -> int:
+    """Of an image and all that its record says of it, but where it is."""
+    return zlib.crc32(image, zlib.crc32(record.tobytes()[_PLACE_BYTES:]))
+
+
 class _Log:
     """A file of images and its journal. records: of _RECORD, those whose images are whole."""
 
@@ -43,8 +52,11 @@ class _Log:
         self._journal = journal.open("r+b" if journal.exists() else "w+b", buffering=0)
         content = self._journal.readall()
         records = np.frombuffer(content, _RECORD, len(content) // _RECORD.itemsize)
-        whole = _ends(records) <= data.stat().st_size
+        size = data.stat().st_size
+        whole = (_ends(records) <= size) & (records["offset"] <= size)  # the sum wraps where a record is damaged
         self.records = records[: len(records) if whole.all() else int(whole.argmin())]
+        if content and not len(self.records):
+            say(f"note: {journal}: damaged, or of another version; what it lists is encoded anew")
         self.truncate(len(self.records), int(_ends(self.records).max(initial=0)))
 
     def truncate(self, num_records: int, num_bytes: int) -> None:
@@ -94,9 +106,11 @@ class SplitFile:
         self._synced = time.monotonic()
         self._needed = np.zeros(len(self._records), np.bool_)
         self.earlier = len(self._records) > 0
-        if self._num_main:  # the file may have been finished, with tables at its start
-            self._main.data.seek(0)
-            self._main.data.write(bytes(min(self._writer.end, int(self._main.records["offset"].min()))))
+        if self._num_main:
+            start = self._main.read(0, min(self._writer.end, int(self._main.records["offset"].min())))
+            if start.count(0) < len(start):  # the tables of a finished file; else a hole, which takes no space
+                self._main.data.seek(0)
+                self._main.data.write(bytes(len(start)))
 
     def __enter__(self) -> Self:
         return self
@@ -115,19 +129,33 @@ class SplitFile:
         return self._writer.num_samples
 
     def find(self, keys: Iterable[str]) -> NDArray[np.int64]:
-        """The number of the record with each of the keys, or -1: [N]."""
+        """The number of the record with each of the keys, or -1 if there is none or its image is damaged: [N]."""
         wanted = np.fromiter((key.encode() for key in keys), _RECORD["key"])
         order = np.argsort(self._records["key"], kind="stable")
         at = np.searchsorted(self._records["key"][order], wanted).clip(max=len(order) - 1)
         found = order[at]
         known = self._records["key"][found] == wanted
         self._needed[found[known]] = True
-        return np.where(known, found, -1)
+        candidates = np.flatnonzero(self._needed).tolist()
+        damaged = [
+            number for number in track(candidates, "checking what there is", len(candidates)) if self._damaged(number)
+        ]
+        if damaged:
+            say(f"note: {len(damaged):,} of these images are damaged on the disk, and are encoded anew")
+        self._needed[damaged] = False
+        return np.where(known & self._needed[found], found, -1)
+
+    def _read(self, number: int) -> bytes:
+        log = self._main if number < self._num_main else self._aside
+        return log.read(int(self._records["offset"][number]), int(self._records["size"][number]))
+
+    def _damaged(self, number: int) -> bool:
+        return _crc(self._records[number], self._read(number)) != int(self._records["crc"][number])
 
     def take(self, number: int, label: int) -> Sample:
         """Write the image of a record that `find` gave as the next one."""
         record = self._records[number]
-        key, mode, height, width, offset, size, peak, composed, moments = record.item()
+        _, offset, size, key, mode, height, width, peak, composed, moments = record.item()
         moments = np.array(moments)
         in_place = number == self._num_placed < self._num_main and offset == self._writer.offset_of_next(size)
         if in_place:
@@ -135,8 +163,7 @@ class SplitFile:
             self._num_placed += 1
             return Sample(EncodedImage(mode, height, width, b""), label, moments, peak, composed)
         self._set_aside()
-        log = self._main if number < self._num_main else self._aside
-        image = EncodedImage(mode, height, width, log.read(int(self._records["offset"][number]), size))
+        image = EncodedImage(mode, height, width, self._read(number))
         sample = Sample(image, label, moments, peak, composed)
         self.write(sample, key.decode())
         return sample
@@ -147,10 +174,12 @@ class SplitFile:
         image = sample.image
         offset = self._writer.write(image, sample.label)
         row = (
-            key, image.mode, image.height, image.width, offset, len(image.data),
-            sample.peak, sample.composed, sample.moments,
+            0, offset, len(image.data), key, image.mode, image.height,
+            image.width, sample.peak, sample.composed, sample.moments,
         )  # fmt: skip
-        self._pending.append(np.array(row, _RECORD))
+        record = np.array(row, _RECORD)
+        record["crc"] = _crc(record, image.data)
+        self._pending.append(record)
         if time.monotonic() - self._synced > _SYNC_EVERY_S:
             self._sync()
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from gowide_dist.data.images import Sample
+from gowide_dist.data.images import Item, Sample
 from gowide_dist.data.sources import SourceDataset, listed
 from gowide_dist.errors import DataError
 from gowide_dist.progress import say
@@ -21,25 +21,26 @@ class Tally:
     def __init__(self, bits: int | None):
         self.sides: set[int] = set()
         self._moments, self._num_measured = np.zeros((2, 3)), 0
-        self._bits, self._peak, self._num_peaks = bits, 0, 0
+        self._bits, self._peak, self.num_peaks, self._first = bits, 0, 0, ""
         self.num_composed = 0
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample, item: Item) -> None:
         self.sides |= {sample.image.height, sample.image.width}
         if not np.isnan(sample.moments[0, 0]):
             self._moments += sample.moments
             self._num_measured += 1
         self.num_composed += sample.composed
         if sample.peak:
-            self._peak, self._num_peaks = max(self._peak, sample.peak), self._num_peaks + 1
-            if self._num_peaks == _PEAKS:
+            self._peak, self.num_peaks = max(self._peak, sample.peak), self.num_peaks + 1
+            self._first = self._first or f" ({item} is one)"
+            if self.num_peaks == _PEAKS:
                 self.check_peak()
 
     def check_peak(self) -> None:
         """Raises DataError if the images of 16 bits use fewer, and nobody said how many."""
         if self._bits is None:
             option = "give --bits {}, or the camera's number, or --bits 16 to leave them so"
-            check_peak(self._num_peaks, self._peak, option)
+            check_peak(self.num_peaks, self._peak, option, first=self._first)
 
     @property
     def mean_and_std(self) -> NDArray[np.float64]:
@@ -49,15 +50,15 @@ class Tally:
         return np.stack([mean, np.sqrt(variance.clip(min=MIN_STD**2))])
 
 
-def check_peak(num_images: int, peak: int, option: str, where: str = "") -> None:
+def check_peak(num_images: int, peak: int, option: str, where: str = "", first: str = "") -> None:
     """Raises DataError if images of 16 bits, whose highest value is `peak`, use fewer.
 
-    option: says what to do, with {} for the number of bits.
+    option: says what to do, with {} for the number of bits; first: names one of the images.
     """
     if num_images and (used := max(9, peak.bit_length())) < 16:
         raise DataError(
-            f"{where}{num_images:,} images of 16 bits a channel have values up to {peak:,}: they use {used} bits, and "
-            f"would be dark; {option.format(used)}"
+            f"{where}{num_images:,} images of 16 bits a channel{first} have values up to {peak:,}: they use {used} "
+            f"bits, and would be dark; {option.format(used)}"
         )
 
 

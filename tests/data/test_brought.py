@@ -199,7 +199,8 @@ def test_12_bits_in_16_are_told_with_the_option_that_mends_it(root: Path, tmp_pa
     for path in root.rglob("*.png"):
         path.write_bytes(deep(kind, bits))
     with pytest.raises(
-        DataError, match=rf"6 images of 16 bits .* values up to [\d,]+: they use {bits} bits.*--bits {bits}"
+        DataError,
+        match=rf"6 images of 16 bits a channel \(.*\.png is one\) have values up to [\d,]+: they use {bits} bits.*--bits {bits}",
     ):
         encode("imagefolder", tmp_path / "out", root, RAW)
     encode("imagefolder", tmp_path / "out", root, Options(bits=bits, workers=1))

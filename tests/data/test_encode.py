@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gowide_dist.data.beton import Beton
-from gowide_dist.data.encode import encode
+from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.idx import read_idx
 from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.errors import DataError
@@ -51,7 +51,7 @@ def test_second_encode_does_nothing(idx_root: Path, tmp_path: Path, capsys: pyte
     written = (tmp_path / "out" / "train.beton").stat().st_mtime_ns
     assert encode("fashion-mnist", tmp_path / "out", idx_root) == first
     assert (tmp_path / "out" / "train.beton").stat().st_mtime_ns == written
-    assert "nothing to do" in capsys.readouterr().err
+    assert "nothing to do. If images have changed since, remove it" in capsys.readouterr().err
 
 
 def test_damaged_dataset_is_encoded_again(idx_root: Path, tmp_path: Path):
@@ -71,8 +71,25 @@ def test_dataset_with_damaged_json_is_encoded_again(idx_root: Path, tmp_path: Pa
 def test_another_dataset_is_not_overwritten(idx_root: Path, tmp_path: Path):
     encode("fashion-mnist", tmp_path / "out", idx_root)
     write_fashion_mnist(tmp_path / "other", 40, 20)
-    with pytest.raises(DataError, match="holds another dataset"):
+    with pytest.raises(DataError, match=r"holds another dataset \(root \S+, not \S+/other\)"):
         encode("fashion-mnist", tmp_path / "out", tmp_path / "other")
+    with pytest.raises(DataError, match=r"holds another dataset \(jpg_share 0\.0, not 1\.0, subset None, not 5\)"):
+        encode("fashion-mnist", tmp_path / "out", idx_root, Options(jpg_share=1.0, subset=5))
+
+
+@pytest.mark.parametrize("inside", ["train/out", "val", "Valid/out", "train/class 0"])
+def test_a_folder_among_the_images_is_refused(tmp_path: Path, inside: str):
+    """It would be a class for the next encode."""
+    with pytest.raises(DataError, match=r"is among the images of \S+; choose another --out"):
+        encode("imagefolder", tmp_path / inside, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_options_that_change_nothing_are_told(idx_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    encode("fashion-mnist", tmp_path / "out", idx_root, Options(jpg_share=0.0, quality=50, bits=12))
+    told = capsys.readouterr().err
+    assert "--quality 50: changes nothing" in told
+    assert "--bits 12: changes nothing" in told
 
 
 def test_missing_root_says_what_to_install(tmp_path: Path):

@@ -18,6 +18,7 @@ from PIL import Image
 from gowide_dist.data import workers
 from gowide_dist.data.encode import Options, encode
 from gowide_dist.data.images import encode_sample
+from gowide_dist.data.partial import _RECORD
 from gowide_dist.errors import DataError
 from gowide_dist.stop import WARNING_SIGNAL
 from tests.command import GOWIDE, LIMIT_S, killed_when
@@ -192,6 +193,35 @@ def test_a_torn_journal_and_images_without_a_record(photos: Path, tmp_path: Path
         assert content(tmp_path / name) == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("damaged", ["first", "middle", "all", "moments", "offset", "version"])
+def test_damage_to_what_a_stopped_encode_has_left(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damaged: str
+):
+    encode("imagefolder", tmp_path / "whole", photos, HALF_JPG)
+    Watched(monkeypatch, 50, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        encode("imagefolder", tmp_path / "out", photos, HALF_JPG)
+    partial = tmp_path / "out" / ".partial"
+    data, journal = np.memmap(partial / "train.beton"), np.memmap(partial / "train.journal", _RECORD)
+    if damaged in ("first", "middle", "all"):
+        numbers = {"first": [0], "middle": [20, 21], "all": range(48)}[damaged]
+        data[[int(journal["offset"][number]) + 30 for number in numbers]] ^= 255
+    elif damaged == "moments":
+        numbers = [3]
+        journal["moments"][3] += 1
+    else:  # nothing that follows can be trusted
+        numbers = range(48)
+        journal["offset"][:] = 2**64 - 1 if damaged == "offset" else int.from_bytes(b"0aaf6404", "little")
+    again = Watched(monkeypatch)
+    encode("imagefolder", tmp_path / "out", photos, HALF_JPG)
+    assert again.count == 72 - 48 + len(numbers)
+    note = (
+        "train.journal: damaged, or of another version" if damaged in ("offset", "version") else "damaged on the disk"
+    )
+    assert note in capsys.readouterr().err
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_after_a_full_disk(tmp_path: Path):
     """On a file system of two megabytes, which then gets larger, in a mount namespace of its own."""
     write_fashion_mnist(tmp_path / "idx", 2000, 20)
@@ -231,7 +261,7 @@ def test_a_job_that_is_warned_or_ended_goes_on(large_photos: Path, tmp_path: Pat
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         data = out / ".partial" / "train.beton"
-        while not (data.exists() and data.stat().st_size > 1 << 23):
+        while not (data.exists() and data.stat().st_size > (1 << 23) + 500_000):  # some images, not a part of one
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         os.killpg(process.pid, number)

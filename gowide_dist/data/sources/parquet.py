@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -191,6 +192,8 @@ def _unpack(path: Path, column: str, folder: Path) -> tuple[Path, NDArray[np.int
             if not ends[-1]:
                 raise DataError(f"{path}: its {column} are all empty: it holds paths of images, not the images")
             output.write(np.array(ends, np.int64).tobytes())
+            output.flush()
+            os.fsync(output.fileno())  # before it has its name, so that a power cut leaves none that is cut off
         partial.replace(unpacked)
     num = file.metadata.num_rows + 1
     return unpacked, np.fromfile(unpacked, np.int64, num, offset=unpacked.stat().st_size - 8 * num)
