@@ -77,6 +77,7 @@ AccountingStoragePort=$((PORT0 + 1))
 AccountingStoragePass=$DIR/run/munge.socket
 AccountingStorageTRES=gres/gpu
 X
+  [ -e /etc/hosts ] || die "/etc/hosts is missing, on which the nodes' names are mounted: touch /etc/hosts"
   cp /etc/hosts "$DIR/etc/hosts"
   : > "$DIR/etc/plugstack.conf"
   : > "$DIR/etc/gres.conf"
