@@ -25,7 +25,7 @@ PATH=$PATH:/usr/sbin:/sbin
 die() { echo "devcluster: $*" >&2; exit 2; }
 
 write_settings() {
-  mkdir -p "$DIR"/{etc,log,run,state,spool,mysql,munge}
+  mkdir -p "$DIR"/{etc,log,run,state,spool,mysql,tmp,munge}
   chmod 755 "$DIR" "$DIR/etc" "$DIR/run"; chmod 700 "$DIR/munge"
   [ -f "$DIR/munge/key" ] || { head -c 1024 /dev/urandom > "$DIR/munge/key"; chmod 400 "$DIR/munge/key"; }
   cat > "$SLURM_CONF" <<X
@@ -157,9 +157,10 @@ up() {
   trap down EXIT   # also when something does not come up
   start munged munged -F --force --socket="$DIR/run/munge.socket" --key-file="$DIR/munge/key" --num-threads=4 \
     --log-file="$DIR/log/munged.log" --pid-file="$DIR/run/munged.pid" --seed-file="$DIR/munge/seed"
-  [ -d "$DIR/mysql/mysql" ] || mariadb-install-db --no-defaults --user="$ME" --datadir="$DIR/mysql" \
+  # In one folder for temporary files, a MariaDB that starts deletes those of another.
+  [ -d "$DIR/mysql/mysql" ] || mariadb-install-db --no-defaults --user="$ME" --datadir="$DIR/mysql" --tmpdir="$DIR/tmp" \
     --auth-root-authentication-method=normal --skip-test-db --skip-name-resolve > "$DIR/log/mysql-install.log" 2>&1
-  start mariadbd mariadbd --no-defaults --user="$ME" --datadir="$DIR/mysql" --socket="$DIR/mysql/mysql.sock" \
+  start mariadbd mariadbd --no-defaults --user="$ME" --datadir="$DIR/mysql" --tmpdir="$DIR/tmp" --socket="$DIR/mysql/mysql.sock" \
     --pid-file="$DIR/mysql/mysql.pid" --skip-networking --innodb-buffer-pool-size=64M \
     --innodb-flush-log-at-trx-commit=0 --innodb-lock-wait-timeout=900
   wait_for 30 mariadbd mariadb-admin --no-defaults --user=root --socket="$DIR/mysql/mysql.sock" ping
