@@ -3,7 +3,8 @@
 #   slurm/container/build.sh gowide.sqsh [OPTION OF MMDEBSTRAP]...
 set -euo pipefail
 usage="slurm/container/build.sh gowide.sqsh (for enroot, Apptainer) or gowide.tar (for docker import) [OPTION OF MMDEBSTRAP]..."
-out=${1:?$usage}
+[ $# -gt 0 ] || { echo "usage: $usage" >&2 && exit 2; }
+out=$1
 shift
 case $out in
   *.sqsh) pack=(tar2sqfs --quiet --compressor zstd --comp-extra level=3 "$out.part") ;;
