@@ -169,7 +169,7 @@ def test_an_error_of_a_gpu_in_a_thread_reaches_the_consumer(
         next(loader.batches())
     loader.close()
     assert time.monotonic() - start < 60
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # those of an earlier test may end meanwhile
     assert capfd.readouterr().err == ""
 
 
