@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from gowide_dist.recipe import Data, Instance, Recipe
-from gowide_dist.stages import KlStage, LabelsStage, Optim, Ramp, Schedule, Stage
+from gowide_dist.stages import KlStage, LabelsStage, LogitsStage, Optim, Ramp, Schedule, Stage
 from gowide_dist.timeline import Batching, Timeline
 
 _OF_TRAINING = ("optim", "schedule", "ramp", "mixup", "cutmix", "label_smoothing", "class_weights")
@@ -41,7 +41,8 @@ def _of_start(instance: Instance, recipe: Recipe) -> Iterator[str]:
     if teacher is None or not stage.epochs:
         return
     takes_all = getattr(stage, "start", "fresh") != "fresh" and teacher.architecture == instance.architecture
-    if takes_all or instance.init == teacher.key:
+    is_rounded = isinstance(stage, LogitsStage) and stage.quantised
+    if takes_all or (instance.init == teacher.key and not is_rounded):
         yield "teacher: its weights are those that the stage starts from: they agree before the first step"
 
 

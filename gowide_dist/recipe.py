@@ -42,7 +42,7 @@ from gowide_dist.schema import (
     read_yaml,
     validate,
 )
-from gowide_dist.stages import BlocksStage, File, KlStage, MixedStage, Stage, TaughtStage
+from gowide_dist.stages import BlocksStage, File, KlStage, LogitsStage, Stage, TaughtStage
 from gowide_dist.timeline import Batching
 
 
@@ -258,6 +258,7 @@ class Recipe(Frozen):
         for instance in instances.values():
             _check_parents(instance, instances)
             _check_classifier(instance, instances)
+            _check_teacher_bits(instance, instances)
             _check_ramp(instance, self.data)
         return _in_order(instances)
 
@@ -294,7 +295,7 @@ class Recipe(Frozen):
                     f"stages.{name}.optim.accumulate: the local batch of {local_batch} images is not divisible by "
                     f"{accumulate}"
                 )
-            if isinstance(stage, MixedStage) and stage.is_mixed and local_batch % 2:
+            if isinstance(stage, LogitsStage) and stage.is_mixed and local_batch % 2:
                 raise RecipeError(
                     f"stages.{name}: {'mixup' if stage.mixup else 'cutmix'} mixes pairs of images, but the local batch "
                     f"of {local_batch} is odd; take a batch_size that is a multiple of {2 * num_processes}"
@@ -469,6 +470,15 @@ def _check_classifier(instance: Instance, instances: Mapping[str, Instance]) -> 
         own = ", or take classifier: fresh here" if isinstance(stage, BlocksStage) else ""
         fault = f"the classifier of {source.key} is drawn at random (classifier: fresh) and never trained (epochs: 0)"
         raise RecipeError(f"stages.{instance.stage_name}.teacher: {fault}; train it for some epochs{own}")
+
+
+def _check_teacher_bits(instance: Instance, instances: Mapping[str, Instance]) -> None:
+    """Raises RecipeError if the teacher was trained in 8 bits."""
+    source = instances.get(instance.teacher or "")
+    if source and isinstance(source.stage, LogitsStage) and source.stage.quantised:
+        better = source.init or "a network of full precision"
+        fault = f"{source.key} is trained to be rounded to 8 bits (quantised)"
+        raise RecipeError(f"stages.{instance.stage_name}.teacher: {fault}; learn from {better}")
 
 
 def _check_ramp(instance: Instance, data: Data) -> None:

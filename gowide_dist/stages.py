@@ -150,23 +150,33 @@ class StageBase(Frozen):
         return self
 
 
-class MixedStage(StageBase):
-    """Settings of every stage that can learn from labels, and whose training images can be mixed in pairs.
+class LogitsStage(StageBase):
+    """Settings of every stage that trains by a network's logits.
 
-    With mixup and cutmix, half of the pairs each.
+    Its training images can be mixed in pairs; with mixup and cutmix, half of the pairs each.
     """
 
     mixup: Alpha = 0.0  # alpha of the Beta distribution of an image's own part; 0: no mixup
     cutmix: Alpha = 0.0  # the same for CutMix, in which a box of the partner covers the rest
     # balanced: an image's cross-entropy in training is weighted by N / (K times the N_k training images of its class)
     class_weights: Literal["balanced"] | None = None
+    # the network computes as its file of 8 bits will, so that it learns to; symmetric: as without zero points
+    quantised: Literal[False, True, "symmetric"] = False
 
     @property
     def is_mixed(self) -> bool:
         return bool(self.mixup or self.cutmix)
 
+    @model_validator(mode="after")
+    def _check_quantised(self) -> LogitsStage:
+        if self.quantised and not (self.epochs and self.init):
+            raise ValueError("quantised: fine-tunes a network; give epochs, and init, the weights that it starts from")
+        if self.quantised and self.ramp:
+            raise ValueError("quantised: needs images of one size; leave ramp out")
+        return self
 
-class LabelsStage(MixedStage):
+
+class LabelsStage(LogitsStage):
     """Cross-entropy on the labels."""
 
     objective: Literal["labels"]
@@ -235,7 +245,7 @@ class BlocksStage(TaughtStage):
         return self
 
 
-class KlStage(TaughtStage, MixedStage):
+class KlStage(TaughtStage, LogitsStage):
     """Distillation of the teacher's logits at a temperature, mixed with cross-entropy and with block errors."""
 
     objective: Literal["kl"]
@@ -262,6 +272,8 @@ class KlStage(TaughtStage, MixedStage):
     def _check_loss(self) -> KlStage:
         if self.blocks_weight and self.has_stored_logits:
             raise ValueError("blocks_weight: needs teacher_logits: live; outputs of blocks are not stored")
+        if self.blocks_weight and self.quantised:
+            raise ValueError("blocks_weight: compares blocks, and a network of 8 bits gives logits alone; leave it out")
         if self.class_weights and not self.labels_weight:
             raise ValueError("class_weights: weights the cross-entropy on the labels; set a labels_weight above 0")
         if self.loss == "dkd" and self.is_mixed:

@@ -24,11 +24,21 @@ if TYPE_CHECKING:
 METADATA = "gowide_dist"  # key in the metadata of a file of weights, the only one
 
 
+class Quantisation(BaseModel):
+    """How a network that is trained to be rounded to 8 bits is rounded; see `networks.quantised`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    symmetric: bool  # without zero points
+    ranges: tuple[tuple[float, float], ...]  # the least and the largest value of each activation, in their order
+
+
 class Preprocessing(BaseModel):
     """How images are prepared for a network, and the names of the classes of its logits.
 
     An image is resized so that its shorter side has `resize_px`, cut to the `resolution` px in its middle, and
     normalised: (pixel / 255 - mean) / std. background, bits: as the training images were encoded, see `Storage`.
+    quantisation: of the network itself, if it is rounded.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,9 +50,12 @@ class Preprocessing(BaseModel):
     std: Channels
     background: str = "white"
     bits: int | None = None
+    quantisation: Quantisation | None = None
 
     @classmethod
-    def of(cls, data: Data, info: DatasetInfo, normalise: Normalise) -> Preprocessing:
+    def of(
+        cls, data: Data, info: DatasetInfo, normalise: Normalise, quantisation: Quantisation | None = None
+    ) -> Preprocessing:
         """Of a network that is trained on a recipe's data."""
         encoding = {key: info.encoding[key] for key in ("background", "bits") if info.encoding.get(key) is not None}
         return cls.model_validate(
@@ -53,6 +66,7 @@ class Preprocessing(BaseModel):
                 "mean": normalise.mean or info.mean,
                 "std": normalise.std or info.std,
                 **encoding,
+                "quantisation": quantisation,
             }
         )
 

@@ -21,6 +21,7 @@ import struct
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,10 +29,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 Forward = Callable[[Any], Any]  # images, uint8 [B, H, H, 3] -> logits, float32 [B, K]
+RECTIFIERS = "Relu", "Clip"
 
 
 def convert_onnx(source: str, target: str, job: dict[str, Any]) -> None:
-    """model.pt2 -> model.onnx. opset: None for the exporter's own; batch: None for any number of images."""
+    """model.pt2 -> model.onnx. opset: None for the exporter's own; batch: None for any number of images.
+
+    names: where to write the names of its tensors by those of the program's nodes.
+    """
     import onnx
     import torch
 
@@ -44,6 +49,9 @@ def convert_onnx(source: str, target: str, job: dict[str, Any]) -> None:
         verbose=False,
     ).model_proto
     graph = model.graph
+    nodes = {tensor: _entry(node, "pkg.torch.onnx.fx_node") for node in graph.node for tensor in node.output[:1]}
+    names = {text.partition(" ")[0].lstrip("%"): tensor for tensor, text in nodes.items()}  # of several the last
+    Path(job["names"]).write_text(json.dumps(names))
     for entry in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         entry.ClearField("metadata_props")  # the exporter's notes, many times the size of the graph
     if job["opset"] not in (None, model.opset_import[0].version):
@@ -53,25 +61,85 @@ def convert_onnx(source: str, target: str, job: dict[str, Any]) -> None:
 
 
 def convert_onnx_int8(source: str, target: str, job: dict[str, Any]) -> None:
-    """model.onnx -> model.int8.onnx: weights quantised per channel, activations by the images of `calibration`.
+    """model.onnx -> model.int8.onnx: weights quantised per channel, activations by the images of `calibration`, but for
+    those whose `ranges`, by nodes of the program, the network was trained with.
 
     Signed weights and signed activations: with unsigned ones, processors without VNNI add pairs of products in 16 bits
     and saturate (ten points of top-1 on Fashion-MNIST). symmetric: without zero points, which some accelerators want.
     """
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc, unused-ignore]
-        inputs = iter(_in_batches(np.load(job["calibration"]), job["batch"] or 64))
+        batches = iter(_in_batches(np.load(job["calibration"]), job["batch"] or 64))
 
         def get_next(self) -> Any:
-            images = next(self.inputs, None)
+            images = next(self.batches, None)
             return None if images is None else {"images": images}
 
     quant_pre_process(source, target, skip_optimization=True, skip_symbolic_shape=True)
+    names = json.loads(Path(job["names"]).read_text())
+    limits = {names[node]: tuple(limits) for node, limits in job["ranges"].items()}
+    limits |= _before_rectifiers(target, limits)
+    overrides = {name: [{"rmin": np.float32(low), "rmax": np.float32(high)}] for name, (low, high) in limits.items()}
     signed, options = QuantType.QInt8, {"ActivationSymmetric": job["symmetric"], "WeightSymmetric": True}
+    # logits stay as they are: in 8 bits the best two would often be equal
+    options |= {"TensorQuantOverrides": overrides, "OpTypesToExcludeOutputQuantization": ["Gemm"]}
     types = {"activation_type": signed, "weight_type": signed}
     quantize_static(target, target, Reader(), per_channel=True, **types, extra_options=options)
+    _limit_weights(target, onnx.load(source))
+
+
+def _before_rectifiers(path: str, limits: dict[str, Any]) -> dict[str, Any]:
+    """The ranges of tensors that only a rectifier reads, which is an operation of its own without zero points: those of
+    what it gives, for it cuts off the rest.
+    """
+    import onnx
+
+    nodes = onnx.load(path).graph.node
+    reads = Counter(name for node in nodes for name in node.input)
+    pairs = ((node.input[0], node.output[0]) for node in nodes if node.op_type in RECTIFIERS)
+    return {before: limits[after] for before, after in pairs if reads[before] == 1 and after in limits}
+
+
+def _limit_weights(path: str, unrounded: Any) -> None:
+    """Round those weights and biases of a file again whose steps are coarser than the steps of what they give.
+
+    A channel whose input is always zero had no variance in training, and by its batch norm it has huge weights: a step
+    of its bias, which is that of the weights times that of the input, would be as coarse. They are cut off instead.
+    """
+    import onnx
+    from onnx.numpy_helper import from_array, to_array
+
+    model = onnx.load(path)
+    stored = {each.name: each for each in model.graph.initializer}
+    weights = {each.name: to_array(each) for each in unrounded.graph.initializer}
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    steps_of = {node.input[0]: node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+
+    def replace(name: str, values: Any) -> None:
+        stored[name].CopyFrom(from_array(values.astype(to_array(stored[name]).dtype), name))
+
+    for node in model.graph.node:
+        if node.op_type != "Conv" or len(node.input) < 3 or node.output[0] not in steps_of:
+            continue
+        read, weight, bias = (made_by[name].input for name in node.input)  # of DequantizeLinear: values, step, zero
+        step, weight_steps = (to_array(stored[name]) for name in (read[1], weight[1]))
+        allowed = to_array(stored[steps_of[node.output[0]]]) / step
+        if (weight_steps > allowed).any():
+            kept = np.minimum(weight_steps, allowed)
+            numbers = weights[weight[0].removesuffix("_quantized")] / kept.reshape(-1, 1, 1, 1)
+            replace(weight[1], kept)
+            replace(weight[0], np.clip(np.rint(numbers), -127, 127))
+            replace(bias[1], step * kept)
+            replace(bias[0], np.rint(weights[bias[0].removesuffix("_quantized")] / (step * kept)))
+    onnx.save(model, path)
+
+
+def _entry(node: Any, key: str) -> str:
+    """What an ONNX node's metadata say under a key."""
+    return next((entry.value for entry in node.metadata_props if entry.key == key), "")
 
 
 def convert_openvino(source: str, target: str, job: dict[str, Any]) -> None:

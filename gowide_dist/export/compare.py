@@ -15,6 +15,7 @@ from gowide_dist.export.process import BackendError, missing_packages, running
 from gowide_dist.insight import text
 from gowide_dist.insight.latency import latency_ms
 from gowide_dist.insight.trained import Classifier, Images, Trained, predict
+from gowide_dist.networks.quantised import unrounded
 from gowide_dist.progress import say
 
 LOGITS_TOLERANCE = 1e-4  # difference of a float32 file's logits from PyTorch's, relative to the largest if above 1
@@ -24,19 +25,26 @@ MAX_INT8_LOSS = 0.5  # points of top-1; with more the user is warned
 class Comparison:
     """The network's own logits on all validation images, to compare those of its files with.
 
-    pytorch: the network's own figures, as `runtimes` gives a file's.
+    A network that is trained to be rounded has two kinds: of float32, and as it is trained, for its files of 8 bits.
+    pytorch, rounded: the network's own figures, as `runtimes` gives a file's.
     """
 
     def __init__(self, trained: Trained, request: Request, validation: Images) -> None:
         self._request, self._validation = request, validation
         self._image = [trained.recipe.data.resolution] * 2 + [3]
-        classifier = Classifier(trained.network(), trained.preprocessing).eval()
+        network = trained.network()
+        classifier = Classifier(unrounded(network), trained.preprocessing).eval()
         self._expected, self._labels = predict(classifier, validation, "validating PyTorch")
         self.num_images, self._num_classes = self._expected.shape
         with torch.inference_mode():
             noise = torch.randint(256, (request.batch or 1, *self._image), dtype=torch.uint8)
             latency = {str(len(noise)): round(latency_ms(classifier, noise), 3)}
-        self.pytorch = {"latency_ms": latency, **self._figures(self._expected)}
+        self.pytorch = {"latency_ms": latency, **self._figures(self._expected, self._expected)}
+        self._expected_int8, self.rounded = self._expected, None
+        if network is not classifier.network:
+            classifier = Classifier(network, trained.preprocessing).eval()
+            self._expected_int8, _ = predict(classifier, validation, "validating PyTorch, rounded to 8 bits")
+            self.rounded = self._figures(self._expected_int8, self._expected_int8)
 
     def runtimes(self, name: str, folder: Path) -> dict[str, Any]:
         """The figures of a format's file in each of its runtimes, by name; `not_run` says why where there are none.
@@ -69,19 +77,20 @@ class Comparison:
                     ) from error
                 figures[runtime.name] = {"not_run": str(error)}
                 continue
-            figures[runtime.name] = {**answer, **self._figures(logits)}
+            expected = self._expected_int8 if is_int8(name) else self._expected
+            figures[runtime.name] = {**answer, **self._figures(logits, expected)}
             if not is_int8(name) and (fault := self._fault(figures[runtime.name]["largest_logit_difference"])):
                 if runtime == form.runtimes[0]:
                     raise InternalError(f"{file} in {runtime.name}: {fault}; nothing was written")
                 say(f"warning: {file} in {runtime.name}: {fault}; the file is right, take another runtime")
         return figures
 
-    def _figures(self, logits: Tensor) -> dict[str, Any]:
+    def _figures(self, logits: Tensor, expected: Tensor) -> dict[str, Any]:
         best, has_labels = logits.argmax(dim=1), bool((self._labels >= 0).all())
         return {
             "top1": 100 * float((best == self._labels).double().mean()) if has_labels else None,
-            "top1_agreement": 100 * float((best == self._expected.argmax(dim=1)).double().mean()),
-            "largest_logit_difference": float((logits - self._expected).abs().max()),
+            "top1_agreement": 100 * float((best == expected.argmax(dim=1)).double().mean()),
+            "largest_logit_difference": float((logits - expected).abs().max()),
         }
 
     def _fault(self, difference: float) -> str:
@@ -93,13 +102,15 @@ class Comparison:
         return f"logits differ by up to {difference:.2g} from PyTorch's on {images}, {allowed:.2g} is allowed"
 
     def warn_of_losses(self, formats: Mapping[str, Any]) -> None:
-        """Say which files of 8 bits lose more accuracy than they should."""
+        """Say which files of 8 bits lose more accuracy than they should, and what helps."""
+        helps = "take the float32 file" + ("" if self.rounded else ", or train `quantised: true` (docs/export.md)")
+        own = (self.rounded or self.pytorch)["top1"]
         for name, form in formats.items():
             for runtime, figures in form["runtimes"].items() if is_int8(name) else ():
-                own, top1 = self.pytorch["top1"], figures.get("top1")
+                top1 = figures.get("top1")
                 if own is not None and top1 is not None and own - top1 > MAX_INT8_LOSS:
                     file = FORMATS[name].files[0]
-                    say(f"warning: {file} in {runtime} loses {own - top1:.2f} points of top-1; take the float32 file")
+                    say(f"warning: {file} in {runtime} loses {own - top1:.2f} points of top-1; {helps}")
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -114,6 +125,8 @@ def table(report: Mapping[str, Any]) -> str:
     }
     rows, notes = [], []
     runs = [("(PyTorch, eager)", "", report["pytorch"])]
+    if report["rounded"]:
+        runs.append(("(PyTorch, rounded to 8 bits)", "", report["rounded"]))
     for form in report["formats"].values():
         file = next(iter(form["files"]))
         size = {"megabytes": sum(each["bytes"] for each in form["files"].values()) / 1e6}

@@ -38,7 +38,7 @@ def export(trained: Trained, to: Path, request: Request, data: Path | None = Non
     Raises UserError if packages are missing or the folder holds anything else, InternalError if a conversion fails or
     logits differ too much; then nothing is written.
     """
-    to = to.absolute()
+    to, request = to.absolute(), request.of(trained.preprocessing.quantisation)
     train, val = _data_files(trained, data)
     if not train and (left_out := [name for name in request.formats if is_int8(name)]):
         say(f"note: {', '.join(left_out)} left out: no training images to calibrate; --data DIR says where they are")
@@ -148,6 +148,7 @@ def _write(folder: Path, trained: Trained, request: Request, train: Path | None,
         "validation": {"data": str(val) if val else "noise", "images": comparison.num_images},
         "calibration": writer.calibration,
         "pytorch": comparison.pytorch,
+        "rounded": comparison.rounded,
         "formats": formats,
     }
 
@@ -174,11 +175,12 @@ def config(trained: Trained, batch: int | None = None) -> dict[str, Any]:
     batch: the number of images that the files take at once; None: any, but for formats that have no such files.
     """
     architecture, preprocessing = trained.instance.architecture, trained.preprocessing
-    side, num_classes = preprocessing.resolution, len(preprocessing.classes)
+    side, num_classes, rounding = preprocessing.resolution, len(preprocessing.classes), preprocessing.quantisation
     # as images are decoded: no copy for the caller, channels_last inside
     shape = [batch or "batch", side, side, 3]
     counterparts = {"torchvision": in_torchvision(architecture), "timm": in_timm(architecture)}
     return {
+        **({"quantised": "symmetric" if rounding.symmetric else True} if rounding else {}),
         **trained.done.model_dump(include={"stage", "network", "top1", "top5", "fingerprint", "model_sha256"}),
         "architecture": architecture.model_dump(mode="json", exclude={"normalise"}),
         **{

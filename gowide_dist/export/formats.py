@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from gowide_dist.data.preprocessing import Quantisation
 from gowide_dist.errors import UserError
 from gowide_dist.export.process import missing_packages
 from gowide_dist.schema import nearest
@@ -100,6 +101,16 @@ class Request:
         for family in self.converters:
             if not _has(self.formats, family):
                 raise UserError(f"--converter {family}: --format asks for no {family}; add it, or leave this out")
+
+    def of(self, quantisation: Quantisation | None) -> Request:
+        """The same for a network that is trained to be rounded in one way. Raises UserError if another is asked for."""
+        if quantisation is None:
+            return self
+        if self.symmetric and not quantisation.symmetric:
+            raise UserError(
+                "--symmetric: it is trained with zero points; leave it out, or train `quantised: symmetric`"
+            )
+        return replace(self, symmetric=quantisation.symmetric and "onnx-int8" in with_sources(self.formats))
 
     def without(self, names: Collection[str]) -> Request:
         """The same but for some formats, and for options that are of these alone."""

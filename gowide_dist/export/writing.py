@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from gowide_dist.errors import InternalError
 from gowide_dist.export.counterparts import in_timm, timm_config, timm_weights
@@ -22,9 +22,11 @@ from gowide_dist.export.process import BackendError, convert
 from gowide_dist.insight.trained import Classifier, Trained
 from gowide_dist.networks.folding import fold_batch_norms
 from gowide_dist.networks.foreign import Foreign
+from gowide_dist.networks.quantised import Range, exported, rounded_nodes, unrounded
 
 CALIBRATION_IMAGES = 512
 _CALIBRATION = "calibration.npy"
+_NAMES = "names.json"
 
 
 class FormatWriter:
@@ -36,6 +38,7 @@ class FormatWriter:
     def __init__(self, folder: Path, trained: Trained, request: Request, train: Path | None) -> None:
         self._folder, self._trained, self._request, self._train = folder, trained, request, train
         self.calibration: dict[str, Any] | None = None
+        self._ranges: dict[str, Range] = {}  # of activations, by the nodes of the program that give them
 
     def write(self, name: str) -> None:
         """Write the files of a format. Raises InternalError if the network cannot be converted."""
@@ -54,7 +57,7 @@ class FormatWriter:
     def remove_all_but(self, names: Collection[str]) -> None:
         """Remove what was written on the way to the formats `names`."""
         kept = {file for name in names for file in FORMATS[name].files}
-        for file in {_CALIBRATION, *(file for form in FORMATS.values() for file in form.files)} - kept:
+        for file in {_CALIBRATION, _NAMES, *(file for form in FORMATS.values() for file in form.files)} - kept:
             (self._folder / file).unlink(missing_ok=True)
 
     def _write_timm(self, config: Path) -> None:
@@ -68,8 +71,12 @@ class FormatWriter:
     def _write_program(self, path: Path, batch: int | None) -> None:
         """The graph of the classifier, batch norms folded, for `batch` images, or for any number."""
         trained = self._trained
-        classifier = Classifier(fold_batch_norms(trained.network()), trained.preprocessing).eval()
+        classifier = Classifier(fold_batch_norms(unrounded(trained.network())), trained.preprocessing).eval()
         program = _program(classifier, trained.recipe.data.resolution, batch)
+        if rounding := trained.preprocessing.quantisation:
+            graph = program.run_decompositions({}).module(check_guards=False).graph
+            names = (node.name for node in rounded_nodes(graph))
+            self._ranges = dict(zip(names, rounding.ranges, strict=True))
         content = io.BytesIO()  # PyTorch's own writing of a file aborts the process on a full disk
         torch.export.save(program, content)
         path.write_bytes(content.getbuffer())
@@ -87,6 +94,8 @@ class FormatWriter:
             "opset": self._request.opset,
             "symmetric": self._request.symmetric,
             "calibration": self._calibration_images() if is_int8(name) else None,
+            "names": str(self._folder / _NAMES),
+            "ranges": self._ranges,
         }
         try:
             convert(self._request.python(name), job)
@@ -108,11 +117,10 @@ class FormatWriter:
 
 def _program(classifier: Classifier, resolution: int, batch: int | None) -> ExportedProgram:
     """The graph of a classifier for `batch` images; None: for any number."""
-    shapes = None if batch else {"images": {0: Dim("batch", min=1)}}
     # for any number of images an example of more than one, which would become a constant
     example = torch.zeros(batch or 2, resolution, resolution, 3, dtype=torch.uint8)
     try:
-        program = torch.export.export(classifier, (example,), dynamic_shapes=shapes)
+        program = exported(classifier, example, batch)
     except Exception as error:
         settings: object = classifier.network.architecture
         if isinstance(settings, Foreign):  # whose code may do what no graph can say

@@ -18,6 +18,7 @@ from gowide_dist.errors import UserError
 from gowide_dist.files import write_atomically
 from gowide_dist.insight.results import MEASURED_FILE, Row, read_measured, teacher_of
 from gowide_dist.insight.trained import Classifier, open_trained, predict
+from gowide_dist.networks.quantised import unrounded
 from gowide_dist.pipeline import load_model
 from gowide_dist.progress import say
 from gowide_dist.recipe import Recipe
@@ -68,7 +69,7 @@ def measure_networks(run: Run, recipe: Recipe) -> dict[str, Row]:
 
 def _latency(run: Run, key: str, side: int) -> Row:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = load_model(run.path, *key.split("/")).to(device).to(memory_format=torch.channels_last)
+    network = unrounded(load_model(run.path, *key.split("/"))).to(device).to(memory_format=torch.channels_last)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     images = torch.rand(64, 3, side, side, device=device).to(memory_format=torch.channels_last)
     with torch.inference_mode():  # to the CPU: waits for a GPU

@@ -15,24 +15,77 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.wrapped import Wrapped, contained
 
+Pair = tuple[str, str]  # names of a convolution and of the batch norm that alone reads it
+
 
 def fold_batch_norms(network: Network) -> Network:
     """A copy in eval mode whose convolutions, with a bias each, do the scaling and shifting of their batch norms.
 
     Works on any device, the meta device too.
     """
+    return fold(network)[0]
+
+
+def fold(network: Network) -> tuple[Network, list[Pair]]:
+    """`fold_batch_norms`, and the pairs of layers that became one, by their names in `network.plain`.
+
+    Another's network has those of its pairs folded whose convolutions nothing else is seen to read. Its code may look
+    at them unseen: if its answers change by more than rounding, it stays as it is.
+    """
     network = copy.deepcopy(network).eval()
-    if isinstance(network, Wrapped):
-        return _fold_others(network)
-    for module in network.modules():
-        for conv_name, norm_name in _foldable(module):
-            conv, norm = getattr(module, conv_name), getattr(module, norm_name)
-            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-            setattr(module, norm_name, nn.Identity())
-    return network
+    if not isinstance(network, Wrapped):
+        pairs = _own_pairs(network)
+        _merge(network, pairs)
+        return network, pairs
+    # Of a copy: some keep what they have computed, here with its graph, which nothing can copy.
+    if not (network.side and (pairs := _pairs(copy.deepcopy(network)))):
+        return network, []
+    folded = copy.deepcopy(network)
+    _merge(folded, pairs)
+    return (folded, pairs) if _answer_alike(network, folded) else (network, [])
 
 
-def _foldable(module: nn.Module) -> list[tuple[str, str]]:
+def unfolded(network: Network, folded: Network, pairs: Iterable[Pair]) -> dict[str, Tensor]:
+    """The weights of a folded network under the names of the network that it was folded from.
+
+    Its batch norms only add what was folded into a bias: folded again they give the same, up to rounding.
+    """
+    weights = {name: tensor.detach().clone() for name, tensor in network.plain.state_dict().items()}
+    given = folded.plain.state_dict()
+    weights |= {name: given[name] for name in weights.keys() & given.keys()}
+    for conv_name, norm_name in pairs:
+        norm, bias = network.plain.get_submodule(norm_name), f"{conv_name}.bias"
+        is_known = bias in weights  # the convolution has had one of its own, which holds all now
+        plain = {
+            "weight": torch.ones_like(given[bias]),
+            "bias": torch.zeros_like(given[bias]),
+            "running_mean": torch.zeros_like(given[bias]) if is_known else -given[bias],
+            "running_var": torch.full_like(given[bias], 1 - cast(float, norm.eps)),
+        }
+        for name, tensor in plain.items():
+            if f"{norm_name}.{name}" in weights:
+                weights[f"{norm_name}.{name}"] = tensor
+    return weights
+
+
+def _merge(network: Network, pairs: Iterable[Pair]) -> None:
+    """Multiply each batch norm into its convolution, in place."""
+    for conv_name, norm_name in pairs:
+        conv, norm = (network.plain.get_submodule(name) for name in (conv_name, norm_name))
+        network.plain.set_submodule(conv_name, fuse_conv_bn_eval(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm)))
+        network.plain.set_submodule(norm_name, nn.Sequential(*norm.children()))
+
+
+def _own_pairs(network: Network) -> list[Pair]:
+    return [
+        (f"{prefix}{conv_name}", f"{prefix}{norm_name}")
+        for name, module in network.plain.named_modules()
+        for prefix in [f"{name}." if name else ""]
+        for conv_name, norm_name in _foldable(module)
+    ]
+
+
+def _foldable(module: nn.Module) -> list[Pair]:
     """The names of a module's convolutions and of the batch norms that read them alone."""
     if type(module).forward is not nn.Sequential.forward:
         return list(getattr(module, "foldable", ()))
@@ -44,24 +97,8 @@ def _foldable(module: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
-def _fold_others(network: Wrapped) -> Wrapped:
-    """Another's network, in eval mode, with those batch norms folded whose convolutions nothing else is seen to read.
-
-    Its code may look at them unseen: if its answers change by more than rounding, it stays as it is.
-    """
-    # Of a copy: some keep what they have computed, here with its graph, which nothing can copy.
-    if not (network.side and (pairs := _pairs(copy.deepcopy(network)))):
-        return network
-    folded = copy.deepcopy(network)
-    for conv_name, norm_name in pairs:
-        conv, norm = (folded.plain.get_submodule(name) for name in (conv_name, norm_name))
-        folded.plain.set_submodule(conv_name, fuse_conv_bn_eval(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm)))
-        folded.plain.set_submodule(norm_name, nn.Sequential(*norm.children()))
-    return folded if _answer_alike(network, folded) else network
-
-
-def _pairs(network: Wrapped) -> list[tuple[str, str]]:
-    """Names of convolutions and of the batch norms that alone read them, as the graph of autograd shows."""
+def _pairs(network: Wrapped) -> list[Pair]:
+    """The pairs that can be folded, as the graph of autograd shows."""
     names: dict[Any, str] = {}  # of convolutions, by their node of the graph
     found: list[tuple[Any, str]] = []
     calls: Counter[str] = Counter()

@@ -28,7 +28,7 @@ from gowide_dist.recipe import Instance, Recipe
 from gowide_dist.stages import Stage
 from gowide_dist.timeline import Batching
 from gowide_dist.train.context import COMPUTE_DTYPES
-from gowide_dist.train.objectives import Objective, build_objective
+from gowide_dist.train.objectives import Objective, as_trained, build_objective
 
 _IMAGES = 8  # of a batch where only multiply-adds are wanted
 IMPORTS = 500_000_000  # bytes of PyTorch once it is loaded, about
@@ -128,7 +128,7 @@ def _count_on(
     learner.freeze_unused(side)
     with device:
         teacher = Teacher(network) if network else None
-        objective = build_objective(stage, learner, teacher)
+        objective = build_objective(stage, as_trained(learner, stage, side), teacher)
     images, labels = _batch(num_images, side, device)
     phases = [_count_phase(objective, teacher, phase, images, labels) for phase in range(objective.num_phases)]
     macs, trained, _, _ = zip(*phases, strict=True)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from gowide_dist.networks.network import Network
+from gowide_dist.networks.quantised import Quantised
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.transforms import linear_transform, merged
-from gowide_dist.stages import BlocksStage, KlStage, LabelsStage
+from gowide_dist.stages import BlocksStage, KlStage, LabelsStage, LogitsStage, Stage
 from gowide_dist.train.losses import (
     Targets,
     accuracy,
@@ -259,6 +260,16 @@ class Blocks(Objective):
         x = self.student.block(index, x if index == 0 else self.down[index - 1](x))
         compared = self.up[index](x)
         return (compared if self.student.merges else x), compared
+
+
+def as_trained(network: Network, stage: Stage, side: int) -> Network:
+    """The network as a stage trains it: with rounded weights and activations, if that is `quantised`.
+
+    side: px, of all images. Raises RecipeError if it cannot be quantised.
+    """
+    if not (isinstance(stage, LogitsStage) and stage.quantised):
+        return network
+    return Quantised(network, side, symmetric=stage.quantised == "symmetric")
 
 
 def build_objective(

@@ -9,20 +9,22 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from gowide_dist.data.preprocessing import read_preprocessing
 from gowide_dist.networks.build import build_network, build_unseeded
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.pruning import take_over, take_over_strongest
+from gowide_dist.networks.quantised import Quantised
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
 from gowide_dist.networks.wrapped import synchronised
 from gowide_dist.recipe import Instance
 from gowide_dist.run import Run
-from gowide_dist.stages import KlStage, MixedStage, Stage, TaughtStage
+from gowide_dist.stages import KlStage, LogitsStage, Stage, TaughtStage
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.checkpoint import load_checkpoint, whole_checkpoints
 from gowide_dist.train.context import COMPUTE_DTYPES, TrainContext
 from gowide_dist.train.metrics import StreamDigest
-from gowide_dist.train.objectives import Objective, build_objective
+from gowide_dist.train.objectives import Objective, as_trained, build_objective
 from gowide_dist.train.stream import Stream
 from gowide_dist.train.student import Student
 from gowide_dist.train.teacher_logits import Layout, TeacherLogits, stored_logits
@@ -101,10 +103,11 @@ def _initial_objective(
     if copy := TAKE_OVER[_start(instance.stage)]:
         assert teacher_network is not None
         copy(network, teacher_network)
-    is_weighted = isinstance(instance.stage, MixedStage) and instance.stage.class_weights
+    is_weighted = isinstance(instance.stage, LogitsStage) and instance.stage.class_weights
     class_weights = stream.class_weights() if is_weighted else None
     network = ctx.place(network)
     network.freeze_unused(ctx.recipe.data.resolution)
+    network = as_trained(network, instance.stage, ctx.recipe.data.resolution)
     objective = build_objective(instance.stage, network, teacher, class_weights)
     if ctx.recipe.compile:
         network.compile_blocks()
@@ -118,7 +121,9 @@ def _start(stage: Stage) -> str:
 
 
 def load_trained(instance: Instance, run: Run, num_classes: int) -> Network:
-    """The finished network of a stage instance, on the CPU. Raises RunError if the weights are not those trained.
+    """The finished network of a stage instance, on the CPU: rounded to 8 bits, if it was trained so.
+
+    Raises RunError if the weights are not those trained.
 
     Draws no random numbers: what is drawn afterwards does not depend on the size of a teacher.
     """
@@ -127,7 +132,11 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> Network:
     if stage_dir.done:
         stage_dir.check_weights()
     load_weights(stage_dir.model, network)
-    return network
+    known = read_preprocessing(stage_dir.model)
+    if not (known and known.quantisation):
+        return network
+    network.settle(known.resolution)
+    return Quantised(network, known.resolution, **known.quantisation.model_dump())
 
 
 def _load_teacher(instance: Instance, ctx: TrainContext) -> Network:

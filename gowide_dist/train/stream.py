@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gowide_dist.data.loader import Batch, Loader
 from gowide_dist.recipe import Instance
-from gowide_dist.stages import MixedStage
+from gowide_dist.stages import LogitsStage
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.context import TrainBatch, TrainContext, Views
 from gowide_dist.train.losses import Targets, balanced_weights
@@ -35,7 +35,7 @@ class Stream:
         self._views_with_teacher = list(dict.fromkeys([*self._views, teacher.normalise]))
         self._loader, self._ramp, self._ctx = loader, stage.ramp, ctx
         self._mixing: Mixing | None = None
-        if isinstance(stage, MixedStage) and stage.is_mixed:
+        if isinstance(stage, LogitsStage) and stage.is_mixed:
             self._mixing = Mixing(stage.mixup, stage.cutmix, instance.data_seed)
         self._batching = Batching(ctx.recipe.batch_size, ctx.world.size, ctx.world.rank)
         self.stored: TeacherLogits | None = None

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from gowide_dist.data.preprocessing import Preprocessing
+from gowide_dist.data.preprocessing import Preprocessing, Quantisation
 from gowide_dist.errors import UserError
 from gowide_dist.files import sha256
+from gowide_dist.networks.quantised import Quantised
 from gowide_dist.networks.weights import save_weights
 from gowide_dist.recipe import Instance
 from gowide_dist.run import Done
@@ -131,9 +132,11 @@ class Student:
         """Write the finished weights, then the marker that they are finished; rank 0 only."""
         assert self.metrics is not None
         self.metrics.close()
-        preprocessing = Preprocessing.of(self.ctx.recipe.data, self.ctx.data.info, self.normalise)
+        data = self.ctx.recipe.data, self.ctx.data.info, self.normalise
         with self.averaged():
-            save_weights(self.stage_dir.model, self.objective.finished(), preprocessing.metadata)
+            network = self.objective.finished()
+            rounding = Quantisation(**network.rounding) if isinstance(network, Quantised) else None
+            save_weights(self.stage_dir.model, network, Preprocessing.of(*data, rounding).metadata)
         done = Done(
             stage=self.instance.stage_name,
             network=self.instance.network_name,

@@ -1,0 +1,256 @@
+"""A network that computes as its file of 8 bits will, so that training can make up for the rounding.
+
+Weights are rounded per output channel, activations per tensor, as Jacob et al. 2018 (arXiv 1712.05877) do, where ONNX
+Runtime's quantiser would: what goes into and comes out of convolutions, linear layers, sums and products. Gradients
+pass through the rounding. Batch norms are folded before, so that their statistics stand still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from gowide_dist.errors import RecipeError
+from gowide_dist.networks.folding import fold, unfolded
+from gowide_dist.networks.network import Network
+from gowide_dist.networks.wrapped import contained, reason_of
+
+Range = tuple[float, float]
+RATE = 0.01  # of the moving average of ranges, for each step
+_TINY = 1e-12
+
+_aten = torch.ops.aten
+_WEIGHTED = _aten.conv2d.default, _aten.linear.default
+_ROUNDED = {  # operations that read and give 8 bits
+    *_WEIGHTED, _aten.add.Tensor, _aten.mul.Tensor, _aten.sigmoid.default,
+    _aten._native_batch_norm_legit_no_training.default,
+}  # fmt: skip
+_SAME_VALUES = {  # they pass on some of the values that they read, which are rounded already
+    _aten.slice.Tensor, _aten.permute.default, _aten.view.default, _aten.reshape.default, _aten.flatten.using_ints,
+    _aten.clone.default, _aten.max_pool2d.default, _aten.squeeze.dims, _aten.unsqueeze.default,
+}  # fmt: skip
+_CUTTING = {_aten.relu.default, _aten.hardtanh.default, _aten.relu6.default, _aten.clamp.default}
+
+
+class Quantised(Network):
+    """Another network with rounded weights and activations: images [B, 3, H, H] -> logits [B, K], and no blocks.
+
+    It computes in float32, whatever autocast says. In training the range of a tensor is that of the batch, as the
+    statistics of a batch norm are; in eval mode it is the moving average of these, or what `ranges` says.
+    """
+
+    merges = False
+
+    def __init__(self, network: Network, side: int, *, symmetric: bool = False, ranges: Sequence[Range] = ()) -> None:
+        """side: px, of all images. symmetric: without zero points. Raises RecipeError if the network has no graph."""
+        super().__init__(network.architecture, network.num_classes)
+        self.symmetric = symmetric
+        folded, pairs = fold(network)
+        for conv_name, _ in pairs:  # PyTorch gives a bias that is new no gradient
+            conv = folded.plain.get_submodule(conv_name)
+            conv.get_parameter("bias").requires_grad_(conv.get_parameter("weight").requires_grad)
+        self._parts = network, folded, pairs  # a tuple, for their weights are in the graph
+        self.graph = _graph(folded, side)
+        nodes = rounded_nodes(self.graph.graph)
+        values: Sequence[Range | None] = ranges or [None] * len(nodes)
+        device = next(network.parameters()).device
+        self._roundings = tuple(Rounding(symmetric, value).to(device) for value in values)  # in the graph, too
+        for index, (rounding, node) in enumerate(zip(self._roundings, nodes, strict=True)):
+            _insert(self.graph, f"rounding_{index}", rounding, node)
+        for node in [node for node in self.graph.graph.nodes if node.target in _WEIGHTED]:
+            with self.graph.graph.inserting_before(node):
+                node.update_arg(1, self.graph.graph.call_function(rounded_weight, (node.args[1],)))
+        self.graph.recompile()
+
+    @property
+    def num_blocks(self) -> int:
+        return 0
+
+    @property
+    def block_channels(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def plain(self) -> nn.Module:
+        return self.unrounded.plain
+
+    @property
+    def unrounded(self) -> Network:
+        """The network in float32 with these weights, its batch norms in their places."""
+        network, folded, pairs = self._parts
+        network.plain.load_state_dict(unfolded(network, folded, pairs))
+        return network.eval()
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """The arguments that, with its weights, make this network again."""
+        return {"symmetric": self.symmetric, "ranges": tuple(each.range for each in self._roundings)}
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        device = images.device.type
+        has_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+            return self.graph(images), ()
+
+    def compile_blocks(self) -> None:
+        self.is_compiled = True
+        self.graph.compile()
+
+    def block_modules(self, index: int) -> list[nn.Module]:
+        raise TypeError("a network of 8 bits has no blocks")
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        raise TypeError("a network of 8 bits has no blocks")
+
+    def readers(self, index: int) -> list[nn.Module]:
+        raise TypeError("a network of 8 bits has no blocks")
+
+    @property
+    def head_layers(self) -> list[nn.Module]:
+        raise TypeError("a network of 8 bits has no blocks")
+
+
+def unrounded(network: Network) -> Network:
+    """The network that computes in float32 with the same weights."""
+    return network.unrounded if isinstance(network, Quantised) else network
+
+
+class Rounding(nn.Module):
+    """Rounds a tensor to 256 values between its least and its largest, zero among them."""
+
+    average: Tensor  # [2], of the least and the largest value of a batch; what it lacks of the whole is in `weight`
+    weight: Tensor  # scalar, 0 at the start, towards 1
+
+    def __init__(self, symmetric: bool, given: Range | None = None) -> None:
+        super().__init__()
+        self.symmetric = symmetric
+        self.register_buffer("average", torch.tensor(given or (0.0, 0.0)))
+        self.register_buffer("weight", torch.tensor(1.0 if given else 0.0))
+
+    @property
+    def range(self) -> Range:
+        low, high = self._range().tolist()
+        return low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            limits = torch.stack(torch.aminmax(x.detach()))
+            self.average.lerp_(limits, RATE)
+            self.weight.lerp_(torch.ones_like(self.weight), RATE)
+        else:
+            limits = self._range()
+        low, high = limits[0].clamp(max=0), limits[1].clamp(min=0)
+        if self.symmetric:
+            scale = (torch.maximum(-low, high) / 127).clamp(min=_TINY)
+            zero_point = torch.zeros_like(scale)
+        else:
+            scale = ((high - low) / 255).clamp(min=_TINY)
+            zero_point = torch.round(-128 - low / scale)
+        return cast(Tensor, _Rounded.apply(x, scale, zero_point, -128))
+
+    def _range(self) -> Tensor:
+        return self.average / self.weight.clamp(min=_TINY)
+
+
+def rounded_weight(weight: Tensor) -> Tensor:
+    """Weights [C_out, ...] in 8 bits without zero points, each output channel in its own range."""
+    others = tuple(range(1, weight.ndim))
+    scales = (weight.detach().abs().amax(others, keepdim=True) / 127).clamp(min=_TINY)
+    return cast(Tensor, _Rounded.apply(weight, scales, torch.zeros_like(scales), -127))
+
+
+class _Rounded(torch.autograd.Function):
+    """x in whole numbers of `scale`, from `least` to 127 with the zero point; the gradient of what is within passes.
+
+    As PyTorch's own, which neither the meta device nor torch.compile knows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, least: int) -> Tensor:
+        numbers = (x / scale).round_().add_(zero_point)
+        within = numbers.clamp(least, 127)
+        ctx.save_for_backward(numbers == within)
+        return within.sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (is_within,) = ctx.saved_tensors
+        return gradient * is_within, None, None, None
+
+
+def exported(module: nn.Module, example: Tensor, batch: int | None) -> ExportedProgram:
+    """The graph of a module of images [B, ...] for `batch` of them; None: for any number.
+
+    `example` should hold more than one then, which would become a constant.
+    """
+    shapes = None if batch else ({0: Dim("batch", min=1)},)
+    return torch.export.export(module, (example,), dynamic_shapes=shapes)
+
+
+def rounded_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of a graph of ATen operations, without those in place, whose outputs are rounded, in their order.
+
+    What only a rectifier reads is not rounded before it, which would waste the range that it cuts off; nor are logits:
+    the best two would often be equal. With and without what prepares a network's images, only the first node differs,
+    the images themselves.
+    """
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.target in _ROUNDED:
+            inputs = node.args[:1] if node.target not in (_aten.add.Tensor, _aten.mul.Tensor) else node.args[:2]
+            activations = (each for each in inputs if isinstance(each, fx.Node) and each.op != "get_attr")
+            found |= dict.fromkeys([*map(_source, activations), _output(node)])
+        elif node.target in _CUTTING and _source(node.args[0]) in found:
+            found[node] = None
+    return [node for node in graph.nodes if node in found and not any(each.op == "output" for each in node.users)]
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """Where the values of a node come from."""
+    while node.target in _SAME_VALUES:
+        node = cast(fx.Node, node.args[0])
+    return node
+
+
+def _output(node: fx.Node) -> fx.Node:
+    """The node that holds what an operation gives, or what a rectifier behind it does."""
+    if node.target is _aten._native_batch_norm_legit_no_training.default:
+        node = next(iter(node.users))
+    reader = next(iter(node.users))
+    return reader if len(node.users) == 1 and reader.target in _CUTTING else node
+
+
+def _insert(graph: fx.GraphModule, name: str, rounding: Rounding, node: fx.Node) -> None:
+    """Put a rounding behind a node, before all that read it."""
+    graph.add_submodule(name, rounding)
+    with graph.graph.inserting_after(node):
+        rounded = graph.graph.call_module(name, (node,))
+    node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
+
+
+class _Logits(nn.Module):
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.network(images)[0])
+
+
+def _graph(network: Network, side: int) -> fx.GraphModule:
+    """Images [B, 3, side, side] -> logits [B, K], as a graph of ATen operations that shares the network's weights."""
+    device = next(network.parameters()).device
+    try:
+        with contained(), torch.enable_grad():
+            program = exported(_Logits(network), torch.zeros(2, 3, side, side, device=device), None)
+    except Exception as error:  # of another's code
+        raise RecipeError(
+            f"{network.architecture}: cannot be quantised, for torch.export cannot read it: {reason_of(error)}"
+        ) from error
+    module = program.run_decompositions({}).module(check_guards=False)
+    return fx.GraphModule(module, cast(fx.GraphModule, module).graph)
