@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "gowide_dist"
 FLOORS = [
     ["__main__"],
     ["cli"],
+    ["options"],
     ["export"],
     ["insight"],
     ["bench"],
