@@ -26,6 +26,7 @@ FLOORS = [
     ["identity"],
     ["effects"],
     ["recipe"],
+    ["instances"],
     ["stages"],
     ["networks"],
     ["schema", "world", "progress", "timeline", "environment"],

@@ -24,9 +24,10 @@ from gowide_dist.insight.assumed import (
     notes_on_logits,
 )
 from gowide_dist.insight.text import duration, gigabytes, listed, table
+from gowide_dist.instances import Instance
 from gowide_dist.launch.profile import Device, Profile, Resources
 from gowide_dist.prepare import Prepared, check_data, check_files
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.checkpoint import whole_checkpoints

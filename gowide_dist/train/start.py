@@ -9,13 +9,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from gowide_dist.instances import Instance
 from gowide_dist.networks.build import build_network, build_unseeded
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.pruning import take_over, take_over_strongest
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
 from gowide_dist.networks.wrapped import synchronised
-from gowide_dist.recipe import Instance
 from gowide_dist.run import Run
 from gowide_dist.stages import KlStage, MixedStage, Stage, TaughtStage
 from gowide_dist.timeline import Batching, Timeline
