@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from gowide_dist.recipe import Data, Instance, Recipe
+from gowide_dist.instances import Instance
+from gowide_dist.recipe import Data, Recipe
 from gowide_dist.stages import KlStage, LabelsStage, LogitsStage, Optim, Ramp, Schedule, Stage
 from gowide_dist.timeline import Batching, Timeline
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from gowide_dist.errors import RunError
 from gowide_dist.files import is_safetensors, no_weights, sha256
+from gowide_dist.instances import Instance
 from gowide_dist.networks.foreign import Own, Settings
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 
 IDENTITY_FORMAT = 4  # raised when the code changes so that the same recipe gives other weights
 EMA_FORMAT = 5  # of stages with a moving average, which warms up since; goes when the other one is raised

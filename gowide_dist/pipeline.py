@@ -21,6 +21,7 @@ from gowide_dist.data.info import read_dataset_info
 from gowide_dist.data.preprocessing import Preprocessing, read_preprocessing
 from gowide_dist.errors import DataError, RunError, UserError, fixable, is_full, may_pass
 from gowide_dist.identity import identities
+from gowide_dist.instances import Instance
 from gowide_dist.launch.local import (
     GPUS_VARIABLE,
     LAUNCHER_VARIABLE,
@@ -31,7 +32,7 @@ from gowide_dist.launch.local import (
 )
 from gowide_dist.prepare import Prepared, adopt, check_data, check_foreign, check_group
 from gowide_dist.progress import write_text_only
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.run import Done, Run, key_of
 from gowide_dist.timeline import Batching
 

@@ -20,10 +20,11 @@ from gowide_dist.effects import without_effect
 from gowide_dist.errors import DataError, RecipeError, RunError
 from gowide_dist.files import is_safetensors, write_atomically
 from gowide_dist.identity import fingerprint, identities
+from gowide_dist.instances import Instance
 from gowide_dist.networks.foreign import Foreign
 from gowide_dist.networks.normalise import DATASET
 from gowide_dist.progress import say_once
-from gowide_dist.recipe import Data, Instance, Recipe
+from gowide_dist.recipe import Data, Recipe
 from gowide_dist.run import Run, StageDir
 from gowide_dist.stages import File, KlStage
 

@@ -22,11 +22,12 @@ from gowide_dist.data.info import check_split
 from gowide_dist.errors import UserError
 from gowide_dist.files import write_atomically
 from gowide_dist.identity import identities
+from gowide_dist.instances import Instance
 from gowide_dist.launch.local import leave, num_gpus, torchrun
 from gowide_dist.networks.foreign import Own
 from gowide_dist.pipeline import open_data, work
 from gowide_dist.prepare import check_data, check_foreign, check_group
-from gowide_dist.recipe import Checkpoints, Instance, Recipe
+from gowide_dist.recipe import Checkpoints, Recipe
 from gowide_dist.run import Run, read_metrics
 from gowide_dist.stages import Schedule
 from gowide_dist.stop import WARNING_SIGNAL, Stopped

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "gowide_dist"
 FLOORS = [
     ["__main__"],
     ["cli"],
+    ["options"],
     ["export"],
     ["insight"],
     ["bench"],
@@ -25,6 +26,7 @@ FLOORS = [
     ["identity"],
     ["effects"],
     ["recipe"],
+    ["instances"],
     ["stages"],
     ["networks"],
     ["schema", "world", "progress", "timeline", "environment"],

@@ -10,10 +10,11 @@ from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.data.memory import available_memory_bytes
 from gowide_dist.errors import DataError, UserError
 from gowide_dist.insight.text import duration, gigabytes
+from gowide_dist.instances import Instance
 from gowide_dist.launch.profile import Device, Profile, Resources, this_machine
 from gowide_dist.machine import num_cores
 from gowide_dist.prepare import check_data
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.stages import KlStage
 from gowide_dist.train.costs import training_macs
 

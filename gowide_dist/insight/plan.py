@@ -1,8 +1,4 @@
-"""What a recipe will cost, estimated before anything runs, and what looks wrong with it.
-
-FLOPs here are multiply-adds counted once, as in torchvision's tables and in all our reports. A device's TFLOP/s, as its
-maker states them, count the multiply and the add: a stage takes 2 x multiply-adds / (TFLOP/s x efficiency) seconds.
-"""
+"""What a recipe will cost, estimated before anything runs: its stages, their longest path, warnings and notes."""
 
 from __future__ import annotations
 
@@ -23,48 +19,17 @@ from gowide_dist.insight.assumed import (
     known_outputs,
     notes_on_logits,
 )
-from gowide_dist.insight.text import duration, gigabytes, listed, table
-from gowide_dist.launch.profile import Device, Profile, Resources
+from gowide_dist.insight.plan_warnings import memory_warning, stage_warnings
+from gowide_dist.insight.stage_plan import StagePlan, plan_stage
+from gowide_dist.insight.text import duration, listed, table
+from gowide_dist.instances import Instance
+from gowide_dist.launch.profile import Profile
 from gowide_dist.prepare import Prepared, check_data, check_files
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run
-from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.checkpoint import whole_checkpoints
-from gowide_dist.train.costs import (
-    HEAP_WASTE,
-    HOST_PARTS,
-    memory_per_process,
-    memory_together,
-    network_cost,
-    stage_cost,
-    training_macs,
-)
+from gowide_dist.train.costs import HEAP_WASTE
 from gowide_dist.train.fit import check_fit
-
-FEW_IMAGES_PER_GPU = 32  # below, GPUs idle and batch norms see few images
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage instance. FLOPs are multiply-adds; `hours` of what is left, on `num_processes` processes together."""
-
-    stage: str
-    state: str  # to do, done, done in another run, or the step that it resumes from
-    epochs: int
-    images: int
-    steps: int
-    steps_left: int
-    macs: dict[str, float]  # for a training image: forward, backward, teacher
-    total_macs: float  # of the whole stage's training
-    validation_s: float  # of one pass
-    parameters: int
-    memory: dict[str, int]  # bytes of a process, by what needs them
-    num_processes: int
-    batch_per_process: int
-    hours: float
-    device_hours: float
-    requeues: float | None  # None: it never ends; the hours are without them
-    parents: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -129,12 +94,12 @@ def plan(
     warnings: list[str] = []
     for key, instance in recipe.instances.items():
         resources = profile.resources(instance)
-        stages.append(_plan_stage(instance, recipe, size, resources, progress.get(key, 0), key not in known))
-        warnings += _warnings(stages[-1], recipe, size, resources) if stages[-1].steps_left else []
+        stages.append(plan_stage(instance, recipe, size, resources, progress.get(key, 0), key not in known))
+        warnings += stage_warnings(stages[-1], recipe, size, resources) if stages[-1].steps_left else []
     planned = {stage.stage: stage for stage in stages if stage.steps_left}
     for job in jobs:
         if unfinished := [planned[instance.key] for instance in job if instance.key in planned]:
-            warnings += _memory_warning(unfinished, profile.resources(job[0]))
+            warnings += memory_warning(unfinished, profile.resources(job[0]))
     left = [recipe.instances[stage.stage] for stage in stages if not isinstance(progress.get(stage.stage), str)]
     warnings += without_effect(recipe, left, size.train)
     notes = list(notes_on_logits(recipe, left, size, profile))
@@ -171,7 +136,7 @@ def _notes_on_jobs(recipe: Recipe, size: DataSize, profile: Profile, stages: Seq
             continue
         together = [planned[instance.key] for instance in job]
         alone = [
-            _plan_stage(
+            plan_stage(
                 instance, recipe, size, profile.resources(instance), stage.steps - stage.steps_left,
                 not instance.stage.has_stored_logits,
             )
@@ -198,17 +163,6 @@ def _longest_path(
     }
     path, length = longest_path(lengths, parents)
     return [instance.key for number in path for instance in jobs[int(number)]], length
-
-
-def restarts(work_s: float, timeout_s: float, lost_s: float) -> float:
-    """How often a job of `work_s` is queued again when each allocation ends after `timeout_s` and each restart loses
-    `lost_s`: the smallest r with work + r lost <= (r + 1) timeout. Infinite where a restart loses the whole allocation.
-    """
-    if work_s <= timeout_s:
-        return 0
-    if lost_s >= timeout_s:
-        return math.inf
-    return math.ceil((work_s - timeout_s) / (timeout_s - lost_s))
 
 
 def longest_path(lengths: Mapping[str, float], parents: Mapping[str, Sequence[str]]) -> tuple[list[str], float]:
@@ -241,114 +195,6 @@ def _progress(recipe: Recipe, runs: Path) -> dict[str, str | int]:
         elif steps := whole_checkpoints(stage_dir.checkpoints, own):
             progress[key] = steps[-1]
     return progress
-
-
-def _plan_stage(
-    instance: Instance, recipe: Recipe, size: DataSize, resources: Resources, progress: str | int, teacher_runs: bool
-) -> StagePlan:
-    epochs, optim = instance.stage.epochs, instance.stage.optim
-    device, num_processes = device_of(resources), resources.num_processes[0]
-    recipe.check_processes(num_processes)
-    batching = Batching(recipe.batch_size, num_processes, accumulate=optim.accumulate if optim else 1)
-    timeline = Timeline(batching, size.train // recipe.batch_size, epochs)
-    steps, is_done = timeline.total_steps, isinstance(progress, str)
-    steps_left = steps - progress if isinstance(progress, int) else 0
-    passes = math.ceil((epochs // recipe.eval_every_epochs or 1) * (steps_left / steps if steps else not is_done))
-    macs = training_macs(instance, recipe, size.classes, num_images=batching.micro_batch, teacher_runs=teacher_runs)
-    validation = stage_cost(instance, recipe, size.classes, num_images=batching.micro_batch).validation
-    validation_macs = validation.total if teacher_runs else validation.forward
-    validation_s = _seconds(size.val, validation_macs, size, resources, device)
-    training_s = _seconds(timeline.images(steps_left), macs.total, size, resources, device)
-    work_s = 0.0 if is_done else device.start_s + training_s + passes * validation_s
-    every = recipe.checkpoints
-    saves = steps_left > (every.every_steps or math.inf) or work_s > 60 * (every.every_minutes or math.inf)
-    requeues = restarts(work_s, 60 * resources.timeout_min, resources.signal_delay_s + device.start_s)
-    never_ends = math.isinf(requeues)
-    hours = (work_s + (0 if never_ends else requeues * device.start_s)) / 3600
-    return StagePlan(
-        stage=instance.key,
-        state=progress if isinstance(progress, str) else f"from step {progress:,}" if progress else "to do",
-        epochs=epochs,
-        images=timeline.images(steps),
-        steps=steps,
-        steps_left=steps_left,
-        macs=macs._asdict(),
-        total_macs=timeline.images(steps) * macs.total,
-        validation_s=validation_s,
-        parameters=network_cost(instance.architecture, size.classes, recipe.data.resolution).parameters,
-        memory=memory_per_process(
-            instance, recipe, size.classes, batching, resources.cpus_per_task,
-            on_gpu=resources.gpus_per_node > 0, teacher_runs=teacher_runs, saves=saves,
-        ),
-        num_processes=num_processes,
-        batch_per_process=batching.local_batch,
-        hours=hours,
-        device_hours=hours * num_processes,
-        requeues=None if never_ends else requeues,
-        parents=instance.parents,
-    )  # fmt: skip
-
-
-def _seconds(images: float, macs: float, size: DataSize, resources: Resources, device: Device) -> float:
-    """To decode images and compute `macs` multiply-adds for each. GPUs compute meanwhile, on CPUs the two add up."""
-    num_processes = resources.num_processes[0]
-    computing = 2 * images * macs / (num_processes * device.flops)
-    decoding = images / (num_processes * resources.cpus_per_task * decoded_per_s(size, device))
-    return max(computing, decoding) if resources.gpus_per_node else computing + decoding
-
-
-def _warnings(stage: StagePlan, recipe: Recipe, size: DataSize, resources: Resources) -> Iterator[str]:
-    """What looks wrong with a stage: too small a batch, slow data, no checkpoints, short notice."""
-    key, device, on_gpu = stage.stage, device_of(resources), resources.gpus_per_node > 0
-    if on_gpu and stage.batch_per_process < FEW_IMAGES_PER_GPU:
-        yield (
-            f"{key}: {recipe.batch_size} images on {stage.num_processes} GPUs are {stage.batch_per_process} per "
-            f"GPU, fewer than {FEW_IMAGES_PER_GPU}: GPUs idle, and batch norms see few images; use fewer GPUs or a "
-            "larger batch"
-        )
-    cpus, images_per_s = resources.cpus_per_task, device.flops / (2 * sum(stage.macs.values()))
-    if on_gpu and images_per_s > cpus * decoded_per_s(size, device):
-        yield (
-            f"{key}: a GPU could take {images_per_s:,.0f} images/s, its {cpus} CPUs decode "
-            f"{cpus * decoded_per_s(size, device):,.0f}: it will wait for data; raise cpus_per_task or encode "
-            "smaller images (--max-side-px)"
-        )
-    saves = recipe.checkpoints
-    if stage.requeues != 0 and not saves.every_steps and (saves.every_minutes or math.inf) > resources.timeout_min:
-        yield (
-            f"{key}: takes {duration(stage.hours)}, longer than timeout_min ({resources.timeout_min}), without "
-            "periodic checkpoints: a node failure loses all of it; set checkpoints.every_minutes"
-        )
-    if stage.requeues is None:
-        yield f"{key}: it cannot finish: timeout_min leaves hardly any time after starting up; raise it"
-    if stage.validation_s > resources.signal_delay_s:
-        yield (
-            f"{key}: a validation pass takes {stage.validation_s:,.0f} s, longer than signal_delay_s "
-            f"({resources.signal_delay_s}): a time limit during it loses the steps since the last checkpoint; raise "
-            "signal_delay_s"
-        )
-
-
-def _memory_warning(stages: Sequence[StagePlan], resources: Resources) -> Iterator[str]:
-    """Whether the stage instances of one job need more memory than a process has."""
-    device, on_gpu = device_of(resources), resources.gpus_per_node > 0
-    memory = memory_together([stage.memory for stage in stages])
-    needed = sum(num_bytes for part, num_bytes in memory.items() if not on_gpu or part not in HOST_PARTS)
-    if not device.memory_gb or needed <= 1e9 * device.memory_gb:
-        return
-    of_batch = sum(memory[part] for part in ("activations", "transient", "heap"))
-    left = 1e9 * device.memory_gb - needed + of_batch
-    stage_name = stages[0].stage.partition("/")[0]
-    advice = "even one image at a time does not fit: use a smaller network or other devices"
-    if left > 0:
-        advice = f"stages.{stage_name}.optim.accumulate={math.ceil(of_batch / left)} would do"
-    teacher = f", {gigabytes(memory['teacher'])} of it the teacher's" if memory["teacher"] else ""
-    networks = ", ".join(stage.stage for stage in stages)
-    apart = "; or train the networks one by one: together: false, or --sequential" if len(stages) > 1 else ""
-    yield (
-        f"{networks}: {'need' if len(stages) > 1 else 'needs'} about {gigabytes(needed)} per process{teacher}, but "
-        f"{device.name} has {device.memory_gb:,.0f} GB; {advice}{apart}"
-    )
 
 
 def _assumptions(recipe: Recipe, size: DataSize, profile: Profile) -> dict[str, str]:

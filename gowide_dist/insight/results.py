@@ -11,8 +11,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from gowide_dist.errors import RunError
+from gowide_dist.instances import Instance
 from gowide_dist.networks.architecture import Structure
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.run import Done, Run, flat, read_metrics
 
 BASELINE = "baseline"  # the stage that the others are compared with

@@ -8,10 +8,13 @@ from typing import Any
 
 from gowide_dist.errors import UserError
 from gowide_dist.insight.assumed import DataSize, decoded_per_s, device_of
-from gowide_dist.insight.plan import FEW_IMAGES_PER_GPU, longest_path, restarts
+from gowide_dist.insight.plan import longest_path
+from gowide_dist.insight.plan_warnings import FEW_IMAGES_PER_GPU
+from gowide_dist.insight.stage_plan import restarts
 from gowide_dist.insight.text import duration, listed, table
+from gowide_dist.instances import Instance
 from gowide_dist.launch.profile import Device, Profile, Resources
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.train.costs import stage_cost, training_macs
 
 NODES = (1, 2, 4, 8, 16, 32, 64)

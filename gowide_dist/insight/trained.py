@@ -21,11 +21,12 @@ from gowide_dist.data.info import check_split, read_dataset_info
 from gowide_dist.data.loader import Batch, Loader, geometry_of
 from gowide_dist.data.preprocessing import Preprocessing
 from gowide_dist.errors import DataError
+from gowide_dist.instances import Instance
 from gowide_dist.machine import num_cores
 from gowide_dist.networks.network import Network
 from gowide_dist.pipeline import find_finished, preprocessing_of
 from gowide_dist.progress import track
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.run import Done, Run
 from gowide_dist.timeline import Batching
 from gowide_dist.train.start import load_trained

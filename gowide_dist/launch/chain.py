@@ -12,6 +12,7 @@ from typing import NamedTuple
 from gowide_dist.errors import DataError
 from gowide_dist.files import try_lock
 from gowide_dist.identity import fingerprint, identities
+from gowide_dist.instances import Instance
 from gowide_dist.launch.code import code_folder, copy_package
 from gowide_dist.launch.local import device_environment
 from gowide_dist.launch.profile import Profile
@@ -29,7 +30,7 @@ from gowide_dist.launch.queue import (
 from gowide_dist.launch.slurm import Job, Worker, check_folder, sbatch_script, submit_job
 from gowide_dist.prepare import Prepared, check_group, check_run
 from gowide_dist.progress import say_once
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run
 
 LOGITS = "teacher_logits"  # begins the keys of jobs that store a teacher's logits

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from gowide_dist.recipe import Instance
+from gowide_dist.instances import Instance
 from gowide_dist.schema import Count, Fraction, Frozen, Natural, NonNegative, Positive, UserPath, read_yaml, validate
 
 Text = Annotated[str, Field(strict=True, min_length=1)]

@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from gowide_dist.instances import Instance
 from gowide_dist.networks.build import build_on, rehearsed
 from gowide_dist.networks.foreign import Settings
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.teacher import Teacher
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.stages import Stage
 from gowide_dist.timeline import Batching
 from gowide_dist.train.context import COMPUTE_DTYPES

@@ -11,9 +11,10 @@ from functools import cache
 import torch
 
 from gowide_dist.errors import RecipeError
+from gowide_dist.instances import Instance
 from gowide_dist.networks.build import build_on, build_on_meta, rehearsed
 from gowide_dist.networks.foreign import Foreign, Settings
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.stages import BlocksStage, KlStage
 
 Shape = tuple[int, ...]

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 
 from gowide_dist.data.loader import Loader
+from gowide_dist.instances import Instance
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.progress import Track, clock
-from gowide_dist.recipe import Instance
 from gowide_dist.run import Done, top5_is_telling
 from gowide_dist.stop import Stopped
 from gowide_dist.timeline import Batching

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gowide_dist.data.preprocessing import read_preprocessing
+from gowide_dist.instances import Instance
 from gowide_dist.networks.build import build_network, build_unseeded
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.pruning import take_over, take_over_strongest
@@ -17,7 +18,6 @@ from gowide_dist.networks.quantised import Quantised
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.networks.weights import load_weights
 from gowide_dist.networks.wrapped import synchronised
-from gowide_dist.recipe import Instance
 from gowide_dist.run import Run
 from gowide_dist.stages import KlStage, LogitsStage, Stage, TaughtStage
 from gowide_dist.timeline import Batching, Timeline

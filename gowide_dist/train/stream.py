@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gowide_dist.data.loader import Batch, Loader
-from gowide_dist.recipe import Instance
+from gowide_dist.instances import Instance
 from gowide_dist.stages import LogitsStage
 from gowide_dist.timeline import Batching, Timeline
 from gowide_dist.train.context import TrainBatch, TrainContext, Views

@@ -15,9 +15,9 @@ import torch
 from gowide_dist.data.preprocessing import Preprocessing, Quantisation
 from gowide_dist.errors import UserError
 from gowide_dist.files import sha256
+from gowide_dist.instances import Instance
 from gowide_dist.networks.quantised import Quantised
 from gowide_dist.networks.weights import save_weights
-from gowide_dist.recipe import Instance
 from gowide_dist.run import Done
 from gowide_dist.timeline import Timeline
 from gowide_dist.train.checkpoint import save_checkpoint, snapshot

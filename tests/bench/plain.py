@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from gowide_dist.data.beton import JPEG, Beton
+from gowide_dist.instances import Instance
 from gowide_dist.networks.normalise import Channels
 from gowide_dist.networks.transforms import linear_transform
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.stages import KlStage
 from tests.bench.subject import OPTIM, Subject
 

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from gowide_dist.data.loader import Batch
 from gowide_dist.identity import identities
+from gowide_dist.instances import Instance
 from gowide_dist.networks.architecture import Architecture
 from gowide_dist.networks.build import build_network
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.teacher import Teacher
 from gowide_dist.pipeline import open_data
 from gowide_dist.prepare import check_data
-from gowide_dist.recipe import Instance, Recipe
+from gowide_dist.recipe import Recipe
 from gowide_dist.run import Run
 from gowide_dist.stages import LabelsStage, Optim, Stage
 from gowide_dist.train.checkpoint import save_checkpoint

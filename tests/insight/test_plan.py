@@ -16,7 +16,8 @@ from gowide_dist.errors import DataError
 from gowide_dist.files import sha256
 from gowide_dist.identity import fingerprint, identities
 from gowide_dist.insight.assumed import data_size, this_machines_cores
-from gowide_dist.insight.plan import longest_path, plan, plan_seeds, plan_table, restarts
+from gowide_dist.insight.plan import longest_path, plan, plan_seeds, plan_table
+from gowide_dist.insight.stage_plan import restarts
 from gowide_dist.insight.text import duration
 from gowide_dist.launch.local import KEEP_FREED_MEMORY
 from gowide_dist.launch.profile import Device, Profile
