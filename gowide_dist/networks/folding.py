@@ -45,29 +45,6 @@ def fold(network: Network) -> tuple[Network, list[Pair]]:
     return (folded, pairs) if _answer_alike(network, folded) else (network, [])
 
 
-def unfolded(network: Network, folded: Network, pairs: Iterable[Pair]) -> dict[str, Tensor]:
-    """The weights of a folded network under the names of the network that it was folded from.
-
-    Its batch norms only add what was folded into a bias: folded again they give the same, up to rounding.
-    """
-    weights = {name: tensor.detach().clone() for name, tensor in network.plain.state_dict().items()}
-    given = folded.plain.state_dict()
-    weights |= {name: given[name] for name in weights.keys() & given.keys()}
-    for conv_name, norm_name in pairs:
-        norm, bias = network.plain.get_submodule(norm_name), f"{conv_name}.bias"
-        is_known = bias in weights  # the convolution has had one of its own, which holds all now
-        plain = {
-            "weight": torch.ones_like(given[bias]),
-            "bias": torch.zeros_like(given[bias]),
-            "running_mean": torch.zeros_like(given[bias]) if is_known else -given[bias],
-            "running_var": torch.full_like(given[bias], 1 - cast(float, norm.eps)),
-        }
-        for name, tensor in plain.items():
-            if f"{norm_name}.{name}" in weights:
-                weights[f"{norm_name}.{name}"] = tensor
-    return weights
-
-
 def _merge(network: Network, pairs: Iterable[Pair]) -> None:
     """Multiply each batch norm into its convolution, in place."""
     for conv_name, norm_name in pairs:

@@ -2,21 +2,23 @@
 
 Weights are rounded per output channel, activations per tensor, as Jacob et al. 2018 (arXiv 1712.05877) do, where ONNX
 Runtime's quantiser would: what goes into and comes out of convolutions, linear layers, sums and products. Gradients
-pass through the rounding. Batch norms are folded before, so that their statistics stand still.
+pass through the rounding. A batch norm behind a convolution is rounded as one layer with it.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from gowide_dist.errors import RecipeError
-from gowide_dist.networks.folding import fold, unfolded
+from gowide_dist.networks.folding import fold
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.wrapped import contained, reason_of
 
@@ -25,11 +27,10 @@ RATE = 0.01  # of the moving average of ranges, for each step
 _TINY = 1e-12
 
 _aten = torch.ops.aten
-_WEIGHTED = _aten.conv2d.default, _aten.linear.default
-_ROUNDED = {  # operations that read and give 8 bits
-    *_WEIGHTED, _aten.add.Tensor, _aten.mul.Tensor, _aten.sigmoid.default,
-    _aten._native_batch_norm_legit_no_training.default,
-}  # fmt: skip
+_CONV, _NORM = _aten.conv2d.default, _aten._native_batch_norm_legit_no_training.default
+_WEIGHTED = _CONV, _aten.linear.default
+_PAIRING = _aten.add.Tensor, _aten.mul.Tensor
+_ROUNDED = {*_WEIGHTED, *_PAIRING, _NORM, _aten.sigmoid.default}  # operations that read and give 8 bits
 _SAME_VALUES = {  # they pass on some of the values that they read, which are rounded already
     _aten.slice.Tensor, _aten.permute.default, _aten.view.default, _aten.reshape.default, _aten.flatten.using_ints,
     _aten.clone.default, _aten.max_pool2d.default, _aten.squeeze.dims, _aten.unsqueeze.default,
@@ -40,8 +41,9 @@ _CUTTING = {_aten.relu.default, _aten.hardtanh.default, _aten.relu6.default, _at
 class Quantised(Network):
     """Another network with rounded weights and activations: images [B, 3, H, H] -> logits [B, K], and no blocks.
 
-    It computes in float32, whatever autocast says. In training the range of a tensor is that of the batch, as the
-    statistics of a batch norm are; in eval mode it is the moving average of these, or what `ranges` says.
+    The weights are that network's own, so that it is always the same but for the rounding. It computes in float32,
+    whatever autocast says. In training the range of a tensor is that of the batch, as the statistics of a batch norm
+    are, each process's own; in eval mode it is the moving average of these, or what `ranges` says.
     """
 
     merges = False
@@ -50,22 +52,21 @@ class Quantised(Network):
         """side: px, of all images. symmetric: without zero points. Raises RecipeError if the network has no graph."""
         super().__init__(network.architecture, network.num_classes)
         self.symmetric = symmetric
-        folded, pairs = fold(network)
-        for conv_name, _ in pairs:  # PyTorch gives a bias that is new no gradient
-            conv = folded.plain.get_submodule(conv_name)
-            conv.get_parameter("bias").requires_grad_(conv.get_parameter("weight").requires_grad)
-        self._parts = network, folded, pairs  # a tuple, for their weights are in the graph
-        self.graph = _graph(folded, side)
-        nodes = rounded_nodes(self.graph.graph)
+        self._network = (network.eval(),)  # a tuple, for its weights are in the graph
+        module = _graph(network, side)
+        _round_weights(module, network)
+        nodes = rounded_nodes(module.graph)
         values: Sequence[Range | None] = ranges or [None] * len(nodes)
         device = next(network.parameters()).device
         self._roundings = tuple(Rounding(symmetric, value).to(device) for value in values)  # in the graph, too
         for index, (rounding, node) in enumerate(zip(self._roundings, nodes, strict=True)):
-            _insert(self.graph, f"rounding_{index}", rounding, node)
-        for node in [node for node in self.graph.graph.nodes if node.target in _WEIGHTED]:
-            with self.graph.graph.inserting_before(node):
-                node.update_arg(1, self.graph.graph.call_function(rounded_weight, (node.args[1],)))
-        self.graph.recompile()
+            with module.graph.inserting_after(node):
+                rounded = _call(module, f"rounding_{index}", rounding, node)
+            for reader in [reader for reader in node.users if reader is not rounded]:
+                reader.replace_input_with(node, rounded)
+        for node in [node for node in module.graph.nodes if node.op == "get_attr" and not node.users]:
+            module.graph.erase_node(node)
+        self.graph = fx.GraphModule(module, module.graph)  # holds what its nodes use alone
 
     @property
     def num_blocks(self) -> int:
@@ -81,10 +82,8 @@ class Quantised(Network):
 
     @property
     def unrounded(self) -> Network:
-        """The network in float32 with these weights, its batch norms in their places."""
-        network, folded, pairs = self._parts
-        network.plain.load_state_dict(unfolded(network, folded, pairs))
-        return network.eval()
+        """The network with the same weights, in float32."""
+        return self._network[0]
 
     @property
     def rounding(self) -> dict[str, Any]:
@@ -118,6 +117,50 @@ class Quantised(Network):
 def unrounded(network: Network) -> Network:
     """The network that computes in float32 with the same weights."""
     return network.unrounded if isinstance(network, Quantised) else network
+
+
+class NormedConvolution(nn.Module):
+    """A convolution and the batch norm behind it, of which the product has rounded weights.
+
+    In training the norm takes the statistics of the batch, as everywhere; the weights are rounded where its moving
+    averages put them, as they will be once both are one. [B, C_in, H, H] -> [B, C_out, H', H'].
+    """
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, options: Sequence[Any]) -> None:
+        """options: what follows the bias among the arguments of torch's conv2d."""
+        super().__init__()
+        self.conv, self.norm, self.options = conv, norm, tuple(options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = cast(nn.Conv2d, self.conv), cast(nn.BatchNorm2d, self.norm)
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        scale = torch.rsqrt(variance + norm.eps)
+        scale = scale if norm.weight is None else norm.weight * scale
+        of_rows = scale[:, None, None, None]
+        rounded = rounded_weight(conv.weight * of_rows)
+        if not self.training:
+            bias = (0 if conv.bias is None else conv.bias) - mean
+            bias = bias * scale if norm.bias is None else bias * scale + norm.bias
+            return F.conv2d(x, rounded, bias, *self.options)
+        unscaled = torch.where(of_rows.abs() > _TINY, rounded / of_rows, conv.weight)
+        x = F.conv2d(x, conv.weight + (unscaled - conv.weight).detach(), conv.bias, *self.options)
+        return _normalised(norm, x, training=True)
+
+
+class Norm(nn.Module):
+    """A batch norm that stands alone, without what a subclass of torch's does besides."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _normalised(cast(nn.BatchNorm2d, self.norm), x, self.training)
+
+
+def _normalised(norm: nn.BatchNorm2d, x: Tensor, training: bool) -> Tensor:
+    momentum = 0.1 if norm.momentum is None else norm.momentum
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, momentum, norm.eps)
 
 
 class Rounding(nn.Module):
@@ -196,13 +239,13 @@ def rounded_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of a graph of ATen operations, without those in place, whose outputs are rounded, in their order.
 
     What only a rectifier reads is not rounded before it, which would waste the range that it cuts off; nor are logits:
-    the best two would often be equal. With and without what prepares a network's images, only the first node differs,
-    the images themselves.
+    the best two would often be equal. It makes no difference whether batch norms are folded, and what prepares the
+    images comes before the first.
     """
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node.target in _ROUNDED:
-            inputs = node.args[:1] if node.target not in (_aten.add.Tensor, _aten.mul.Tensor) else node.args[:2]
+        if node.op == "call_module" or node.target in _ROUNDED:
+            inputs = node.args[:2] if node.target in _PAIRING else node.args[:1]
             activations = (each for each in inputs if isinstance(each, fx.Node) and each.op != "get_attr")
             found |= dict.fromkeys([*map(_source, activations), _output(node)])
         elif node.target in _CUTTING and _source(node.args[0]) in found:
@@ -219,18 +262,48 @@ def _source(node: fx.Node) -> fx.Node:
 
 def _output(node: fx.Node) -> fx.Node:
     """The node that holds what an operation gives, or what a rectifier behind it does."""
-    if node.target is _aten._native_batch_norm_legit_no_training.default:
-        node = next(iter(node.users))
+    if node.target is _NORM:
+        [node] = node.users
     reader = next(iter(node.users))
     return reader if len(node.users) == 1 and reader.target in _CUTTING else node
 
 
-def _insert(graph: fx.GraphModule, name: str, rounding: Rounding, node: fx.Node) -> None:
-    """Put a rounding behind a node, before all that read it."""
-    graph.add_submodule(name, rounding)
-    with graph.graph.inserting_after(node):
-        rounded = graph.graph.call_module(name, (node,))
-    node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
+def _round_weights(module: fx.GraphModule, network: Network) -> None:
+    """Let each convolution and linear layer round its weights, together with the batch norm behind it."""
+    graph = module.graph
+    norms = dict(fold(network)[1])  # by convolution
+    owners = {  # names of layers by their tensors
+        id(each): name
+        for name, layer in network.plain.named_modules()
+        for each in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+    }
+
+    def owner(node: fx.Node) -> str:
+        tensor: Tensor = operator.attrgetter(cast(str, node.target))(module)
+        return str(owners[id(tensor)])
+
+    for node in [node for node in graph.nodes if node.target is _NORM]:
+        norm, read, [output] = owner(node.args[3]), node.args[0], node.users
+        is_pair = read.target is _CONV and norms.get(owner(read.args[1])) == norm
+        with graph.inserting_before(read if is_pair else node):
+            if is_pair:
+                conv = network.plain.get_submodule(owner(read.args[1]))
+                layer: nn.Module = NormedConvolution(conv, network.plain.get_submodule(norm), read.args[3:])
+                called = _call(module, f"{read.name}_normed", layer, read.args[0])
+            else:
+                called = _call(module, f"{node.name}_alone", Norm(network.plain.get_submodule(norm)), read)
+        output.replace_all_uses_with(called)
+        for each in (output, node, *([read] if is_pair else [])):
+            graph.erase_node(each)
+    for node in [node for node in graph.nodes if node.target in _WEIGHTED]:
+        with graph.inserting_before(node):
+            node.update_arg(1, graph.call_function(rounded_weight, (node.args[1],)))
+
+
+def _call(module: fx.GraphModule, name: str, layer: nn.Module, read: fx.Node) -> fx.Node:
+    """A new node that calls a new layer of a graph's module."""
+    module.add_submodule(name, layer)
+    return module.graph.call_module(name, (read,))
 
 
 class _Logits(nn.Module):
@@ -252,5 +325,4 @@ def _graph(network: Network, side: int) -> fx.GraphModule:
         raise RecipeError(
             f"{network.architecture}: cannot be quantised, for torch.export cannot read it: {reason_of(error)}"
         ) from error
-    module = program.run_decompositions({}).module(check_guards=False)
-    return fx.GraphModule(module, cast(fx.GraphModule, module).graph)
+    return cast(fx.GraphModule, program.run_decompositions({}).module(check_guards=False))
