@@ -45,6 +45,7 @@ def finished_run(tmp_path_factory):
     recipe["stages"] = {
         "distill": {**stage, "train": "thin", "epochs": 4},
         "baseline": {**stage, "train": ["thin", "basic"], "epochs": 1},
+        "eight": {**stage, "train": "basic", "init": "baseline", "epochs": 1, "quantised": "symmetric"},
     }
     (root / "runs").mkdir()
     return train(root / "runs", recipe)

@@ -1,10 +1,11 @@
-"""A chain with networks of others, in two processes, ended by SIGKILL on the way: the same bits."""
+"""A chain with networks of others and a rounded one, in two processes, ended by SIGKILL on the way: the same bits."""
 
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from gowide_dist.data.preprocessing import read_preprocessing
 from gowide_dist.run import Run
 from tests.command import gowide, killed_when
 from tests.fashion import chain, encode_part, write_job
@@ -33,6 +34,10 @@ def job(tmp_path_factory):
         "teacher": {"train": "public", **labels},
         "kl": {"train": ["thin", "own"], **TAUGHT, "objective": "kl"},
         "blocks": {"train": "thin", **IMITATES, "epochs": 2},
+        "eight": {
+            "train": ["thin", "own"], "init": "kl", **TAUGHT, "objective": "kl", "quantised": True, "mixup": 0.2,
+            "optim": {**OPTIM, "ema": 0.9, "accumulate": 2},
+        },
         "own_teacher": {"train": "wide", **labels},
         "own_blocks": {
             "train": "own",
@@ -41,7 +46,7 @@ def job(tmp_path_factory):
             "epochs": 2,
             "optim": {**OPTIM, "ema": 0.9},
         },
-    }
+    }  # fmt: skip
     return write_job(folder, recipe)
 
 
@@ -59,10 +64,11 @@ def test_a_chain_that_is_killed_ends_with_the_same_bits(job, tmp_path):
     done = gowide("run", job, "--networks", NETS, "--nproc", 2, "--runs", undisturbed.path.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     command = ["run", job, "--nproc", 2, "--runs", killed.path.parent]
-    for stage in ("teacher/public", "own_blocks/own"):
+    for stage in ("teacher/public", "eight/own", "own_blocks/own"):
         networks = [] if killed.networks.exists() else ["--networks", NETS]
         killed_when(partial(has_checkpoints, killed.stage(stage)), *command, *networks)
     done = gowide(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "own_blocks/own  continues at step" in done.stdout
+    assert len(read_preprocessing(killed.stage("eight/own").model).quantisation.ranges) == 4
     assert weights(killed) == weights(undisturbed)

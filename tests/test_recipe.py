@@ -313,6 +313,9 @@ def test_a_student_with_another_stem_cannot_start_from_its_teacher(job):
         (["teacher_logits=stored", "top_k=3", "loss=dkd"], "top_k: loss: dkd needs every class by itself; leave top_k"),
         (["teacher_logits=stored", "top_k=3", "standardise=true"], "top_k: standardise needs every class by itself"),
         (["teacher_logits=stored", "blocks_weight=1"], "blocks_weight: needs teacher_logits: live; outputs of blocks"),
+        (["quantised=true", "blocks_weight=1"], "blocks_weight: compares blocks, and a network of 8 bits gives logits"),
+        (["quantised=true", "epochs=0"], "quantised: fine-tunes a network; give epochs, and init, the weights that"),
+        (["quantised=true", "ramp={start_px: 16, until_epoch: 1}"], "quantised: needs images of one size; leave ramp"),
         (["loss=dkd", "cutmix=1"], "loss: dkd needs one label for each image; leave mixup and cutmix out"),
         (["loss=dkd", "target_weight=0", "others_weight=0"], "one of them should be greater than 0"),
     ],
@@ -320,6 +323,19 @@ def test_a_student_with_another_stem_cannot_start_from_its_teacher(job):
 def test_terms_of_a_distillation_that_exclude_each_other(job, overrides, message):
     with pytest.raises(RecipeError, match=f"stages.distill: .*{message}"):
         load_recipe(job, [f"stages.distill.{override}" for override in overrides])
+
+
+def test_a_rounded_network_teaches_nobody(job):
+    with pytest.raises(
+        RecipeError, match=r"again\.teacher: distill/half is trained to be rounded .*; learn from imitate"
+    ):
+        load_recipe(
+            job,
+            [
+                "stages.distill.quantised=true",
+                "stages.again={train: quarter, objective: kl, teacher: distill/half, epochs: 1, optim: {lr: 1}}",
+            ],
+        )
 
 
 def test_a_head_that_computes_channels_is_the_teachers_or_ones_own(job):

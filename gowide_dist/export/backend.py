@@ -114,7 +114,8 @@ def _limit_weights(path: str, unrounded: Any) -> None:
 
     model = onnx.load(path)
     stored = {each.name: each for each in model.graph.initializer}
-    weights = {each.name: to_array(each) for each in unrounded.graph.initializer}
+    given = {each.name: to_array(each) for each in unrounded.graph.initializer}
+    reads = {node.name: [given.get(name) for name in node.input] for node in unrounded.graph.node}
     made_by = {output: node for node in model.graph.node for output in node.output}
     steps_of = {node.input[0]: node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
 
@@ -129,11 +130,11 @@ def _limit_weights(path: str, unrounded: Any) -> None:
         allowed = to_array(stored[steps_of[node.output[0]]]) / step
         if (weight_steps > allowed).any():
             kept = np.minimum(weight_steps, allowed)
-            numbers = weights[weight[0].removesuffix("_quantized")] / kept.reshape(-1, 1, 1, 1)
+            _, weights, biases = reads[node.name]
             replace(weight[1], kept)
-            replace(weight[0], np.clip(np.rint(numbers), -127, 127))
+            replace(weight[0], np.clip(np.rint(weights / kept.reshape(-1, 1, 1, 1)), -127, 127))
             replace(bias[1], step * kept)
-            replace(bias[0], np.rint(weights[bias[0].removesuffix("_quantized")] / (step * kept)))
+            replace(bias[0], np.rint(biases / (step * kept)))
     onnx.save(model, path)
 
 

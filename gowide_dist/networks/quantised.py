@@ -122,8 +122,8 @@ def unrounded(network: Network) -> Network:
 class NormedConvolution(nn.Module):
     """A convolution and the batch norm behind it, of which the product has rounded weights.
 
-    In training the norm takes the statistics of the batch, as everywhere; the weights are rounded where its moving
-    averages put them, as they will be once both are one. [B, C_in, H, H] -> [B, C_out, H', H'].
+    In training the norm takes the statistics of the batch, as everywhere. The weights are rounded without its scale,
+    which changes nothing: each channel has its own range. [B, C_in, H, H] -> [B, C_out, H', H'].
     """
 
     def __init__(self, conv: nn.Module, norm: nn.Module, options: Sequence[Any]) -> None:
@@ -133,18 +133,13 @@ class NormedConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = cast(nn.Conv2d, self.conv), cast(nn.BatchNorm2d, self.norm)
-        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-        scale = torch.rsqrt(variance + norm.eps)
+        if self.training:
+            return _normalised(norm, F.conv2d(x, rounded_weight(conv.weight), conv.bias, *self.options), training=True)
+        scale = torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
         scale = scale if norm.weight is None else norm.weight * scale
-        of_rows = scale[:, None, None, None]
-        rounded = rounded_weight(conv.weight * of_rows)
-        if not self.training:
-            bias = (0 if conv.bias is None else conv.bias) - mean
-            bias = bias * scale if norm.bias is None else bias * scale + norm.bias
-            return F.conv2d(x, rounded, bias, *self.options)
-        unscaled = torch.where(of_rows.abs() > _TINY, rounded / of_rows, conv.weight)
-        x = F.conv2d(x, conv.weight + (unscaled - conv.weight).detach(), conv.bias, *self.options)
-        return _normalised(norm, x, training=True)
+        bias = ((0 if conv.bias is None else conv.bias) - cast(Tensor, norm.running_mean)) * scale
+        bias = bias if norm.bias is None else bias + norm.bias
+        return F.conv2d(x, rounded_weight(conv.weight * scale[:, None, None, None]), bias, *self.options)
 
 
 class Norm(nn.Module):
@@ -218,12 +213,18 @@ class _Rounded(torch.autograd.Function):
         numbers = (x / scale).round_().add_(zero_point)
         within = numbers.clamp(least, 127)
         ctx.save_for_backward(numbers == within)
+        ctx.strides = x.stride() if scale.ndim else ()  # of weights, in which DDP wants their gradient
         return within.sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (is_within,) = ctx.saved_tensors
-        return gradient * is_within, None, None, None
+        result = gradient * is_within
+        if ctx.strides and ctx.strides != result.stride():
+            result = torch.empty_strided(result.shape, ctx.strides, dtype=result.dtype, device=result.device).copy_(
+                result
+            )
+        return result, None, None, None
 
 
 def exported(module: nn.Module, example: Tensor, batch: int | None) -> ExportedProgram:

@@ -230,6 +230,49 @@ def test_options_of_onnx_and_the_warning_of_a_loss(moved, finished_run, val, tmp
     assert np.abs(onnx_logits(tmp_path / "export" / "model.int8.onnx", val[0][:5]) - expected).max() < 1
 
 
+def test_a_network_that_is_trained_to_be_rounded(finished_run, val, tmp_path):
+    """Its files of 8 bits have the ranges and the weights of the training, and give its answers."""
+    trained = open_trained(finished_run.path, "eight")
+    quantisation = trained.preprocessing.quantisation
+    report = export(trained, tmp_path / "export", Request(("safetensors", "pt2", "onnx-int8", "openvino-int8")))
+    assert report["rounded"]["top1"] == pytest.approx(trained.done.top1, abs=0.11)
+    assert report["pytorch"]["top1"] != report["rounded"]["top1"]
+    assert "(PyTorch, rounded to 8 bits)" in compare.table(report)
+    for name, least in (("onnx-int8", 98), ("openvino-int8", 90)):
+        assert next(iter(report["formats"][name]["runtimes"].values()))["top1_agreement"] > least
+    model = onnx.load(tmp_path / "export" / "model.int8.onnx")
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    steps = {float(values[node.input[1]]) for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    trained_with = sorted(max(-low, high) / 127 for low, high in quantisation.ranges)
+    assert sorted(steps) == pytest.approx(sorted({*trained_with}), rel=1e-5)
+    logits = onnx_logits(tmp_path / "export" / "model.int8.onnx", val[0][:64])
+    expected = torch_logits(finished_run, "eight", val[0][:64])
+    assert np.abs(logits - expected).mean() < 0.02 * np.abs(expected).max()
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["quantised"] == "symmetric"
+    state = load_file(tmp_path / "export" / "model.safetensors")
+    assert state.keys() == load_file(finished_run.stage("baseline/basic").model).keys()
+
+
+def test_channels_that_are_always_zero_cost_no_bias_its_precision(finished_run, tmp_path):
+    """By a batch norm that saw no variance the weights behind them become huge, and with these a step of the bias."""
+    values = yaml.safe_load(finished_run.recipe_path.read_text())
+    values["networks"] = {"mobile": {"arch": "mobilenet_v2", "channels": 0.1, "stem": "strided"}}
+    torch.manual_seed(0)
+    state = build_network(values["networks"]["mobile"], 10).state_dict()
+    for index in range(2, 12):
+        expansion, depthwise = (f"features.{index}.conv.{layer}" for layer in (0, 1))
+        state[f"{expansion}.1.weight"][:4], state[f"{expansion}.1.bias"][:4] = 0.0, -1.0  # behind the rectifier: zero
+        state[f"{depthwise}.1.running_var"][:4], state[f"{depthwise}.1.bias"][:4] = 1e-12, 1.0
+        state[f"{depthwise}.0.weight"][:4] *= 1e3
+    torch.save(state, tmp_path / "weights.pth")
+    stage = {"train": "mobile", "objective": "labels", "epochs": 0, "init": {"file": str(tmp_path / "weights.pth")}}
+    prepared = prepare(load_recipe(write_job(tmp_path, {**values, "stages": {"take": stage}})), tmp_path / "runs")
+    walk(prepared.run, ["take/mobile"])
+    report = export(open_trained(prepared.run.path, "take"), tmp_path / "export", Request(("onnx-int8",), images=64))
+    assert report["formats"]["onnx-int8"]["runtimes"]["onnxruntime"]["largest_logit_difference"] < 1e-4
+
+
 def test_a_public_network(finished_run, val, tmp_path):
     """torchvision and timm load the exported weights, if they have the architecture."""
     public = torchvision.models.resnet18(num_classes=10)
