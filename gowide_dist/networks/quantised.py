@@ -221,9 +221,7 @@ class _Rounded(torch.autograd.Function):
         (is_within,) = ctx.saved_tensors
         result = gradient * is_within
         if ctx.strides and ctx.strides != result.stride():
-            result = torch.empty_strided(result.shape, ctx.strides, dtype=result.dtype, device=result.device).copy_(
-                result
-            )
+            result = result.new_empty_strided(result.shape, ctx.strides).copy_(result)
         return result, None, None, None
 
 
