@@ -39,10 +39,12 @@ def _of_start(instance: Instance, recipe: Recipe) -> Iterator[str]:
     stage, teacher = instance.stage, recipe.instances.get(instance.teacher or "")
     if instance.init_file and instance.init_file.classifier == "fresh" and not stage.epochs:
         yield "init.classifier: fresh stays as it is drawn, for epochs: 0: its blocks are of use, its logits are not"
+    is_rounded = isinstance(stage, LogitsStage) and stage.quantised
+    if is_rounded and recipe.sync_batch_norm:
+        yield "quantised: its batch norms take each process's own images, whatever sync_batch_norm says"
     if teacher is None or not stage.epochs:
         return
     takes_all = getattr(stage, "start", "fresh") != "fresh" and teacher.architecture == instance.architecture
-    is_rounded = isinstance(stage, LogitsStage) and stage.quantised
     if takes_all or (instance.init == teacher.key and not is_rounded):
         yield "teacher: its weights are those that the stage starts from: they agree before the first step"
 

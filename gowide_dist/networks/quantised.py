@@ -7,9 +7,11 @@ pass through the rounding. A batch norm behind a convolution is rounded as one l
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any, cast
 
 import torch
@@ -314,14 +316,26 @@ class _Logits(nn.Module):
         return cast(Tensor, self.network(images)[0])
 
 
+@contextmanager
+def _without_torchs_report() -> Iterator[None]:
+    """Inside, nothing is printed or logged: torch.export prints the graph as far as it came before its error."""
+    logging.disable()
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _graph(network: Network, side: int) -> fx.GraphModule:
     """Images [B, 3, side, side] -> logits [B, K], as a graph of ATen operations that shares the network's weights."""
     device = next(network.parameters()).device
     try:
-        with contained(), torch.enable_grad():
+        with contained(), _without_torchs_report(), torch.enable_grad():
             program = exported(_Logits(network), torch.zeros(2, 3, side, side, device=device), None)
     except Exception as error:  # of another's code
+        reason = reason_of(error).partition(" (unhinted")[0]
         raise RecipeError(
-            f"{network.architecture}: cannot be quantised, for torch.export cannot read it: {reason_of(error)}"
+            f"{network.architecture}: cannot be quantised, for torch.export cannot read it: {reason}"
         ) from error
     return cast(fx.GraphModule, program.run_decompositions({}).module(check_guards=False))

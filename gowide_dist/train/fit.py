@@ -14,8 +14,10 @@ from gowide_dist.errors import RecipeError
 from gowide_dist.instances import Instance
 from gowide_dist.networks.build import build_on, build_on_meta, rehearsed
 from gowide_dist.networks.foreign import Foreign, Settings
+from gowide_dist.networks.network import Network
 from gowide_dist.recipe import Recipe
 from gowide_dist.stages import BlocksStage, KlStage
+from gowide_dist.train.objectives import as_trained
 
 Shape = tuple[int, ...]
 
@@ -48,6 +50,17 @@ def _check_network(each: Instance, instance: Instance, recipe: Recipe, num_class
         raise RecipeError(
             f"networks.{each.network_name}: {fault}, and {instance.key} is to train it; epochs: 0 does not"
         )
+    if each is instance:
+        try:
+            rehearsed(lambda device: _as_trained_on(device, each, recipe, num_classes), [each.architecture])
+        except RecipeError as error:
+            raise RecipeError(f"networks.{each.network_name}: {error}; leave {instance.stage_name} out") from error
+
+
+def _as_trained_on(device: torch.device, instance: Instance, recipe: Recipe, num_classes: int) -> Network:
+    network = build_on(device, instance.architecture, num_classes)
+    network.settle(recipe.data.resolution)
+    return as_trained(network, instance.stage, recipe.data.resolution)
 
 
 def _check_sides(name: str, architecture: Settings, sides: Iterable[int], num_classes: int) -> None:
