@@ -11,7 +11,7 @@ import io
 import logging
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, cast
 
 import torch
@@ -321,7 +321,7 @@ def _without_torchs_report() -> Iterator[None]:
     """Inside, nothing is printed or logged: torch.export prints the graph as far as it came before its error."""
     logging.disable()
     try:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(logging.NOTSET)
@@ -331,7 +331,7 @@ def _graph(network: Network, side: int) -> fx.GraphModule:
     """Images [B, 3, side, side] -> logits [B, K], as a graph of ATen operations that shares the network's weights."""
     device = next(network.parameters()).device
     try:
-        with contained(), _without_torchs_report(), torch.enable_grad():
+        with _without_torchs_report(), contained(), torch.enable_grad():
             program = exported(_Logits(network), torch.zeros(2, 3, side, side, device=device), None)
     except Exception as error:  # of another's code
         reason = reason_of(error).partition(" (unhinted")[0]
