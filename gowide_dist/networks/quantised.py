@@ -131,7 +131,9 @@ class NormedConvolution(nn.Module):
     def __init__(self, conv: nn.Module, norm: nn.Module, options: Sequence[Any]) -> None:
         """options: what follows the bias among the arguments of torch's conv2d."""
         super().__init__()
-        self.conv, self.norm, self.options = conv, norm, tuple(options)
+        self.conv, self.norm = conv, norm
+        # in lists of Python's: torch.compile does not know those of torch.fx
+        self.options = [[*each] if isinstance(each, Sequence) else each for each in options]
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = cast(nn.Conv2d, self.conv), cast(nn.BatchNorm2d, self.norm)
