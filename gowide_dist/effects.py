@@ -22,6 +22,8 @@ def without_effect(recipe: Recipe, instances: Collection[Instance], num_images: 
         stage, num_phases = instance.stage, instance.stage.num_phases(instance.architecture.num_blocks)
         batching, steps_per_epoch = Batching(recipe.batch_size), num_images // recipe.batch_size
         timeline = Timeline(batching, steps_per_epoch, stage.epochs, num_phases)
+        if recipe.sync_batch_norm and isinstance(stage, LogitsStage) and stage.quantised:
+            lines.append(f"sync_batch_norm: has no effect on {instance.stage_name}, which is quantised")
         of_stage = [*_of_stage(stage, timeline, recipe.data.resolution), *_of_start(instance, recipe)]
         lines += [f"stages.{instance.stage_name}.{line}" for line in of_stage]
     return [*dict.fromkeys(lines)]  # networks of one stage say the same
@@ -39,12 +41,10 @@ def _of_start(instance: Instance, recipe: Recipe) -> Iterator[str]:
     stage, teacher = instance.stage, recipe.instances.get(instance.teacher or "")
     if instance.init_file and instance.init_file.classifier == "fresh" and not stage.epochs:
         yield "init.classifier: fresh stays as it is drawn, for epochs: 0: its blocks are of use, its logits are not"
-    is_rounded = isinstance(stage, LogitsStage) and stage.quantised
-    if is_rounded and recipe.sync_batch_norm:
-        yield "quantised: its batch norms take each process's own images, whatever sync_batch_norm says"
     if teacher is None or not stage.epochs:
         return
     takes_all = getattr(stage, "start", "fresh") != "fresh" and teacher.architecture == instance.architecture
+    is_rounded = isinstance(stage, LogitsStage) and stage.quantised
     if takes_all or (instance.init == teacher.key and not is_rounded):
         yield "teacher: its weights are those that the stage starts from: they agree before the first step"
 

@@ -133,7 +133,7 @@ class NormedConvolution(nn.Module):
         super().__init__()
         self.conv, self.norm = conv, norm
         # in lists of Python's: torch.compile does not know those of torch.fx
-        self.options = [[*each] if isinstance(each, Sequence) else each for each in options]
+        self.options: list[Any] = [[*each] if isinstance(each, Sequence) else each for each in options]
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = cast(nn.Conv2d, self.conv), cast(nn.BatchNorm2d, self.norm)

@@ -14,10 +14,9 @@ from gowide_dist.errors import RecipeError
 from gowide_dist.instances import Instance
 from gowide_dist.networks.build import build_on, build_on_meta, rehearsed
 from gowide_dist.networks.foreign import Foreign, Settings
-from gowide_dist.networks.network import Network
+from gowide_dist.networks.quantised import Quantised
 from gowide_dist.recipe import Recipe
-from gowide_dist.stages import BlocksStage, KlStage
-from gowide_dist.train.objectives import as_trained
+from gowide_dist.stages import BlocksStage, KlStage, LogitsStage
 
 Shape = tuple[int, ...]
 
@@ -50,17 +49,11 @@ def _check_network(each: Instance, instance: Instance, recipe: Recipe, num_class
         raise RecipeError(
             f"networks.{each.network_name}: {fault}, and {instance.key} is to train it; epochs: 0 does not"
         )
-    if each is instance:
+    if each is instance and isinstance(instance.stage, LogitsStage) and instance.stage.quantised:
         try:
-            rehearsed(lambda device: _as_trained_on(device, each, recipe, num_classes), [each.architecture])
+            _quantise(each.architecture, num_classes, recipe.data.resolution)
         except RecipeError as error:
-            raise RecipeError(f"networks.{each.network_name}: {error}; leave {instance.stage_name} out") from error
-
-
-def _as_trained_on(device: torch.device, instance: Instance, recipe: Recipe, num_classes: int) -> Network:
-    network = build_on(device, instance.architecture, num_classes)
-    network.settle(recipe.data.resolution)
-    return as_trained(network, instance.stage, recipe.data.resolution)
+            raise RecipeError(f"stages.{instance.stage_name}.quantised: {error}; leave it out") from error
 
 
 def _check_sides(name: str, architecture: Settings, sides: Iterable[int], num_classes: int) -> None:
@@ -115,6 +108,18 @@ def _shapes(settings: Settings, num_classes: int, side: int) -> dict[str, Shape]
         return {name: tuple(x.shape[1:]) for name, x in zip(names, outputs, strict=True)}
 
     return rehearsed(shapes, [settings])
+
+
+@cache
+def _quantise(settings: Settings, num_classes: int, side: int) -> None:
+    """Raises RecipeError if a network cannot learn to be rounded."""
+
+    def quantise(device: torch.device) -> None:
+        network = build_on(device, settings, num_classes)
+        network.settle(side)
+        Quantised(network, side)
+
+    rehearsed(quantise, [settings])
 
 
 @cache
