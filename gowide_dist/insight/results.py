@@ -77,7 +77,8 @@ class RunResults:
             notes.append(f"`gowide report {self.run.path}` measures latency and agreement")
         for key, counts in data["dead_channels"].items():
             settings = self.recipe.instances[key].architecture
-            channels = settings.block_channels if isinstance(settings, Structure) else ()
+            # of a network that is rounded, none are counted
+            channels = settings.block_channels if counts and isinstance(settings, Structure) else ()
             blocks = enumerate(zip(counts, channels, strict=True), 1)
             if dead := [f"{count} of {total} channels of block {i}" for i, (count, total) in blocks if count]:
                 notes.append(f"{key}: {', '.join(dead)} are zero for all validation images")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from gowide_dist.errors import RecipeError
+from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.networks.folding import fold
 from gowide_dist.networks.network import Network
 from gowide_dist.networks.wrapped import contained, reason_of
@@ -51,7 +51,10 @@ class Quantised(Network):
     merges = False
 
     def __init__(self, network: Network, side: int, *, symmetric: bool = False, ranges: Sequence[Range] = ()) -> None:
-        """side: px, of all images. symmetric: without zero points. Raises RecipeError if the network has no graph."""
+        """side: px, of all images. symmetric: without zero points.
+
+        Raises RecipeError if the network has no graph, RunError if the ranges are of another one.
+        """
         super().__init__(network.architecture, network.num_classes)
         self.symmetric = symmetric
         self._network = (network.eval(),)  # a tuple, for its weights are in the graph
@@ -59,6 +62,9 @@ class Quantised(Network):
         _round_weights(module, network)
         nodes = rounded_nodes(module.graph)
         values: Sequence[Range | None] = ranges or [None] * len(nodes)
+        if len(values) != len(nodes):
+            fault = f"its weights came with {len(values)} ranges, but {len(nodes)} activations are rounded here"
+            raise RunError(f"{fault}; take the PyTorch that trained it, or train it again")
         device = next(network.parameters()).device
         self._roundings = tuple(Rounding(symmetric, value).to(device) for value in values)  # in the graph, too
         for index, (rounding, node) in enumerate(zip(self._roundings, nodes, strict=True)):

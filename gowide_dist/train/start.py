@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gowide_dist.data.preprocessing import read_preprocessing
+from gowide_dist.errors import RunError
 from gowide_dist.instances import Instance
 from gowide_dist.networks.build import build_network, build_unseeded
 from gowide_dist.networks.network import Network
@@ -136,7 +137,10 @@ def load_trained(instance: Instance, run: Run, num_classes: int) -> Network:
     if not (known and known.quantisation):
         return network
     network.settle(known.resolution)
-    return Quantised(network, known.resolution, **known.quantisation.model_dump())
+    try:
+        return Quantised(network, known.resolution, **known.quantisation.model_dump())
+    except RunError as error:
+        raise RunError(f"{stage_dir.model}: {error}") from error
 
 
 def _load_teacher(instance: Instance, ctx: TrainContext) -> Network:

@@ -252,6 +252,8 @@ def test_a_network_that_is_trained_to_be_rounded(finished_run, val, tmp_path):
     assert config["quantised"] == "symmetric"
     state = load_file(tmp_path / "export" / "model.safetensors")
     assert state.keys() == load_file(finished_run.stage("baseline/basic").model).keys()
+    shown = gowide("report", finished_run.path)
+    assert shown.returncode == 0 and "eight     basic" in shown.stdout, shown.stderr
 
 
 def test_channels_that_are_always_zero_cost_no_bias_its_precision(finished_run, tmp_path):
