@@ -22,7 +22,7 @@ from gowide_dist.export.process import BackendError, convert
 from gowide_dist.insight.trained import Classifier, Trained
 from gowide_dist.networks.folding import fold_batch_norms
 from gowide_dist.networks.foreign import Foreign
-from gowide_dist.networks.quantised import Range, exported, rounded_nodes, unrounded
+from gowide_dist.networks.quantised import Range, exported, operations, rounded_nodes, unrounded
 
 CALIBRATION_IMAGES = 512
 _CALIBRATION = "calibration.npy"
@@ -74,8 +74,7 @@ class FormatWriter:
         classifier = Classifier(fold_batch_norms(unrounded(trained.network())), trained.preprocessing).eval()
         program = _program(classifier, trained.recipe.data.resolution, batch)
         if rounding := trained.preprocessing.quantisation:
-            graph = program.run_decompositions({}).module(check_guards=False).graph
-            names = (node.name for node in rounded_nodes(graph))
+            names = (node.name for node in rounded_nodes(operations(program).graph))
             self._ranges = dict(zip(names, rounding.ranges, strict=True))
         content = io.BytesIO()  # PyTorch's own writing of a file aborts the process on a full disk
         torch.export.save(program, content)

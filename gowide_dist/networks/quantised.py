@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, default_decompositions
 
 from gowide_dist.errors import RecipeError, RunError
 from gowide_dist.networks.folding import fold
@@ -244,6 +244,13 @@ def exported(module: nn.Module, example: Tensor, batch: int | None) -> ExportedP
     return torch.export.export(module, (example,), dynamic_shapes=shapes)
 
 
+def operations(program: ExportedProgram) -> fx.GraphModule:
+    """The graph of a program in ATen operations that ONNX's exporter keeps, and so names alike."""
+    pool = _aten.adaptive_avg_pool2d.default
+    table = {pool: default_decompositions()[pool]}
+    return cast(fx.GraphModule, program.run_decompositions(table).module(check_guards=False))
+
+
 def rounded_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of a graph of ATen operations, without those in place, whose outputs are rounded, in their order.
 
@@ -255,8 +262,9 @@ def rounded_nodes(graph: fx.Graph) -> list[fx.Node]:
     for node in graph.nodes:
         if node.op == "call_module" or node.target in _ROUNDED:
             inputs = node.args[:2] if node.target in _PAIRING else node.args[:1]
-            activations = (each for each in inputs if isinstance(each, fx.Node) and each.op != "get_attr")
-            found |= dict.fromkeys([*map(_source, activations), _output(node)])
+            sources = [_source(each) for each in inputs if isinstance(each, fx.Node)]
+            activations = (each for each in sources if each.op != "get_attr")
+            found |= dict.fromkeys([*activations, _output(node)])
         elif node.target in _CUTTING and _source(node.args[0]) in found:
             found[node] = None
     return [node for node in graph.nodes if node in found and not any(each.op == "output" for each in node.users)]
@@ -346,4 +354,4 @@ def _graph(network: Network, side: int) -> fx.GraphModule:
         raise RecipeError(
             f"{network.architecture}: cannot be quantised, for torch.export cannot read it: {reason}"
         ) from error
-    return cast(fx.GraphModule, program.run_decompositions({}).module(check_guards=False))
+    return operations(program)
