@@ -80,6 +80,8 @@ def convert_onnx_int8(source: str, target: str, job: dict[str, Any]) -> None:
 
     quant_pre_process(source, target, skip_optimization=True, skip_symbolic_shape=True)
     names = json.loads(Path(job["names"]).read_text())
+    if missing := [node for node in job["ranges"] if node not in names]:
+        raise LookupError(f"ONNX's exporter names no tensor as {', '.join(missing[:3])}, whose ranges are trained")
     limits = {names[node]: tuple(limits) for node, limits in job["ranges"].items()}
     limits |= _before_rectifiers(target, limits)
     overrides = {name: [{"rmin": np.float32(low), "rmax": np.float32(high)}] for name, (low, high) in limits.items()}

@@ -11,7 +11,7 @@ from gowide_dist import build_network
 from gowide_dist.errors import RecipeError
 from gowide_dist.networks import quantised
 from gowide_dist.networks.folding import fold_batch_norms
-from gowide_dist.networks.quantised import Quantised, Rounding, rounded_nodes, rounded_weight
+from gowide_dist.networks.quantised import Quantised, Rounding, operations, rounded_nodes, rounded_weight
 
 NETS = Path(__file__).parent / "nets.py"
 
@@ -106,7 +106,7 @@ def test_without_rounding_it_is_the_network_itself(architecture, monkeypatch):
 def assert_rounded_like_the_folded(rounded, network):
     """Where the graph that is exported is: so that the ranges of the training fit it."""
     program = export(quantised._Logits(fold_batch_norms(network)), (torch.zeros(2, 3, 32, 32),))
-    nodes = rounded_nodes(program.run_decompositions({}).module(check_guards=False).graph)
+    nodes = rounded_nodes(operations(program).graph)
     found = []
     for node in rounded.graph.graph.nodes:
         if node.op == "call_module" and isinstance(rounded.graph.get_submodule(node.target), Rounding):
