@@ -281,7 +281,7 @@ def _output(node: fx.Node) -> fx.Node:
     """The node that holds what an operation gives, or what a rectifier behind it does."""
     if node.target is _NORM:
         [node] = node.users
-    reader = next(iter(node.users))
+    reader = next(iter(node.users), node)
     return reader if len(node.users) == 1 and reader.target in _CUTTING else node
 
 
