@@ -196,7 +196,10 @@ _MESSAGES = {  # instead of pydantic's
 
 def _describe(fault: ErrorDetails) -> str:
     if message := _MESSAGES.get(fault["type"]):
-        return message.format(value=_quote(fault["input"]), **fault.get("ctx", {}))
+        context = dict(fault.get("ctx", {}))
+        if "expected" in context:
+            context["expected"] = context["expected"].replace("False, True", "false, true")  # as YAML has them
+        return message.format(value=_quote(fault["input"]), **context)
     is_ours = fault["type"] == "value_error" or fault["type"] not in get_args(ErrorType)  # names the value, if useful
     message = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
     if is_ours:

@@ -159,6 +159,7 @@ BAD = {
     "stages.distill.optim.lr=.nan": "stages.distill.optim.lr: should be a finite number, not 'nan'",
     "stages.distill.optim=": "stages.distill: optim is required to train",
     "stages.distill.objective=k": "stages.distill: 'objective' should be one of 'labels', 'blocks', 'kl', not 'k'",
+    "stages.distill.quantised=int8": "stages.distill.quantised: should be false, true or 'symmetric', not 'int8'",
     "stages.distill.schedule=cosin": "stages.distill.schedule: should be 'cosine', 'linear', 'step' or 'constant', not 'cosin'",
     "stages.distill.schedule.milestones=[3, 2]": "stages.distill.schedule: milestones should increase",
     "stages.distill.schedule.decay=step": "stages.distill.schedule: decay: step and milestones need each other",
